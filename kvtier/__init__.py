@@ -1,0 +1,3 @@
+"""kvtier: a distributed prompt-cache tier for LLM serving."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,109 @@
+"""Host memory that a node daemon owns and engines of the node map: tier 0.
+
+An arena is a memfd, sealed against resize, cut into slots of one block each. The descriptor goes
+to an engine over the node's Unix socket. So nothing is left behind by a crash (the kernel frees
+the memory with its last mapping), /dev/shm's size is no limit, and an engine's mapping survives
+the daemon.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+from typing import Final
+
+from kvtier.core.blocks import Slot
+from kvtier.errors import ConfigError, RemoteProtocolError
+
+ALIGNMENT: Final = 4096  # slots start on pages, as direct I/O and CUDA registration want it
+_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python 3.11 has no name for it
+
+
+def stride(slot_nbytes: int) -> int:
+    """Bytes from one slot's start to the next one's."""
+    return -(-slot_nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """`slots` pieces of `slot_nbytes` bytes; made by `create` in the daemon, `attach` elsewhere.
+
+    Views handed out stay valid until the last of them is gone, also after `close`.
+    """
+
+    def __init__(self, fd: int, memory: mmap.mmap, slot_nbytes: int, slots: int) -> None:
+        self.fd = fd
+        self.slot_nbytes = slot_nbytes
+        self.slots = slots
+        self._stride = stride(slot_nbytes)
+        self._memory = memory
+        self._view = memoryview(memory)
+
+    @classmethod
+    def create(cls, slot_nbytes: int, slots: int, *, prefault: bool = True) -> "Arena":
+        """A new zeroed arena; `prefault` takes its memory now, so that no first use pays for it.
+
+        Raises:
+            ConfigError: The kernel has not that much memory to give.
+        """
+        nbytes = stride(slot_nbytes) * slots
+        fd = os.memfd_create("kvtier-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            memory = mmap.mmap(fd, nbytes)
+            if prefault:
+                _populate(memory)
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError(
+                f"host.bytes: cannot take {nbytes} bytes of memory: {error.strerror}"
+            ) from None
+        return cls(fd, memory, slot_nbytes, slots)
+
+    @classmethod
+    def attach(cls, fd: int, slot_nbytes: int, slots: int, *, prefault: bool = True) -> "Arena":
+        """Map an arena whose descriptor came from the daemon; takes over `fd`.
+
+        Raises:
+            RemoteProtocolError: It is not sealed (it could shrink under us) or has another size.
+        """
+        nbytes = stride(slot_nbytes) * slots
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise RemoteProtocolError("arena: the descriptor is not sealed against resize")
+            if (size := os.fstat(fd).st_size) != nbytes:
+                raise RemoteProtocolError(f"arena: {size} bytes long, announced were {nbytes}")
+            memory = mmap.mmap(fd, nbytes)
+        except (OSError, RemoteProtocolError) as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise RemoteProtocolError(f"arena: not a memfd: {error.strerror}") from None
+            raise
+        if prefault:
+            _populate(memory)
+        return cls(fd, memory, slot_nbytes, slots)
+
+    def slot(self, slot: Slot) -> memoryview:
+        """The writable bytes of one slot; valid for as long as the caller's lease on it."""
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot} of {self.slots}")
+        start = slot * self._stride
+        return self._view[start : start + self.slot_nbytes]
+
+    @property
+    def view(self) -> memoryview:
+        """All slots with the gaps between them; slot i starts at i * stride(slot_nbytes)."""
+        return self._view
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes with its last view. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _populate(memory: mmap.mmap) -> None:
+    # An older kernel takes the pages at first use instead: slower once, never wrong.
+    with contextlib.suppress(OSError):
+        memory.madvise(_MADV_POPULATE_WRITE)

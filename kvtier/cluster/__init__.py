@@ -1,0 +1,1 @@
+"""Ray as the control plane; the only importer of ray."""

@@ -1,0 +1,36 @@
+"""Every codec, by the name that a setting uses and by the id that a frame carries."""
+
+from kvtier.codec.base import Codec
+from kvtier.codec.lz4 import LZ4
+from kvtier.codec.raw import Raw
+from kvtier.errors import ConfigError, CorruptFrame
+
+RAW = Raw()
+
+# An id stays with its format for good: frames outlive the release that wrote them.
+CODECS: tuple[Codec, ...] = (RAW, LZ4())
+
+_BY_NAME = {codec.name: codec for codec in CODECS}
+_BY_ID = {codec.id: codec for codec in CODECS}
+
+
+def by_name(name: str) -> Codec:
+    """The codec that a setting calls `name`.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in _BY_NAME:
+        raise ConfigError(f"no codec {name!r}; known are {', '.join(_BY_NAME)}")
+    return _BY_NAME[name]
+
+
+def by_id(codec_id: int) -> Codec:
+    """The codec whose frames carry `codec_id`.
+
+    Raises:
+        CorruptFrame: There is none in this release.
+    """
+    if codec_id not in _BY_ID:
+        raise CorruptFrame(f"frame check codec: {codec_id} is none of {[*_BY_ID]}")
+    return _BY_ID[codec_id]

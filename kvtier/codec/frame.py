@@ -1,0 +1,164 @@
+"""A frame: one encoded block behind a header that says whose it is and proves it whole.
+
+    offset  bytes
+         0      4  magic "KVTF"
+         4      1  version of this header, 1
+         5      1  codec id
+         6      1  fidelity: 0 = decodes to the exact bytes that were saved
+         7      1  0
+         8      8  id of the block's layout
+        16     16  block key
+        32      8  bytes of the block
+        40      8  bytes of the payload
+        48      8  xxh3_64 of the payload
+        56      8  xxh3_64 of the 56 bytes before
+        64         payload
+
+Numbers are little-endian. The checksums find damage, not malice: whoever may write to a store
+can write any KV there.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from kvtier.codec.base import Codec
+from kvtier.codec.codecs import RAW, by_id
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.errors import CorruptFrame
+
+MAGIC = b"KVTF"
+VERSION = 1
+EXACT = 0
+
+_FIELDS = struct.Struct("<4sBBBx8s16sQQQ")
+_CHECK = struct.Struct("<Q")
+HEADER_NBYTES = _FIELDS.size + _CHECK.size
+
+# A codec that saves less than 1/64 of a block costs more time than its bytes are worth.
+_LEAST_SAVED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FrameInfo:
+    """What a frame's header says; sizes in bytes."""
+
+    codec_id: int
+    fidelity: int
+    layout_id: str
+    raw_nbytes: int
+    payload_nbytes: int
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    version: int
+    codec_id: int
+    fidelity: int
+    layout: bytes
+    key: bytes
+    raw_nbytes: int
+    payload_nbytes: int
+    payload_check: int
+
+
+def encode(
+    key: BlockKey, block: memoryview, layout: BlockLayout, codec: Codec
+) -> list[bytes | memoryview]:
+    """The frame of `block` as the buffers that follow each other in it, header first.
+
+    Falls back to the raw codec where `codec` saves less than 1/64. The buffers may be views into
+    `block`, which must stay unchanged as long as they are used.
+    """
+    block = block.cast("B")
+    assert block.nbytes == layout.nbytes, (block.nbytes, layout.nbytes)
+    payload = codec.encode(block, layout)
+    nbytes = frame_nbytes(payload)
+    if codec is not RAW and (layout.nbytes - nbytes) * _LEAST_SAVED < layout.nbytes:
+        codec, payload, nbytes = RAW, (block,), layout.nbytes
+    check = xxh3_64()
+    for part in payload:
+        check.update(part)
+    layout_id = bytes.fromhex(layout.id)
+    header = _Header(
+        MAGIC, VERSION, codec.id, EXACT, layout_id, key, layout.nbytes, nbytes, check.intdigest()
+    )
+    fields = _FIELDS.pack(*header)
+    return [fields + _CHECK.pack(xxh3_64_intdigest(fields)), *payload]
+
+
+def decode(key: BlockKey, frame: bytes | memoryview, out: memoryview, layout: BlockLayout) -> None:
+    """Fill `out` (layout.nbytes bytes) with the block that `frame` holds.
+
+    Everything is checked first; `out` is not touched unless the frame is whole and is `key`'s.
+
+    Raises:
+        CorruptFrame: A check failed; the message names it.
+    """
+    out = out.cast("B")
+    assert out.nbytes == layout.nbytes, (out.nbytes, layout.nbytes)
+    info = verify(key, frame, layout.id)
+    if info.raw_nbytes != layout.nbytes:
+        raise CorruptFrame(
+            f"frame check raw length: {info.raw_nbytes} bytes, the layout has {layout.nbytes}"
+        )
+    by_id(info.codec_id).decode(memoryview(frame)[HEADER_NBYTES:], out, layout)
+
+
+def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = None) -> FrameInfo:
+    """What `frame` is, once all of it is proven whole and to be `key`'s.
+
+    For copies from one store to another, which move frames as they are. `layout_id` None: of any
+    layout.
+
+    Raises:
+        CorruptFrame: A check failed; the message names it.
+    """
+    view = memoryview(frame).cast("B")
+    header = _read_header(view)
+    if header.payload_nbytes != view.nbytes - HEADER_NBYTES:
+        raise CorruptFrame(
+            f"frame check length: a payload of {view.nbytes - HEADER_NBYTES} bytes, "
+            f"the header says {header.payload_nbytes}"
+        )
+    if header.key != key:
+        raise CorruptFrame(f"frame check key: {header.key.hex()}, asked for {key.hex()}")
+    if layout_id is not None and header.layout.hex() != layout_id:
+        raise CorruptFrame(f"frame check layout: {header.layout.hex()}, must be {layout_id}")
+    if header.fidelity != EXACT:
+        raise CorruptFrame(f"frame check fidelity: {header.fidelity}, must be {EXACT}")
+    if xxh3_64_intdigest(view[HEADER_NBYTES:]) != header.payload_check:
+        raise CorruptFrame("frame check payload checksum: the payload was changed")
+    return FrameInfo(
+        header.codec_id,
+        header.fidelity,
+        header.layout.hex(),
+        header.raw_nbytes,
+        header.payload_nbytes,
+    )
+
+
+def frame_nbytes(parts: Sequence[bytes | memoryview]) -> int:
+    """Bytes of all `parts` together."""
+    return sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+
+
+def max_frame_nbytes(layout: BlockLayout) -> int:
+    """The most bytes that a frame of this layout takes, whatever the codec."""
+    return HEADER_NBYTES + layout.nbytes
+
+
+def _read_header(view: memoryview) -> _Header:
+    if view.nbytes < HEADER_NBYTES:
+        raise CorruptFrame(f"frame check length: {view.nbytes} bytes, less than its header")
+    header = _Header(*_FIELDS.unpack_from(view))
+    if header.magic != MAGIC:
+        raise CorruptFrame(f"frame check magic: {header.magic!r}, must be {MAGIC!r}")
+    if header.version != VERSION:
+        raise CorruptFrame(f"frame check version: {header.version}, must be {VERSION}")
+    if _CHECK.unpack_from(view, _FIELDS.size)[0] != xxh3_64_intdigest(view[: _FIELDS.size]):
+        raise CorruptFrame("frame check header checksum: the header was changed")
+    return header

@@ -1,0 +1,86 @@
+"""What is known of one block, and of all the copies in one tier."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.effects import Move
+from kvtier.core.policy import EvictionPolicy
+from kvtier.core.tiers import TierSpec
+
+
+class Phase(IntEnum):
+    """What the slot of a block is doing; a block without a slot is STABLE."""
+
+    FILLING = 0  # an engine writes it
+    LOADING = 1  # a lower tier's copy is on its way into it
+    STABLE = 2
+
+
+@dataclass(slots=True)
+class Block:
+    """One known block; which tiers have it is kept by the tiers."""
+
+    phase: Phase = Phase.STABLE
+    slot: Slot | None = None
+    pins: int = 0  # leases on the slot
+    move: Move | None = None  # at most one under way
+    undrained_in: int | None = None  # the tier in whose `undrained` order it stands
+
+
+class Copies:
+    """The copies in one tier: their sizes, who is coldest, and which have no copy further down."""
+
+    def __init__(self, spec: TierSpec, policy: EvictionPolicy, block_nbytes: int) -> None:
+        self.spec = spec
+        self.policy = policy
+        self.sizes: dict[BlockKey, int] = {}  # bytes of each
+        self.nbytes = 0
+        self.coming = 0  # copies into this tier under way; loads into the host tier do not count
+        self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
+        self.paused = False
+        self.undrained: OrderedDict[BlockKey, int] = OrderedDict()  # bytes of each, coldest first
+        self.undrained_nbytes = 0
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self.sizes
+
+    def add(self, key: BlockKey, nbytes: int) -> None:
+        """A copy of `nbytes` is here now, and warm."""
+        self.sizes[key] = nbytes
+        self.nbytes += nbytes
+        self.policy.touch([key])
+
+    def remove(self, key: BlockKey) -> None:
+        """The copy is gone; its place in the undrained order is the caller's to give back."""
+        self.nbytes -= self.sizes.pop(key)
+        self.policy.remove(key)
+
+    def add_undrained(self, key: BlockKey) -> None:
+        """Nothing further down has `key`: it is the last in line to be copied there."""
+        self.undrained[key] = self.sizes[key]
+        self.undrained_nbytes += self.sizes[key]
+
+    def remove_undrained(self, key: BlockKey) -> None:
+        """`key` needs no copy further down, or one is under way."""
+        self.undrained_nbytes -= self.undrained.pop(key)
+
+    def touch(self, path: Sequence[BlockKey]) -> None:
+        """A request used `path` (root first): what of it is here becomes warm, its root most."""
+        known = [key for key in path if key in self.sizes]
+        self.policy.touch(known)
+        for key in reversed(known):
+            if key in self.undrained:
+                self.undrained.move_to_end(key)
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether `nbytes` more stay within the capacity, with all that is coming."""
+        reserved = self.coming * self.frame_nbytes
+        return self.nbytes + reserved + nbytes <= self.spec.capacity
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether another copy into this tier may start, if there is room for it."""
+        return not self.paused and self.coming < self.spec.queue

@@ -1,0 +1,364 @@
+"""What this node holds, who may touch it now, and what must move next.
+
+The ledger is the only writer of residency. It does no I/O and knows no clock, thread or socket:
+callers ask (`match`, `read`, `write`), report what happened (`commit`, `release`, `settle`,
+`disconnect`, `moved`) and carry out the effects that `take_effects` hands back. It makes the
+first promise of the project checkable: a slot is in the hands of one writer, or of readers of the
+very key that was written or loaded there, or of nobody.
+
+                write              commit              Move down, ok
+      absent ──────────► FILLING ──────────► in host ────────────────► in host and lower
+        ▲ ▲                 │                   ▲  ▲  Move down, failed │ ▲  │
+        │ └─────────────────┘                   │  └──── (tried later) ─┘ │  │ dropped for room:
+        │   abort, disconnect                   │     lost below          │  │ the slot is free
+        │                                       └─────────────────────────┘  ▼
+        │                                         Move up, ok           in a lower tier
+        │                                   LOADING ◄──── read ────────────┐ │
+        │                                      └────► Move up, failed ─────┘ │
+        └────────────────────────────────────────────────────────────────────┘
+              the last copy left: dropped from the last tier, lost, or a load of it failed
+
+A block has at most one move under way, and a slot is used again only after commit, release or
+disconnect of every lease on it and the end of the move that reads or fills it.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.copies import Block, Phase
+from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
+from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.residency import Residency
+from kvtier.core.tiers import TierSpec
+
+__all__ = [
+    "HOST", "Effect", "Forget", "Gone", "Held", "Lease", "Ledger", "Match", "Move", "Settled",
+    "TierUsage",
+]  # fmt: skip
+
+
+class Match(NamedTuple):
+    """Leading blocks of a prompt held here without a gap; each counted in its warmest tier."""
+
+    blocks: int
+    by_tier: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Lease:
+    """A client's right to touch the slots of some blocks, until commit, release or disconnect.
+
+    `keys` and `slots` go together; of a read lease also `sources`, the tier that each block came
+    from, and of a write lease `indexes`, the position of each in the path that was asked for.
+    A read lease is settled once `loading` is empty; only then may its slots be read. Until then
+    a load that fails can cut it short.
+    """
+
+    id: int
+    client: int
+    writing: bool
+    path: Sequence[BlockKey]
+    keys: list[BlockKey] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    loading: set[BlockKey] = field(default_factory=set)
+
+
+class Ledger(Residency):
+    """The blocks of one layout on one node, and the leases on them.
+
+    `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
+    are named by their index in that list. A path is a prompt's keys from its first block on.
+
+    `read`, `write`, `commit`, `release`, `settle` and `moved` take time in proportion to their
+    own blocks, not to the blocks held. A lease id must be one that `read` or `write` gave out and
+    that has not ended: KeyError.
+
+    Raises:
+        ValueError: `tiers` are out of order, or a block does not fit in one of them.
+    """
+
+    def __init__(
+        self, block_nbytes: int, tiers: Sequence[TierSpec], policy: PolicyFactory = LRU
+    ) -> None:
+        super().__init__(block_nbytes, tiers, policy)
+        self._leases: dict[int, Lease] = {}
+        self._of_client: dict[int, set[int]] = {}
+        self._waiting: dict[BlockKey, set[int]] = {}  # read leases, by the block that loads
+        self._ids = count(1)
+
+    @property
+    def leases(self) -> int:
+        """Leases that have not ended."""
+        return len(self._leases)
+
+    def match(self, keys: Sequence[BlockKey]) -> Match:
+        """How much of a path is held. Changes nothing, not even what is cold."""
+        by_tier = [0] * len(self._tiers)
+        in_host = self._tiers[HOST].sizes
+        for key in keys:
+            if key in in_host:  # the common case, on every engine's path
+                by_tier[HOST] += 1
+                continue
+            tier = self._readable_in(key)
+            if tier is None:
+                break
+            by_tier[tier] += 1
+        return Match(sum(by_tier), tuple(by_tier))
+
+    def read(self, client: int, keys: Sequence[BlockKey], first: int = 0) -> Lease:
+        """Pin the held blocks of keys[first:] in host slots, and start loading what lies lower.
+
+        `keys` is the whole path; what comes before `first` only becomes warm: the engine has it.
+        The lease ends before the first block for which no slot can be had, or that is on its way
+        between two lower tiers.
+        """
+        lease = self._open(client, keys, writing=False)
+        self._touch(keys)
+        held = keys[first : first + self.match(keys[first:]).blocks]
+        pinned = self._pin(held)  # or room for a block is made by dropping the next
+        for key in held:
+            if pinned and pinned[0] == key:
+                pinned.popleft()
+            elif not self._load(key, pinned):
+                break
+            self._add(lease, key)
+        self._unpin(pinned)
+        if not lease.loading:
+            self._effects.append(Settled(lease.id))
+        return lease
+
+    def write(self, client: int, keys: Sequence[BlockKey], first: int = 0) -> Lease:
+        """Reserve slots for the blocks of keys[first:] that are not held and that nobody fills.
+
+        `keys` is the whole path. `indexes` of the lease count from the path's start.
+        Grants fewer when no slot can be freed, and none after the first refusal: a block is of no
+        use without the one before. A block that only a paused tier has counts as not held.
+        """
+        lease = self._open(client, keys, writing=True)
+        self._touch(keys)
+        only_here = [key for key in keys if self._warmest(key, HOST + 1) is None]
+        pinned = self._pin(only_here)  # or room for a block is made by losing the one before
+        for index, key in enumerate(keys[first:], first):
+            block = self._blocks.get(key)
+            if block is not None and (block.slot is not None or self._warmest(key) is not None):
+                continue
+            slot = self._take_slot()
+            if slot is None:
+                break
+            block = self._blocks.setdefault(key, Block())
+            block.phase, block.slot, block.pins = Phase.FILLING, slot, 1
+            lease.keys.append(key)
+            lease.slots.append(slot)
+            lease.indexes.append(index)
+        self._unpin(pinned)
+        return lease
+
+    def commit(self, lease_id: int, filled: int | None = None) -> None:
+        """The first `filled` blocks of a write lease, or all, hold what belongs there.
+
+        They become readable; the others are undone. The lease ends.
+
+        Raises:
+            ValueError: A read lease, or more blocks than were granted; nothing has changed then.
+        """
+        lease = self._leases[lease_id]
+        granted = len(lease.keys)
+        if not lease.writing:
+            raise ValueError(f"lease {lease_id} is a read lease; there is nothing to commit")
+        filled = granted if filled is None else filled
+        if not 0 <= filled <= granted:
+            raise ValueError(f"lease {lease_id} has {granted} blocks, so {filled} are not filled")
+        self._close(lease)
+        for key in lease.keys[:filled]:
+            block = self._blocks[key]
+            block.phase = Phase.STABLE
+            block.pins -= 1
+            self._place(key, HOST, self.block_nbytes)
+        self._undo(lease.keys[filled:])
+        self._touch(lease.path)
+        self._drain()
+
+    def release(self, lease_id: int) -> None:
+        """The client touches the slots no more: ends a read lease, or undoes a write lease."""
+        lease = self._leases[lease_id]
+        self._close(lease)
+        if lease.writing:
+            self._undo(lease.keys)
+        else:
+            self._cut(lease, 0)
+        self._drain()
+
+    def settle(self, lease_id: int) -> None:
+        """The client waits no longer: cut a read lease before its first block still loading."""
+        lease = self._leases[lease_id]
+        if lease.loading:
+            self._cut(lease, next(i for i, key in enumerate(lease.keys) if key in lease.loading))
+            self._settled(lease)
+
+    def disconnect(self, client: int) -> int:
+        """Release every lease of a client that is gone; how many there were. O(their blocks)."""
+        leases = [*self._of_client.get(client, ())]
+        for lease_id in leases:
+            self.release(lease_id)
+        return len(leases)
+
+    def moved(self, move: Move, ok: bool, nbytes: int = 0) -> None:
+        """A move has ended. `nbytes` is what its frame now takes in the lower `move.target`.
+
+        A failed copy down keeps the original. A failed load means that `move.source` has no such
+        block any more, unless that tier is paused, and cuts the leases that wait for it.
+        """
+        block = self._blocks[move.key]
+        assert block.move == move, "a move is reported once, as it was handed out"
+        block.move = None
+        self._moves -= 1
+        if move.target == HOST:
+            self._loaded(block, move, ok)
+        else:
+            self._copied(block, move, ok, nbytes or self.block_nbytes)
+
+    def check(self) -> None:
+        """Assert every invariant; for tests and `kvtier check`: O(blocks and leases)."""
+        super().check()
+        pins, writers = Counter[BlockKey](), Counter[BlockKey]()
+        for lease in self._leases.values():
+            assert lease.id in self._of_client[lease.client]
+            (writers if lease.writing else pins).update(lease.keys)
+            assert lease.slots == [self._blocks[key].slot for key in lease.keys]
+            assert len(lease.keys) == len(lease.indexes if lease.writing else lease.sources)
+            assert lease.loading <= set(lease.keys)
+            for key in lease.loading:
+                assert lease.id in self._waiting[key]
+        assert sum(map(len, self._of_client.values())) == len(self._leases)
+        assert all([*self._of_client.values(), *self._waiting.values()]), "an empty set was kept"
+        for key, ids in self._waiting.items():
+            assert self._blocks[key].phase is Phase.LOADING
+            assert all(key in self._leases[lease_id].loading for lease_id in ids)
+        for key, block in self._blocks.items():
+            assert block.pins == pins[key] + writers[key]
+            assert writers[key] == (block.phase is Phase.FILLING)
+
+    # --- leases -----------------------------------------------------------------------
+
+    def _open(self, client: int, path: Sequence[BlockKey], *, writing: bool) -> Lease:
+        lease = Lease(next(self._ids), client, writing, path)
+        self._leases[lease.id] = lease
+        self._of_client.setdefault(client, set()).add(lease.id)
+        return lease
+
+    def _close(self, lease: Lease) -> None:
+        del self._leases[lease.id]
+        ids = self._of_client[lease.client]
+        ids.remove(lease.id)
+        if not ids:
+            del self._of_client[lease.client]
+
+    def _add(self, lease: Lease, key: BlockKey) -> None:
+        """Add a block to a read lease that has already pinned it."""
+        block = self._blocks[key]
+        assert block.slot is not None
+        lease.keys.append(key)
+        lease.slots.append(block.slot)
+        if block.phase is Phase.LOADING:
+            assert block.move is not None
+            lease.sources.append(block.move.source)
+            lease.loading.add(key)
+            self._waiting.setdefault(key, set()).add(lease.id)
+        else:
+            lease.sources.append(HOST)
+
+    def _pin(self, keys: Sequence[BlockKey]) -> deque[BlockKey]:
+        """Keep those of `keys` that have a slot from being dropped; which these are."""
+        pinned = deque[BlockKey]()
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is not None and block.slot is not None:
+                block.pins += 1
+                pinned.append(key)
+        return pinned
+
+    def _unpin(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            self._blocks[key].pins -= 1
+
+    def _cut(self, lease: Lease, length: int) -> None:
+        """Shorten a read lease to its first `length` blocks."""
+        for key in lease.keys[length:]:
+            self._blocks[key].pins -= 1
+            if key in lease.loading:
+                lease.loading.remove(key)
+                self._waiting[key].remove(lease.id)
+                if not self._waiting[key]:
+                    del self._waiting[key]
+        del lease.keys[length:], lease.slots[length:], lease.sources[length:]
+
+    def _undo(self, keys: Sequence[BlockKey]) -> None:
+        """Free the slots of blocks that were not filled."""
+        for key in keys:
+            block = self._blocks[key]
+            block.pins -= 1
+            self._free_slot(block)
+            self._sort(key)
+
+    def _settled(self, lease: Lease) -> None:
+        """Every block of a read lease is in its slot: now they are as warm as one path."""
+        self._touch(lease.path)
+        self._effects.append(Settled(lease.id))
+
+    # --- loads ------------------------------------------------------------------------
+
+    def _readable_in(self, key: BlockKey) -> int | None:
+        block = self._blocks.get(key)
+        if block is None or block.phase is Phase.FILLING:
+            return None
+        return self._warmest(key)
+
+    def _load(self, key: BlockKey, pinned: deque[BlockKey]) -> bool:
+        """Start loading a block and pin it; where no slot is free, the deepest of `pinned` go.
+
+        Making room can start a move of this very block, or drop its last copy; then it is a miss.
+        """
+        slot = self._take_slot()
+        while slot is None and pinned:
+            deepest = pinned.pop()
+            self._unpin([deepest])
+            if self._may_go(deepest, HOST):
+                self._drop(deepest, HOST)
+                slot = self._free.pop()
+        if slot is None:
+            return False
+        block, source = self._blocks.get(key), self._warmest(key)
+        if block is None or source is None or block.slot is not None or block.move is not None:
+            self._free.append(slot)
+            return False
+        block.slot, block.phase, block.pins = slot, Phase.LOADING, 1
+        self._start(block, Move(key, source, HOST, slot))
+        return True
+
+    def _loaded(self, block: Block, move: Move, ok: bool) -> None:
+        block.phase = Phase.STABLE
+        if ok:
+            self._place(move.key, HOST, self.block_nbytes)
+        for lease_id in self._waiting.pop(move.key, ()):
+            lease = self._leases[lease_id]
+            lease.loading.remove(move.key)
+            if not ok:
+                self._cut(lease, lease.keys.index(move.key))
+            if not lease.loading:
+                self._settled(lease)
+        if not ok:
+            self._free_slot(block)
+            source = self._tiers[move.source]
+            if not source.paused:
+                self._leave(move.key, move.source, forget=not source.spec.shared, gone=True)
+        self._drain()
+
+    def _touch(self, path: Sequence[BlockKey]) -> None:
+        for copies in self._tiers:
+            copies.touch(path)

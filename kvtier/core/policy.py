@@ -1,0 +1,64 @@
+"""Which block a full tier gives up first."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from kvtier.core.blocks import BlockKey
+
+
+class EvictionPolicy(Protocol):
+    """An order over the keys of one tier, coldest first. Holds no bytes and does no I/O.
+
+    A path is a prompt's keys from its first block on. The order respects parents: as long as
+    every key entered as part of a path, no key comes before a key that continues it.
+    """
+
+    def touch(self, path: Sequence[BlockKey]) -> None:
+        """A request used `path` (root first): keys not known yet enter, all become warm."""
+        ...
+
+    def remove(self, key: BlockKey) -> None:
+        """`key` left the tier; unknown keys are ignored."""
+        ...
+
+    def coldest(self) -> Iterator[BlockKey]:
+        """Keys in the order in which to give them up; ends at the next change of the policy."""
+        ...
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+
+class LRU:
+    """Least recently used, a path's deep end before its root."""
+
+    def __init__(self) -> None:
+        # Coldest first. Not a dict: finding the first key of one costs the number of keys that
+        # were deleted before it.
+        self._order: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def touch(self, path: Sequence[BlockKey]) -> None:
+        """See `EvictionPolicy.touch`; O(len(path))."""
+        order = self._order
+        for key in reversed(path):
+            order[key] = None
+            order.move_to_end(key)
+
+    def remove(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.remove`."""
+        self._order.pop(key, None)
+
+    def coldest(self) -> Iterator[BlockKey]:
+        """See `EvictionPolicy.coldest`."""
+        return iter(self._order)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+PolicyFactory = Callable[[], EvictionPolicy]

@@ -1,0 +1,111 @@
+"""What one request of the demo did, and asking for it through the router."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from kvtier.core.tiers import Tier
+from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2
+
+
+@dataclass(slots=True)
+class Record:
+    """One request: where it went and why, what was restored and computed, and how fast."""
+
+    name: str  # for people: conversation and turn
+    conversation: str
+    prompt_ids: list[int]
+    act: str = ""
+    node: str = ""
+    why: str = ""
+    attempts: int = 0
+    equal_loads: bool = False
+    picked_warmest: bool = False
+    restored: dict[str, int] = field(default_factory=dict)  # prompt tokens by tier
+    computed: int = 0
+    ttft_s: float = 0.0
+    queue_s: float = 0.0
+    restore_s: float = 0.0
+    prefill_s: float = 0.0
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    first_logits: bytes = b""
+    error: str = ""
+    identical: bool | None = None
+    logits_difference: float = 0.0
+
+    @property
+    def hit_tokens(self) -> int:
+        """Prompt tokens that were not computed."""
+        return sum(self.restored.values())
+
+    @property
+    def kind(self) -> str:
+        """`cold`, or the tier that most of the hit came from."""
+        if not self.restored:
+            return "cold"
+        return max(self.restored, key=lambda tier: (self.restored[tier], tier))
+
+    def public(self) -> dict[str, object]:
+        """For the JSON file: all but the raw logits and the prompt's ids."""
+        shown = {name: getattr(self, name) for name in self.__slots__}
+        del shown["first_logits"], shown["prompt_ids"]
+        return {**shown, "kind": self.kind, "prompt_tokens": len(self.prompt_ids)}
+
+
+async def ask(
+    stub: router_pb2_grpc.RouterStub,
+    record: Record,
+    prompt: router_pb2.Prompt,
+    max_tokens: int,
+    on_text: Callable[[Record], None] | None = None,
+    *,
+    ignore_eos: bool = False,
+) -> Record:
+    """Send one request through the router and fill in `record` from its stream."""
+    request = router_pb2.GenerateRequest(
+        request_id=record.name,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        return_first_logits=True,
+    )
+    begin = time.perf_counter()
+    try:
+        async for response in stub.Generate(request, timeout=120):
+            match response.WhichOneof("body"):
+                case "routed":
+                    _routed(record, response.routed)
+                case "started":
+                    _started(record, response.started)
+                case "chunk":
+                    record.ttft_s = record.ttft_s or time.perf_counter() - begin
+                    record.ids += response.chunk.ids
+                    record.text += response.chunk.text
+                    if on_text is not None:
+                        on_text(record)
+    except grpc.aio.AioRpcError as error:
+        record.error = f"{error.code().name}: {error.details()}"
+    return record
+
+
+def _routed(record: Record, routed: router_pb2.Routed) -> None:
+    choice = routed.choice
+    record.node, record.why, record.attempts = choice.node, choice.why, routed.attempt
+    waits = [each.wait_s for each in (choice, *routed.others)]
+    costs = [each.load_s + each.prefill_s for each in routed.others]
+    record.equal_loads = max(waits) - min(waits) < 1e-6
+    # Scores within a hundredth are equal: then any of them is the warmest.
+    mine = choice.load_s + choice.prefill_s
+    record.picked_warmest = all(mine <= other * 1.01 for other in costs)
+
+
+def _started(record: Record, started: worker_pb2.Started) -> None:
+    names = {tier.value + 1: tier.label for tier in Tier}
+    record.restored = {names[each.tier]: each.tokens for each in started.restored if each.tokens}
+    record.computed = started.computed_tokens
+    record.queue_s, record.restore_s = started.queue_s, started.restore_s
+    record.prefill_s = started.prefill_s
+    record.first_logits = started.first_logits

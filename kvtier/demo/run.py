@@ -1,0 +1,127 @@
+"""`kvtier demo` from start to end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from kvtier.cluster import launch
+from kvtier.config import Config, WorkerConfig
+from kvtier.demo import identity, report, stage
+from kvtier.demo.acts import Play
+from kvtier.demo.record import Record
+from kvtier.demo.workload import Conversation, conversations, prompt
+from kvtier.engine import model as models
+from kvtier.engine.model import LoadedModel
+from kvtier.errors import ConfigError
+from kvtier.router.text import Text
+
+
+class Options(NamedTuple):
+    """What the command line gave; empty text means the default."""
+
+    model: str
+    redis_url: str
+    json_path: str
+
+
+def main(options: Options) -> int:
+    """Run the demo; 0 only if every promise of `report.verdict` held.
+
+    Raises:
+        ConfigError: A path or URL is wrong.
+        KVTierError: A part did not start.
+    """
+    begin = time.monotonic()
+    console = Console()
+    json_path = Path(options.json_path) if options.json_path else None
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {json_path.absolute().parent}")
+    warnings.simplefilter("ignore")  # of the libraries; ours are logged
+    with contextlib.ExitStack() as stack:
+        status = stack.enter_context(console.status("loading the model"))
+
+        def progress(text: str) -> None:
+            status.update(text)
+
+        model = models.load(WorkerConfig(model=options.model), progress)
+        text = Text(model.tokenizer_files)
+        talks = conversations(text, model.max_tokens)
+        say_model(console, model)
+        folder = stack.enter_context(stage.scratch())
+        tokens = max(len(prompt(text, talk.ask())[1]) for talk in talks)
+        progress("starting the shared store")
+        conversation = tokens // model.layout.block_tokens * model.layout.nbytes
+        url = stack.enter_context(stage.shared_store(options.redis_url, conversation * 12))
+        settings = stage.config(folder, options.model, model.layout, tokens, url)
+        progress("starting the router")
+        router = stack.enter_context(stage.router_process(folder))
+        progress("starting Ray with two nodes")
+        stack.enter_context(stage.local_ray())
+        stack.callback(stop, progress)
+        progress("Ray places a daemon and a worker on each node; the workers load the model")
+        records = asyncio.run(play(settings, router, text, talks, console, status.stop))
+    with console.status("computing every answer again, without kvtier") as status:
+        identity.check(
+            model,
+            records,
+            settings.worker.prefill_tokens,
+            lambda record: status.update(f"computing again, without kvtier: {record.name}"),
+        )
+    rows = report.by_kind(records)
+    verdicts = report.verdict(records, rows)
+    seconds = time.monotonic() - begin
+    report.show_table(console, rows)
+    report.show_verdict(console, verdicts, records, seconds)
+    if json_path is not None:
+        result = {
+            "seconds": seconds,
+            "cores": os.cpu_count(),
+            "by_kind": rows,
+            "verdicts": verdicts,
+            "requests": [record.public() for record in records],
+        }
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(verdicts.values()) else 1
+
+
+def say_model(console: Console, model: LoadedModel) -> None:
+    """What is served."""
+    layout = model.layout
+    console.print(
+        f"model {model.name}, {layout.dtype} on {model.device}: "
+        f"{layout.nbytes_per_token / 1024:g} KiB of KV a token, "
+        f"blocks of {layout.block_tokens} tokens = {layout.nbytes / 2**20:.2f} MiB",
+        highlight=False,
+    )
+
+
+def stop(progress: Callable[[str], None]) -> None:
+    """End what Ray runs for us."""
+    progress("stopping")
+    launch.down(say=logging.getLogger(__name__).info)
+
+
+async def play(
+    settings: Config,
+    router: str,
+    text: Text,
+    talks: list[Conversation],
+    console: Console,
+    started: Callable[[], None],
+) -> list[Record]:
+    """Place everything, run the acts; every request in order."""
+    async with stage.staged(settings, router, lambda line: console.print(line, markup=False)) as on:
+        started()
+        acts = Play(on, text, talks, console.print, lambda r: report.show_request(console, r))
+        report.show_header(console)
+        await acts.run()
+        return acts.records

@@ -1,0 +1,226 @@
+"""The tiers as an engine sees them: every failure of ours is a miss here, and a counter."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Final, TypeVar
+
+from kvtier import metrics
+from kvtier.core.blocks import BlockKey, Namespace, block_keys
+from kvtier.core.tiers import Tier
+from kvtier.engine.client import ReadLease, TierClient
+from kvtier.engine.copier import ArenaTensor
+from kvtier.engine.paged import PagedKV
+
+RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
+ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
+READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
+SAVE_BLOCKS: Final = 32  # leased at once
+_SMOOTHING: Final = 0.3  # weight of the newest measurement
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineTier:
+    """Saves and restores an engine's blocks through the node daemon.
+
+    No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
+    thread calls them, the one that owns the blocks. A daemon that is away is tried again, at most
+    every RECONNECT_S, by whichever call comes next.
+    """
+
+    def __init__(
+        self,
+        socket: str,
+        namespace: Namespace,
+        paged: PagedKV,
+        *,
+        wait_s: float = 2.0,
+        pin: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._socket = socket
+        self._layout = namespace.layout
+        self._root = namespace.root()
+        self._paged = paged
+        self._wait_s = wait_s
+        self._pin = pin
+        self._clock = clock
+        self._client: TierClient | None = None
+        self._arena: ArenaTensor | None = None
+        self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = None
+        self._retry_at = 0.0
+        self._away = False
+        self._bytes_per_s: dict[Tier, float] = {}
+
+    def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
+        """The keys of the prompt's full blocks.
+
+        Raises:
+            ValueError: A token id is negative or does not fit in 32 bits.
+        """
+        return block_keys(self._root, token_ids, self._layout.block_tokens)
+
+    def match(self, keys: Sequence[BlockKey]) -> int:
+        """Leading blocks that the node knows to hold."""
+        return self._shielded("match", 0, lambda client: client.match(keys).blocks)
+
+    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
+        """Fill `block_ids` with the held blocks of keys[first:], from the first on.
+
+        `keys` is the whole path from the root. Returns the tier that each restored block came
+        from; blocks beyond them are unchanged or undefined.
+        """
+        restored: list[Tier] = []
+        while len(restored) < len(block_ids):
+            done = len(restored)
+            piece = block_ids[done : done + READ_BLOCKS]
+            path = keys[: first + done + len(piece)]
+            work = partial(self._restore, path=path, block_ids=piece)
+            tiers: list[Tier] = self._shielded("restore", [], work)
+            restored += tiers
+            if len(tiers) < len(piece):
+                break
+        return restored
+
+    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
+        """Hand the blocks keys[first:], which lie in `block_ids`, to the host tier.
+
+        `keys` is the whole path from the root. Returns how many were taken; those that the node
+        holds already are not counted.
+        """
+        saved = 0
+        for at in range(0, len(block_ids), SAVE_BLOCKS):
+            piece = block_ids[at : at + SAVE_BLOCKS]
+            path = keys[: first + at + len(piece)]
+            work = partial(self._save, path=path, first=first + at, block_ids=piece)
+            saved += self._shielded("save", 0, work)
+        return saved
+
+    def bytes_per_s(self) -> dict[Tier, float]:
+        """How fast restores from each tier have been, waiting included."""
+        return dict(self._bytes_per_s)
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        if self._attaching is not None:
+            self._attaching.add_done_callback(_hang_up)
+            self._attaching = None
+        if self._arena is not None:
+            self._arena.close()
+        if self._client is not None:
+            self._client.close()
+        self._arena = self._client = None
+
+    # --- inside -----------------------------------------------------------------------
+
+    def _shielded(self, what: str, miss: T, work: Callable[[TierClient], T]) -> T:
+        """The result of `work`, or `miss` if anything of ours fails."""
+        try:
+            client = self._connected()
+            return miss if client is None else work(client)
+        except Exception as error:
+            # The promise "never in the way" is kept here and nowhere else.
+            metrics.TIER_FAILURES.labels(what).inc()
+            self._retry_at = self._clock() + RECONNECT_S
+            if not self._away:
+                log.warning("kvtier is away (%s: %s); going on without it", what, error)
+            self._away = True
+            self.close()
+            return miss
+
+    def _connected(self) -> TierClient | None:
+        """The client, attached anew if need be; None while there is none.
+
+        Attaching may take long (the daemon takes its memory, pages are locked, or it hangs), so
+        it happens beside: a call waits ATTACH_S for it, and a later one takes what has come.
+        """
+        if self._client is not None and not self._client.alive:
+            # Restarted since the last call, most likely: this call need not pay for that.
+            self.close()
+        if self._client is not None:
+            return self._client
+        if self._attaching is None:
+            if self._clock() < self._retry_at:
+                return None
+            self._attaching = _beside(self._attach)
+        try:
+            self._client, self._arena = self._attaching.result(ATTACH_S)
+        except TimeoutError:
+            if not self._attaching.done():
+                return None
+            self._attaching = None
+            raise
+        except BaseException:
+            self._attaching = None
+            raise
+        self._attaching = None
+        if self._away:
+            log.warning("kvtier is back")
+        self._away = False
+        return self._client
+
+    def _attach(self) -> tuple[TierClient, ArenaTensor]:
+        client = TierClient(self._socket, self._layout)
+        return client, ArenaTensor(client.arena, pin=self._pin)
+
+    def _restore(
+        self, client: TierClient, path: Sequence[BlockKey], block_ids: Sequence[int]
+    ) -> list[Tier]:
+        """Restore the last blocks of `path`."""
+        assert self._arena is not None
+        start = self._clock()
+        with client.read(path, len(path) - len(block_ids), wait_s=self._wait_s) as lease:
+            count = len(lease.slots)
+            if count:
+                rows = self._arena.rows(lease.slots)
+                self._paged.scatter(block_ids[:count], rows).wait()
+        self._measure(lease, self._clock() - start)
+        return lease.sources
+
+    def _measure(self, lease: ReadLease, seconds: float) -> None:
+        """Learn a tier's speed from a read that came from it alone."""
+        if len(lease.sources) < 2 or len(set(lease.sources)) != 1 or seconds <= 0:
+            return
+        tier = lease.sources[0]
+        speed = len(lease.sources) * self._layout.nbytes / seconds
+        known = self._bytes_per_s.get(tier, speed)
+        self._bytes_per_s[tier] = known + _SMOOTHING * (speed - known)
+
+    def _save(
+        self, client: TierClient, path: Sequence[BlockKey], first: int, block_ids: Sequence[int]
+    ) -> int:
+        assert self._arena is not None
+        with client.write(path, first) as lease:
+            count = len(lease.slots)
+            if count:
+                blocks = [block_ids[index - first] for index in lease.indexes]
+                self._paged.gather(blocks, self._arena.rows(lease.slots)).wait()
+            lease.filled = count
+        metrics.SAVED_BLOCKS.inc(count)
+        return count
+
+
+def _beside(work: Callable[[], T]) -> "Future[T]":
+    """Run `work` in a thread that keeps no process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # carried to whoever asks
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="kvtier-attach", daemon=True).start()
+    return future
+
+
+def _hang_up(attached: "Future[tuple[TierClient, ArenaTensor]]") -> None:
+    if attached.exception() is None:
+        client, arena = attached.result()
+        arena.close()
+        client.close()

@@ -1,0 +1,244 @@
+"""The engine behind gRPC: kvtier.v1.Worker, the feed of what VRAM holds, health, reflection."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import grpc
+
+from kvtier.config import Config, node_name
+from kvtier.core.blocks import BlockKey
+from kvtier.core.tiers import Tier
+from kvtier.engine.model import LoadedModel, load
+from kvtier.engine.pool import Changes
+from kvtier.engine.sequence import (
+    DEFAULT_MAX_TOKENS,
+    Done,
+    Event,
+    Failed,
+    FinishReason,
+    Request,
+    Started,
+    Tokens,
+)
+from kvtier.engine.transformers import Engine, Handle, MakeTiers
+from kvtier.errors import InvalidRequest, RequestError, UnknownModel
+from kvtier.wire.feed import TO_WIRE, FeedServicer
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvtier.wire.rpc import Server, refuse
+
+DRAIN_S: Final = 30.0  # for running requests, once the worker is told to stop
+MAX_REQUEST_ID: Final = 128  # characters
+
+_REASONS: Final = {
+    FinishReason.STOP: worker_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: worker_pb2.FINISH_REASON_LENGTH,
+}
+
+log = logging.getLogger(__name__)
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServicer):
+    """See worker.proto. Lives on one loop; the engine has a thread of its own.
+
+    Args:
+        config: All settings.
+        loaded: The model.
+        make_tier: See `Engine`.
+        loop: Where this lives.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loaded: LoadedModel,
+        make_tier: MakeTiers,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.draining = False
+        self._loop = loop
+        self._held: dict[BlockKey, None] = {}  # as far as the feed was told
+        self._loaded = loaded
+        self.feed = FeedServicer(lambda: {Tier.VRAM: list(self._held)}, self._heartbeat)
+        self.node = node_name(config.worker.node)
+        self.worker_id = f"{self.node}-{self.feed.epoch:016x}"
+        self.engine = Engine(loaded, config.worker, make_tier, self._on_change)
+
+    async def Describe(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerInfo:
+        """See worker.proto."""
+        loaded = self._loaded
+        return worker_pb2.WorkerInfo(
+            worker_id=self.worker_id,
+            node=self.node,
+            model=loaded.name,
+            revision=loaded.revision,
+            layout=loaded.layout.describe(),
+            block_tokens=loaded.layout.block_tokens,
+            max_tokens=loaded.max_tokens,
+            root=loaded.namespace().root(),
+            eos_token_ids=sorted(loaded.eos_token_ids),
+            vocab_size=loaded.vocab_size,
+            kv_bytes_per_token=loaded.layout.nbytes_per_token,
+        )
+
+    async def Tokenizer(  # noqa: N802
+        self, request: worker_pb2.TokenizerRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.TokenizerFiles:
+        """See worker.proto."""
+        return worker_pb2.TokenizerFiles(files=self._loaded.tokenizer_files)
+
+    async def Clear(  # noqa: N802
+        self, request: worker_pb2.ClearRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ClearResponse:
+        """See worker.proto."""
+        try:
+            dropped = await asyncio.wrap_future(self.engine.clear())
+        except RequestError as error:
+            await refuse(context, error)
+        return worker_pb2.ClearResponse(blocks=dropped)
+
+    async def Generate(  # noqa: N802
+        self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+        """See worker.proto."""
+        # Started, as many Tokens as the model has room for, and Done: it is never full.
+        events: asyncio.Queue[Event] = asyncio.Queue(self._loaded.max_tokens + 2)
+        try:
+            handle = self._submit(request, events)
+        except RequestError as error:
+            await refuse(context, error)
+        context.add_done_callback(lambda _: handle.cancel())
+        while True:
+            event = await events.get()
+            if isinstance(event, Failed):
+                await refuse(context, event.error)
+            yield _to_wire(event)
+            if isinstance(event, Done):
+                return
+
+    def _submit(self, request: worker_pb2.WorkerRequest, events: asyncio.Queue[Event]) -> Handle:
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise InvalidRequest(
+                f"request_id has {len(request.request_id)} characters, limit {MAX_REQUEST_ID}"
+            )
+        if request.model not in ("", self._loaded.name):
+            raise UnknownModel(f"model {request.model!r} is not served here: {self._loaded.name}")
+        wanted = Request(
+            token_ids=request.token_ids,
+            max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+            temperature=request.temperature,
+            seed=request.seed,
+            ignore_eos=request.ignore_eos,
+            return_first_logits=request.return_first_logits,
+        )
+        return self.engine.submit(
+            wanted, lambda event: self._on_loop(lambda: events.put_nowait(event))
+        )
+
+    def _on_change(self, changes: Changes) -> None:
+        self._on_loop(lambda: self._changed(changes))
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        """From the engine's thread; `serve` ends that thread before its loop ends."""
+        self._loop.call_soon_threadsafe(work)
+
+    def _changed(self, changes: Changes) -> None:
+        for key in changes.removed:
+            self._held.pop(key, None)
+        self._held.update(dict.fromkeys(changes.added))
+        self.feed.changed((Tier.VRAM, key, False) for key in changes.removed)
+        self.feed.changed((Tier.VRAM, key, True) for key in changes.added)
+
+    def _heartbeat(self) -> feed_pb2.Heartbeat:
+        load = self.engine.load()
+        return feed_pb2.Heartbeat(
+            draining=self.draining,
+            load=feed_pb2.WorkerLoad(
+                running=load.running,
+                waiting=load.waiting,
+                waiting_tokens=load.waiting_tokens,
+                prefill_tokens_per_s=load.prefill_tokens_per_s,
+                host_bytes_per_s=load.bytes_per_s.get(Tier.HOST, 0.0),
+                disk_bytes_per_s=load.bytes_per_s.get(Tier.DISK, 0.0),
+                shared_bytes_per_s=load.bytes_per_s.get(Tier.SHARED, 0.0),
+            ),
+        )
+
+
+def _to_wire(event: Started | Tokens | Done) -> worker_pb2.WorkerResponse:
+    match event:
+        case Started():
+            restored = [
+                worker_pb2.TierTokens(tier=TO_WIRE[tier], tokens=tokens)
+                for tier, tokens in sorted(event.restored.items())
+            ]
+            started = worker_pb2.Started(
+                prompt_tokens=event.prompt_tokens,
+                restored=restored,
+                computed_tokens=event.computed_tokens,
+                queue_s=event.queue_s,
+                restore_s=event.restore_s,
+                prefill_s=event.prefill_s,
+                first_logits=event.first_logits,
+            )
+            return worker_pb2.WorkerResponse(started=started)
+        case Tokens(ids):
+            return worker_pb2.WorkerResponse(tokens=worker_pb2.Tokens(ids=ids))
+        case Done():
+            done = worker_pb2.Done(
+                finish_reason=_REASONS[event.finish_reason],
+                completion_tokens=event.completion_tokens,
+                saved_tokens=event.saved_tokens,
+            )
+            return worker_pb2.WorkerResponse(done=done)
+
+
+async def serve(
+    config: Config,
+    *,
+    started: Callable[[str], None],
+    stop: asyncio.Event,
+    make_tier: MakeTiers,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Run a worker until `stop`; `started` gets the address, once the model is loaded.
+
+    When it is told to stop it refuses new requests with UNAVAILABLE, gives those it has
+    `drain_s` to end and fails the rest.
+
+    Raises:
+        ConfigError: The address is taken, or the model cannot be loaded.
+        Exception: Whatever bug ended the engine's thread; the worker is of no more use then.
+    """
+    loop = asyncio.get_running_loop()
+    server = Server(config.worker.listen, "worker.listen", ["kvtier.v1.Worker", "kvtier.v1.Feed"])
+    loaded = await asyncio.to_thread(load, config.worker, log.info)
+    servicer = await asyncio.to_thread(WorkerServicer, config, loaded, make_tier, loop)
+    worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server.grpc)
+    feed_pb2_grpc.add_FeedServicer_to_server(servicer.feed, server.grpc)
+    try:
+        address = await server.start()
+        await server.healthy(True)
+        log.info("worker %s serves %s at %s", servicer.worker_id, loaded.name, address)
+        started(address)
+        await _until(stop, servicer.engine)
+    finally:
+        servicer.draining = True
+        await server.healthy(False)
+        try:
+            await asyncio.to_thread(servicer.engine.close, drain_s)
+        finally:
+            await server.stop(1.0)
+
+
+async def _until(stop: asyncio.Event, engine: Engine) -> None:
+    """Wait for `stop`, or for the end of the engine's thread, which only a bug brings about."""
+    stopped = asyncio.ensure_future(stop.wait())
+    ended = asyncio.wrap_future(engine.ended)
+    await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if ended.done():
+        log.error("the engine's thread ended: %r", ended.exception())

@@ -1,0 +1,42 @@
+"""Every counter and gauge of kvtier, with its unit and meaning. Served by `serve`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+REGISTRY = CollectorRegistry()
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"kvtier_{name}", text, labels, registry=REGISTRY)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(f"kvtier_{name}", text, labels, registry=REGISTRY)
+
+
+# Node daemon
+MOVED_BLOCKS = _counter("moved_blocks", "Blocks copied between tiers", "source", "target", "result")
+MOVED_BYTES = _counter("moved_bytes", "Frame bytes copied between tiers", "source", "target")
+CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check and were dropped", "tier")
+STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
+REFUSED_BLOCKS = _counter("refused_blocks", "Blocks that found no free slot at a write")
+LEASES_LOST = _counter("leases_lost", "Leases ended because their engine's socket closed")
+PROTOCOL_ERRORS = _counter("protocol_errors", "Messages refused by the node's socket")
+CLIENTS = _gauge("clients", "Engines attached")
+
+# Engine
+TIER_FAILURES = _counter("tier_failures", "Failures of ours turned into misses", "operation")
+RESTORED_TOKENS = _counter("restored_tokens", "Prompt tokens not computed", "tier")
+COMPUTED_TOKENS = _counter("computed_tokens", "Prompt tokens computed")
+SAVED_BLOCKS = _counter("saved_blocks", "Blocks copied from VRAM to the host tier")
+
+# Router
+REQUESTS = _counter("requests", "Requests ended", "status")
+RETRIES = _counter("retries", "Requests sent to another worker after one was lost")
+FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
+MEMBERS = _gauge("members", "Workers known, by state", "state")
+
+
+def serve(port: int) -> None:
+    """Serve the metrics page on all interfaces at `port`; 0 means don't."""
+    if port:
+        start_http_server(port, registry=REGISTRY)

@@ -1,0 +1,1 @@
+"""The daemon that owns everything under VRAM on one host."""

@@ -1,0 +1,100 @@
+"""The node daemon's gRPC admin service: what it holds, emptying a tier, draining."""
+
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import grpc
+
+from kvtier.core.tiers import Tier
+from kvtier.node.manager import TierManager
+from kvtier.node.server import LocalServer
+from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.pb import node_pb2, node_pb2_grpc
+
+DEFAULT_DRAIN_S: Final = 30.0
+MAX_DRAIN_S: Final = 3600.0
+_FROM_WIRE: Final[dict[int, Tier]] = {wire: tier for tier, wire in TO_WIRE.items()}
+
+
+class Daemon(Protocol):
+    """What the service shows of a daemon."""
+
+    name: str
+    epoch: int
+    draining: bool
+    layouts: dict[str, TierManager]
+    local: LocalServer
+
+    def counters(self) -> Mapping[str, float]:
+        """Every counter by its name."""
+        ...
+
+
+class NodeServicer(node_pb2_grpc.NodeServicer):
+    """See node.proto."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def Status(  # noqa: N802 - gRPC's name
+        self, request: node_pb2.NodeStatusRequest, context: grpc.aio.ServicerContext
+    ) -> node_pb2.NodeStatus:
+        """See node.proto."""
+        daemon = self._daemon
+        return node_pb2.NodeStatus(
+            node=daemon.name,
+            epoch=daemon.epoch,
+            draining=daemon.draining,
+            clients=daemon.local.clients,
+            counters=daemon.counters(),
+            layouts=[_layout_status(manager) for manager in daemon.layouts.values()],
+        )
+
+    async def Clear(  # noqa: N802
+        self, request: node_pb2.NodeClearRequest, context: grpc.aio.ServicerContext
+    ) -> node_pb2.NodeClearResponse:
+        """See node.proto."""
+        owned = {TO_WIRE[Tier.HOST], TO_WIRE[Tier.DISK]}
+        if not request.tiers or not owned.issuperset(request.tiers):
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "tiers must be HOST, DISK or both"
+            )
+        dropped = sum(
+            manager.clear(_FROM_WIRE[tier])
+            for manager in self._daemon.layouts.values()
+            for tier in request.tiers
+        )
+        return node_pb2.NodeClearResponse(blocks=dropped)
+
+    async def Drain(  # noqa: N802
+        self, request: node_pb2.NodeDrainRequest, context: grpc.aio.ServicerContext
+    ) -> node_pb2.NodeDrainResponse:
+        """See node.proto."""
+        deadline_s = request.deadline_s or DEFAULT_DRAIN_S
+        if not 0 < deadline_s <= MAX_DRAIN_S:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"deadline_s is {deadline_s:g}, must be above 0 and at most {MAX_DRAIN_S:g}",
+            )
+        if not request.stay:
+            self._daemon.draining = True
+        left = [await each.drain(deadline_s) for each in self._daemon.layouts.values()]
+        return node_pb2.NodeDrainResponse(undrained_blocks=sum(left))
+
+
+def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:
+    return node_pb2.LayoutStatus(
+        layout=manager.layout.describe(),
+        leases=manager.leases,
+        moves=manager.moves,
+        tiers=[
+            node_pb2.TierStatus(
+                tier=TO_WIRE[spec.tier],
+                blocks=used.blocks,
+                used_bytes=used.nbytes,
+                capacity_bytes=spec.capacity,
+                available=available,
+            )
+            for spec, used, available in manager.usage()
+        ],
+    )

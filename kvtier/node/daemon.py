@@ -1,0 +1,210 @@
+"""The node daemon: the socket for engines, gRPC for routers and people, the layouts between."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from kvtier import metrics
+from kvtier.arena import Arena, stride
+from kvtier.codec import codecs
+from kvtier.config import Config, memory_available, node_name, redis_url
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.tiers import Tier, TierSpec
+from kvtier.errors import ConfigError
+from kvtier.node.admin import NodeServicer
+from kvtier.node.manager import Changes, TierManager
+from kvtier.node.movers import LowerTier
+from kvtier.node.server import LocalServer
+from kvtier.stores.disk import DiskStore
+from kvtier.stores.redis import RedisStore
+from kvtier.wire.feed import FeedServicer
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2_grpc
+from kvtier.wire.rpc import Server
+
+LAYOUT_FILE: Final = "layout.json"
+DRAIN_S: Final = 10.0  # at SIGTERM, for what has no lower copy yet
+
+log = logging.getLogger(__name__)
+
+
+class NodeDaemon:
+    """Everything under VRAM on one host. Lives on one loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.name = node_name(config.node.name)
+        self.layouts: dict[str, TierManager] = {}
+        self.draining = False
+        self._opening = asyncio.Lock()
+        self.feed = FeedServicer(self._held, self._heartbeat)
+        self.epoch = self.feed.epoch
+        node = config.node
+        self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
+
+    async def reopen(self) -> None:
+        """Open the layouts that an earlier life left on the disk, so that routers hear of them."""
+        if self._config.disk is None:
+            return
+        folder = Path(self._config.disk.path)
+        for path in await asyncio.to_thread(_layout_files, folder):
+            if len(self.layouts) >= self._config.node.max_layouts:
+                log.warning("disk tier: %s is of another layout; left as it is", path.parent)
+                continue
+            try:
+                layout = BlockLayout.parse(await asyncio.to_thread(path.read_text))
+            except (OSError, ValueError) as error:
+                log.warning("disk tier: %s: %s; left as it is", path, error)
+                continue
+            await self.open_layout(layout)
+
+    async def open_layout(self, layout: BlockLayout) -> TierManager:
+        """The tiers of `layout`, made at its first use.
+
+        Raises:
+            ConfigError: There is no room for another layout, or a tier cannot be opened.
+        """
+        async with self._opening:
+            if manager := self.layouts.get(layout.id):
+                return manager
+            share = self._config.node.max_layouts
+            if len(self.layouts) >= share:
+                await self._make_room(layout)
+            manager = await self._open(layout, share)
+            self.layouts[layout.id] = manager
+            return manager
+
+    async def _make_room(self, layout: BlockLayout) -> None:
+        """A layout that was only found on disk gives way to one that is asked for."""
+        for name, manager in list(self.layouts.items()):
+            if not self.local.attached(manager):
+                del self.layouts[name]
+                self._announce([(tier, key, False) for key, tier in manager.held()])
+                await manager.close()
+                return
+        raise ConfigError(
+            f"layout {layout.describe()} would be one more than node.max_layouts "
+            f"({self._config.node.max_layouts})"
+        )
+
+    async def _open(self, layout: BlockLayout, share: int) -> TierManager:
+        host = self._config.host
+        slots = host.bytes // share // stride(layout.nbytes)
+        if slots < 1:
+            raise ConfigError(f"host.bytes is {host.bytes}: one block takes {layout.nbytes}")
+        wanted, free = slots * stride(layout.nbytes), memory_available()
+        if wanted > free:
+            raise ConfigError(f"host.bytes: {wanted} bytes wanted, {free} are available")
+        arena = await asyncio.to_thread(Arena.create, layout.nbytes, slots)
+        capacity = slots * layout.nbytes
+        specs = [
+            TierSpec(tier=Tier.HOST, capacity=capacity, drain_at=int(capacity * host.drain_at))
+        ]
+        lower: list[LowerTier] = []
+        try:
+            for spec, tier in await asyncio.to_thread(self._lower_tiers, layout, share):
+                specs.append(spec)
+                lower.append(tier)
+        except BaseException:
+            arena.close()
+            raise
+        manager = TierManager(layout, arena, specs, lower, self._announce)
+        await manager.start()
+        log.info("layout %s: %d blocks of %d bytes in host memory", layout.id, slots, layout.nbytes)
+        return manager
+
+    def _lower_tiers(self, layout: BlockLayout, share: int) -> list[tuple[TierSpec, LowerTier]]:
+        tiers: list[tuple[TierSpec, LowerTier]] = []
+        if disk := self._config.disk:
+            capacity = disk.bytes // share
+            path = Path(disk.path) / layout.id
+            store = DiskStore(path, capacity)
+            (path / LAYOUT_FILE).write_text(layout.describe())
+            spec = TierSpec(
+                tier=Tier.DISK,
+                capacity=capacity,
+                drain_at=int(capacity * disk.drain_at),
+                queue=disk.queue,
+            )
+            codec = codecs.by_name(disk.codec)
+            tiers.append((spec, LowerTier(Tier.DISK, store, codec, disk.threads, 1.0)))
+        if redis := self._config.redis:
+            shared = RedisStore(
+                redis_url(redis),
+                prefix=redis.prefix,
+                layout_id=layout.id,
+                ttl_s=redis.ttl_s,
+                timeout_s=redis.timeout_s,
+            )
+            spec = TierSpec(
+                tier=Tier.SHARED,
+                capacity=redis.bytes // share,
+                drain_at=redis.bytes // share,
+                queue=redis.queue,
+            )
+            codec = codecs.by_name(redis.codec)
+            lower = LowerTier(Tier.SHARED, shared, codec, redis.threads, redis.retry_s)
+            tiers.append((spec, lower))
+        return tiers
+
+    def counters(self) -> Mapping[str, float]:
+        """Every counter of this process by its name."""
+        return {
+            sample.name + "".join(f"_{value}" for value in sample.labels.values()): sample.value
+            for family in metrics.REGISTRY.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    def _announce(self, changes: Changes) -> None:
+        self.feed.changed(changes)
+
+    def _held(self) -> dict[Tier, list[BlockKey]]:
+        held: dict[Tier, list[BlockKey]] = {}
+        for manager in self.layouts.values():
+            for key, tier in manager.held():
+                held.setdefault(tier, []).append(key)
+        return held
+
+    def _heartbeat(self) -> feed_pb2.Heartbeat:
+        return feed_pb2.Heartbeat(draining=self.draining)
+
+    async def close(self, drain_s: float) -> None:
+        """Copy down what can be saved, then hang up and close everything."""
+        self.draining = True
+        for manager in self.layouts.values():
+            if left := await manager.drain(drain_s):
+                log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
+        await self.local.close()
+        for manager in self.layouts.values():
+            await manager.close()
+
+
+def _layout_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*/{LAYOUT_FILE}"))
+
+
+async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
+    """Run a node daemon until `stop`; `started` gets the gRPC address that was bound.
+
+    Raises:
+        ConfigError: An address or path is taken or unusable, or the memory is not there.
+    """
+    daemon = NodeDaemon(config)
+    server = Server(config.node.listen, "node.listen", ["kvtier.v1.Node", "kvtier.v1.Feed"])
+    node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)
+    feed_pb2_grpc.add_FeedServicer_to_server(daemon.feed, server.grpc)
+    metrics.serve(config.node.metrics_port)
+    try:
+        await daemon.reopen()
+        await daemon.local.start()
+        address = await server.start()
+        await server.healthy(True)
+        log.info("node %s: engines at %s, gRPC at %s", daemon.name, config.node.socket, address)
+        started(address)
+        await stop.wait()
+    finally:
+        await server.healthy(False)
+        await daemon.close(DRAIN_S)
+        await server.stop(1.0)

@@ -1,0 +1,309 @@
+"""Read first: one layout's blocks on this node, from an engine's request to the last tier.
+
+    request --> TierManager --> Ledger, which decides --> effects --> Movers, which copy
+                                  ^                         |            |
+                                  `------- Outcome ---------|------------'
+                                                            `--> announce: routers hear of it
+
+Everything here runs on the daemon's one loop, so there is no lock. Only `Movers` has threads.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Final
+
+from kvtier import metrics
+from kvtier.arena import Arena
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.ledger import Forget, Gone, Held, Lease, Ledger, Match, Move, Settled, TierUsage
+from kvtier.core.tiers import Tier, TierSpec
+from kvtier.errors import StoreUnavailable
+from kvtier.node.movers import LowerTier, Movers, Outcome
+from kvtier.stores.base import Store
+
+MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared store
+SCAN_BATCH: Final = 4096
+
+Changes = Iterable[tuple[Tier, BlockKey, bool]]
+
+log = logging.getLogger(__name__)
+
+
+class TierManager:
+    """The tiers of one layout on this node.
+
+    `specs[0]` is the arena; `lower[i]` carries `specs[i + 1]`. `announce` is told of every change
+    of residency. Call everything on the loop that `start` ran on.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        arena: Arena,
+        specs: Sequence[TierSpec],
+        lower: Sequence[LowerTier],
+        announce: Callable[[Changes], None],
+    ) -> None:
+        assert len(specs) == len(lower) + 1
+        self.layout = layout
+        self.arena = arena
+        self.specs = specs
+        self._lower = lower
+        self._ledger = Ledger(layout.nbytes, specs)
+        self._announce = announce
+        self._movers = Movers(layout, arena, lower, self._report)
+        self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
+        self._settled: dict[int, asyncio.Future[None]] = {}
+        self._retries: dict[int, asyncio.TimerHandle] = {}
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._carrying = False
+
+    async def start(self) -> None:
+        """Learn what the lower tiers still hold from an earlier life."""
+        for tier, lower in enumerate(self._lower, 1):
+            try:
+                held = await asyncio.to_thread(_scan, lower.store)
+            except StoreUnavailable as error:
+                log.warning("%s tier: %s; going on without it", lower.tier.label, error)
+                self._pause(tier)
+                continue
+            for at in range(0, len(held), SCAN_BATCH):
+                self._ledger.found(tier, held[at : at + SCAN_BATCH])
+                self._carry_out()
+                await asyncio.sleep(0)  # a large disk must not stop the loop
+            if held:
+                log.info("%s tier: found %d blocks again", lower.tier.label, len(held))
+
+    # --- for engines ------------------------------------------------------------------
+
+    def match(self, keys: Sequence[BlockKey]) -> Match:
+        """What is known here of a prompt; looks, changes nothing, asks no store."""
+        return self._ledger.match(keys)
+
+    def read(
+        self, client: int, keys: Sequence[BlockKey], first: int, wait_s: float
+    ) -> Lease | Coroutine[None, None, Lease]:
+        """Pin the held blocks of keys[first:] in the arena; at once where nothing must be loaded.
+
+        Otherwise the returned coroutine ends when all are loaded, or after `wait_s` with the
+        leading ones that are.
+        """
+        if self._to_probe(keys, first):
+            return self._read_slowly(client, keys, first, wait_s)
+        lease = self._ledger.read(client, keys, first)
+        if lease.loading:
+            return self._settle(lease, wait_s, self._begin_waiting(lease))
+        self._carry_out_soon()
+        return lease
+
+    def write(self, client: int, keys: Sequence[BlockKey], first: int) -> Lease:
+        """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
+        lease = self._ledger.write(client, keys, first)
+        self._carry_out_soon()
+        return lease
+
+    def commit(self, lease: int, filled: int) -> None:
+        """The first `filled` granted blocks are in their slots: from now on they are kept."""
+        self._ledger.commit(lease, filled)
+        self._carry_out_soon()
+
+    def release(self, lease: int) -> None:
+        """The client no longer touches the lease's slots."""
+        self._ledger.release(lease)
+        self._carry_out_soon()
+
+    def disconnect(self, client: int) -> None:
+        """The client is gone, and with it every lease that it had."""
+        metrics.LEASES_LOST.inc(self._ledger.disconnect(client))
+        self._carry_out()
+
+    # --- for the daemon ---------------------------------------------------------------
+
+    def clear(self, tier: Tier) -> int:
+        """Drop what a tier holds, except what is leased or moving; the number of blocks."""
+        dropped = sum(
+            self._ledger.clear(index) for index, spec in enumerate(self.specs) if spec.tier is tier
+        )
+        self._carry_out()
+        return dropped
+
+    async def drain(self, deadline_s: float) -> int:
+        """Copy down what has no lower copy; how many blocks were left at the deadline."""
+        self._ledger.drain_all()
+        self._carry_out()
+        deadline = self._loop.time() + deadline_s
+        while self._ledger.undrained() and self._loop.time() < deadline:
+            if all(self._ledger.paused(tier) for tier in range(1, len(self.specs))):
+                break
+            await asyncio.sleep(0.02)
+        return self._ledger.undrained()
+
+    def held(self) -> Iterator[tuple[BlockKey, Tier]]:
+        """Every block with each tier that has it."""
+        for key, tier in self._ledger.held():
+            yield key, self.specs[tier].tier
+
+    def usage(self) -> Sequence[tuple[TierSpec, TierUsage, bool]]:
+        """Each tier, what it holds, and whether it answers."""
+        return [
+            (spec, used, not self._ledger.paused(index))
+            for index, (spec, used) in enumerate(zip(self.specs, self._ledger.usage(), strict=True))
+        ]
+
+    @property
+    def leases(self) -> int:
+        """Leases that engines hold now."""
+        return self._ledger.leases
+
+    @property
+    def moves(self) -> int:
+        """Copies under way now."""
+        return self._ledger.moves
+
+    async def close(self) -> None:
+        """End the copies under way and close the stores; no call may follow."""
+        self._closed = True
+        for handle in self._retries.values():
+            handle.cancel()
+        await asyncio.to_thread(self._movers.close)
+        self.arena.close()
+
+    # --- inside -----------------------------------------------------------------------
+
+    def _to_probe(self, keys: Sequence[BlockKey], first: int) -> Sequence[BlockKey]:
+        """The keys that only the shared store can still have."""
+        if self._shared is None or self._ledger.paused(self._shared):
+            return ()
+        known: int = first + self._ledger.match(keys[first:]).blocks
+        return keys[known : known + MAX_PROBED]
+
+    async def _read_slowly(
+        self, client: int, keys: Sequence[BlockKey], first: int, wait_s: float
+    ) -> Lease:
+        start = self._loop.time()
+        probed = self._to_probe(keys, first)
+        if probed:
+            await self._probe(probed, wait_s)
+        lease = self._ledger.read(client, keys, first)
+        left_s = max(0.0, wait_s - (self._loop.time() - start))
+        return await self._settle(lease, left_s, self._begin_waiting(lease))
+
+    async def _probe(self, keys: Sequence[BlockKey], wait_s: float) -> None:
+        """Ask the shared store how many of `keys` it has; the ledger learns of them."""
+        shared = self._shared
+        assert shared is not None
+
+        def count(store: Store) -> int:
+            return store.count(keys)
+
+        try:
+            async with asyncio.timeout(wait_s):
+                found = await asyncio.wrap_future(self._movers.call(shared, count))
+        except TimeoutError:
+            return
+        except StoreUnavailable:
+            metrics.STORE_ERRORS.labels(self.specs[shared].tier.label).inc()
+            self._pause(shared)
+            return
+        self._ledger.found(shared, ((key, self.layout.nbytes) for key in keys[:found]))
+
+    def _begin_waiting(self, lease: Lease) -> asyncio.Future[None]:
+        future = self._loop.create_future()
+        self._settled[lease.id] = future
+        self._carry_out()
+        return future
+
+    async def _settle(self, lease: Lease, wait_s: float, settled: asyncio.Future[None]) -> Lease:
+        try:
+            async with asyncio.timeout(wait_s):
+                await settled
+        except TimeoutError:
+            self._ledger.settle(lease.id)
+            self._carry_out()
+        finally:
+            self._settled.pop(lease.id, None)
+        return lease
+
+    def _carry_out_soon(self) -> None:
+        """Let the engine have its answer first."""
+        if not self._carrying:
+            self._carrying = True
+            self._loop.call_soon(self._carry_out)
+
+    def _carry_out(self) -> None:
+        """Do what the ledger asks for; it, or `_carry_out_soon`, follows every call into it."""
+        self._carrying = False
+        if self._closed:
+            return
+        moves: list[Move] = []
+        forgotten: dict[int, list[BlockKey]] = {}
+        changes: list[tuple[Tier, BlockKey, bool]] = []
+        for effect in self._ledger.take_effects():
+            match effect:
+                case Move():
+                    moves.append(effect)
+                case Forget(key, tier):
+                    forgotten.setdefault(tier, []).append(key)
+                case Settled(lease):
+                    if (future := self._settled.get(lease)) and not future.done():
+                        future.set_result(None)
+                case Held(key, tier):
+                    changes.append((self.specs[tier].tier, key, True))
+                case Gone(key, tier):
+                    changes.append((self.specs[tier].tier, key, False))
+        for tier, keys in forgotten.items():
+            self._movers.forget(tier, keys)
+        if moves:
+            self._movers.start(moves)
+        if changes:
+            self._announce(changes)
+
+    def _report(self, outcome: Outcome) -> None:
+        """On a mover's thread: hand the outcome to the loop."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._moved, outcome)
+
+    def _moved(self, outcome: Outcome) -> None:
+        if outcome.unavailable is not None:
+            self._pause(outcome.unavailable)
+        for move, ok, nbytes in outcome.moved:
+            self._ledger.moved(move, ok, nbytes)
+        self._carry_out()
+
+    def _pause(self, tier: int) -> None:
+        """A store gave no answer: leave it alone, and ask again after a while."""
+        if self._ledger.paused(tier):
+            return
+        lower = self._lower[tier - 1]
+        log.warning("%s tier gives no answer; going on without it", lower.tier.label)
+        self._ledger.pause(tier)
+        self._carry_out()
+        self._retry_later(tier)
+
+    def _retry_later(self, tier: int) -> None:
+        if not self._closed:
+            retry_s = self._lower[tier - 1].retry_s
+            self._retries[tier] = self._loop.call_later(retry_s, self._retry, tier)
+
+    def _retry(self, tier: int) -> None:
+        def ask(store: Store) -> int:
+            return store.count([BlockKey(bytes(16))])
+
+        future = asyncio.wrap_future(self._movers.call(tier, ask))
+        future.add_done_callback(lambda done: self._retried(tier, done))
+
+    def _retried(self, tier: int, done: "asyncio.Future[int]") -> None:
+        if self._closed or done.cancelled():
+            return
+        if done.exception() is not None:
+            self._retry_later(tier)
+            return
+        log.warning("%s tier answers again", self._lower[tier - 1].tier.label)
+        self._ledger.resume(tier)
+        self._carry_out()
+
+
+def _scan(store: Store) -> list[tuple[BlockKey, int]]:
+    return list(store.scan())

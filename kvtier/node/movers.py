@@ -1,0 +1,208 @@
+"""Carries out the ledger's moves: codec and store, in bounded thread pools, off the loop."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeVar
+
+from kvtier import metrics
+from kvtier.arena import Arena
+from kvtier.codec import frame
+from kvtier.codec.base import Codec
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.ledger import Move
+from kvtier.core.tiers import Tier
+from kvtier.errors import CorruptFrame, StoreUnavailable
+from kvtier.stores.base import Parts, Store
+
+BATCH_NBYTES: Final = 8 << 20  # of one store call: bounds the memory that is in flight
+HOST: Final = 0
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LowerTier:
+    """A tier below the arena: where its frames lie and how they are encoded."""
+
+    tier: Tier
+    store: Store
+    codec: Codec
+    threads: int
+    retry_s: float
+
+
+class Moved(NamedTuple):
+    """How one move ended; `nbytes` is the frame's size in the target tier."""
+
+    move: Move
+    ok: bool
+    nbytes: int
+
+
+class Outcome(NamedTuple):
+    """How a batch of moves ended; `unavailable` names the tier that gave no answer, or is None."""
+
+    moved: list[Moved]
+    unavailable: int | None
+    seconds: float
+
+
+class _NoAnswer(Exception):  # noqa: N818 - not an error: how a batch can end
+    """A store gave no answer; says which tier's."""
+
+    def __init__(self, tier: int) -> None:
+        super().__init__(tier)
+        self.tier = tier
+
+
+class Movers:
+    """The threads that copy blocks of one layout between the arena and the lower tiers.
+
+    Loads and demotions have pools of their own, so that a load never waits behind a demotion.
+    `report` is called on a pool's thread with each finished batch.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        arena: Arena,
+        tiers: Sequence[LowerTier],
+        report: Callable[[Outcome], None],
+    ) -> None:
+        self._layout = layout
+        self._arena = arena
+        self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
+        self._report = report
+        self._batch = max(1, BATCH_NBYTES // layout.nbytes)
+        self._load_pools = [self._pool("load", each, each.threads) for each in tiers]
+        self._drain_pools = [self._pool("drain", each, 1) for each in tiers]
+
+    @staticmethod
+    def _pool(name: str, tier: LowerTier, threads: int) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(threads, thread_name_prefix=f"{name}-{tier.tier.label}")
+
+    def start(self, moves: Sequence[Move]) -> None:
+        """Begin all moves; the ledger bounds how many there can be."""
+        groups: dict[tuple[int, int], list[Move]] = {}
+        for move in moves:
+            groups.setdefault((move.source, move.target), []).append(move)
+        for (source, target), group in groups.items():
+            pool = self._load_pools[source - 1] if target == HOST else self._drain_pools[target - 1]
+            work = self._load if target == HOST else self._drain
+            # A small load is spread over the pool's threads, so that they share the decoding.
+            size = self._batch
+            if target == HOST:
+                size = min(size, -(-len(group) // self._tiers[source - 1].threads))
+            for at in range(0, len(group), size):
+                pool.submit(self._run, work, group[at : at + size])
+
+    def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
+        """Run something else on a tier's store: a probe, a deletion."""
+        return self._load_pools[tier - 1].submit(work, self._tiers[tier - 1].store)
+
+    def forget(self, tier: int, keys: Sequence[BlockKey]) -> None:
+        """Delete copies, in order with the demotions into the same tier."""
+
+        def work() -> None:
+            try:
+                self._tiers[tier - 1].store.delete(keys)
+            except StoreUnavailable:
+                metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
+
+        self._drain_pools[tier - 1].submit(work)
+
+    def close(self) -> None:
+        """Finish what has begun, drop what has not, close the stores."""
+        for pool in (*self._load_pools, *self._drain_pools):
+            pool.shutdown(wait=True, cancel_futures=True)
+        for tier in self._tiers:
+            tier.store.close()
+
+    # --- on a pool's thread -----------------------------------------------------------
+
+    def _run(self, work: Callable[[list[Move]], list[Moved]], batch: list[Move]) -> None:
+        """One batch; whatever happens, every move of it is reported."""
+        start = time.perf_counter()
+        unavailable: int | None = None
+        try:
+            moved = work(batch)
+        except _NoAnswer as error:
+            unavailable = error.tier
+            metrics.STORE_ERRORS.labels(self._label(unavailable)).inc()
+            moved = [Moved(move, False, 0) for move in batch]
+        except Exception:
+            # A bug of ours costs these blocks, not the tier: their moves end as failed.
+            log.exception("moving %d blocks failed", len(batch))
+            metrics.STORE_ERRORS.labels("bug").inc()
+            moved = [Moved(move, False, 0) for move in batch]
+        for each in moved:
+            names = self._label(each.move.source), self._label(each.move.target)
+            metrics.MOVED_BLOCKS.labels(*names, "ok" if each.ok else "failed").inc()
+            metrics.MOVED_BYTES.labels(*names).inc(each.nbytes)
+        self._report(Outcome(moved, unavailable, time.perf_counter() - start))
+
+    def _label(self, tier: int) -> str:
+        return Tier.HOST.label if tier == HOST else self._tiers[tier - 1].tier.label
+
+    def _load(self, batch: list[Move]) -> list[Moved]:
+        source = self._tiers[batch[0].source - 1]
+        moved: list[Moved] = []
+        for move, raw in zip(batch, self._read(batch), strict=True):
+            ok = False
+            if raw is not None:
+                assert move.slot is not None
+                try:
+                    frame.decode(move.key, raw, self._arena.slot(move.slot), self._layout)
+                    ok = True
+                except CorruptFrame:
+                    # The ledger hears "not ok" and has the copy deleted.
+                    metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
+            moved.append(Moved(move, ok, self._layout.nbytes if ok else 0))
+        return moved
+
+    def _read(self, batch: list[Move]) -> list[bytes | memoryview | None]:
+        source = batch[0].source
+        try:
+            return self._tiers[source - 1].store.read([move.key for move in batch])
+        except StoreUnavailable:
+            raise _NoAnswer(source) from None
+
+    def _drain(self, batch: list[Move]) -> list[Moved]:
+        target = self._tiers[batch[0].target - 1]
+        if batch[0].source == HOST:
+            frames: list[tuple[BlockKey, Parts]] = []
+            for move in batch:
+                assert move.slot is not None
+                block = self._arena.slot(move.slot)
+                frames.append((move.key, frame.encode(move.key, block, self._layout, target.codec)))
+        else:
+            frames = self._stored(batch)
+        try:
+            written = target.store.write(frames)
+        except StoreUnavailable:
+            raise _NoAnswer(batch[0].target) from None
+        kept = dict(zip((key for key, _ in frames), written, strict=True))
+        sizes = {key: frame.frame_nbytes(parts) for key, parts in frames}
+        return [
+            Moved(move, kept.get(move.key, False), sizes[move.key] if kept.get(move.key) else 0)
+            for move in batch
+        ]
+
+    def _stored(self, batch: list[Move]) -> list[tuple[BlockKey, Parts]]:
+        """The frames of a move between two lower tiers: as stored, never encoded again."""
+        source = self._tiers[batch[0].source - 1]
+        frames: list[tuple[BlockKey, Parts]] = []
+        for move, raw in zip(batch, self._read(batch), strict=True):
+            if raw is None:
+                continue
+            try:
+                frame.verify(move.key, raw, self._layout.id)
+            except CorruptFrame:
+                metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
+                continue
+            frames.append((move.key, [raw]))
+        return frames

@@ -1,0 +1,291 @@
+"""The node's Unix socket: one connection an engine, one request at a time on it."""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Final, Protocol
+
+from kvtier import metrics
+from kvtier.core.blocks import BlockLayout
+from kvtier.core.ledger import Lease
+from kvtier.errors import ConfigError, KVTierError, RemoteProtocolError
+from kvtier.node.manager import TierManager
+from kvtier.wire import local
+from kvtier.wire.local import Op, Value
+
+HELLO_S: Final = 5.0  # an engine must have said hello by then
+MAX_WAIT_S: Final = 60.0
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
+
+log = logging.getLogger(__name__)
+_client_ids = itertools.count(1)
+
+
+class Node(Protocol):
+    """What a connection needs of the daemon."""
+
+    name: str
+    epoch: int
+
+    def open_layout(self, layout: BlockLayout) -> Coroutine[None, None, TierManager]:
+        """The tiers of a layout, made at its first use. ConfigError: no room for another."""
+        ...
+
+
+class Connection(asyncio.Protocol):
+    """One engine. Its leases end with it, whatever way it goes."""
+
+    def __init__(self, node: Node, allowed: Callable[[int], bool], gate: "Gate") -> None:
+        self._node = node
+        self._allowed = allowed
+        self._gate = gate
+        self._client = next(_client_ids)
+        self._decoder = local.Decoder()
+        self.manager: TierManager | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._transport: asyncio.Transport
+        self._socket: socket.socket
+        self._hello_due: asyncio.TimerHandle
+        self._leases: set[int] = set()
+        self._writes: set[int] = set()
+        self.name = "?"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A process has connected: look who it is."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        # asyncio shows a socket that cannot pass descriptors; ours, on the same one, can.
+        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        self._hello_due = asyncio.get_running_loop().call_later(HELLO_S, self._no_hello)
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(raw)
+        if not self._allowed(uid):
+            self._refuse(f"user {uid} may not attach; see node.allow_uids")
+        elif not self._gate.enter(self):
+            self._refuse(f"{self._gate.limit} engines are attached, the limit node.max_clients")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The engine is gone: nothing of it may stay."""
+        self._hello_due.cancel()
+        self._gate.leave(self)
+        if self._task is not None:
+            self._task.cancel()
+        if self.manager is not None:
+            self.manager.disconnect(self._client)
+        self._socket.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        if self._transport.is_closing():
+            return
+        try:
+            for message in self._decoder.feed(data):
+                if self._task is not None and not self._task.done():
+                    raise RemoteProtocolError("a second request before the first was answered")
+                self._handle(*local.parse_request(message))
+        except RemoteProtocolError as error:
+            metrics.PROTOCOL_ERRORS.inc()
+            self._refuse(str(error))
+        except Exception:
+            # A bug of ours must not take the other engines' connections along.
+            log.exception("engine %s: request failed", self.name)
+            self._refuse("internal error of the node daemon; see its log")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._transport.close()
+
+    def _no_hello(self) -> None:
+        if self.manager is None and self._task is None:
+            self._refuse(f"no HELLO within {HELLO_S:g} s")
+
+    def _refuse(self, text: str) -> None:
+        """Say why, once, and hang up."""
+        if not self._transport.is_closing():
+            log.warning("engine %s refused: %s", self.name, text)
+            self._transport.write(local.encode(False, text[:1000]))
+            self._transport.close()
+
+    def _reply(self, *values: Value) -> None:
+        self._transport.write(local.encode(True, *values))
+
+    def _handle(self, op: Op, arguments: list[Value]) -> None:
+        if op is Op.HELLO:
+            if self.manager is not None:
+                raise RemoteProtocolError("HELLO twice")
+            self._later(self._hello(*arguments))
+            return
+        if self.manager is None:
+            raise RemoteProtocolError(f"{op.name} before HELLO")
+        match op, arguments:
+            case Op.MATCH, [bytes(keys)]:
+                found = self.manager.match(local.unpack_keys(keys))
+                self._reply(found.blocks, list(found.by_tier))
+            case Op.READ, [bytes(keys), int(first), int(wait_ms)]:
+                self._read(self.manager, keys, first, wait_ms / 1000)
+            case Op.WRITE, [bytes(keys), int(first)]:
+                self._write(self.manager, keys, first)
+            case Op.COMMIT, [int(lease), int(filled)]:
+                if lease not in self._writes:
+                    raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
+                self._writes.discard(lease)
+                self.manager.commit(lease, filled)
+                self._reply()
+            case Op.RELEASE, [int(lease)]:
+                if lease not in self._leases | self._writes:
+                    raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
+                self._leases.discard(lease)
+                self._writes.discard(lease)
+                self.manager.release(lease)
+                self._reply()
+
+    async def _hello(self, *arguments: Value) -> None:
+        version, text, name = arguments
+        assert isinstance(text, str)
+        self.name = str(name)[:200]
+        if version != local.VERSION:
+            raise RemoteProtocolError(
+                f"protocol version {version!s}, this daemon speaks {local.VERSION}"
+            )
+        try:
+            layout = BlockLayout.parse(text)
+        except ValueError as error:
+            raise RemoteProtocolError(str(error)) from None
+        manager = await self._node.open_layout(layout)
+        self.manager = manager
+        self._hello_due.cancel()
+        reply = local.encode(
+            True, self._node.name, self._node.epoch, layout.nbytes, manager.arena.slots,
+            [int(spec.tier) for spec in manager.specs],
+        )  # fmt: skip
+        # The first bytes on a new connection: they fit, so this neither waits nor splits.
+        socket.send_fds(self._socket, [reply], [manager.arena.fd])
+
+    def _read(self, manager: TierManager, raw: bytes, first: int, wait_s: float) -> None:
+        keys = local.unpack_keys(raw)
+        if not 0 <= first <= len(keys) or not 0 <= wait_s <= MAX_WAIT_S:
+            raise RemoteProtocolError(
+                f"READ from {first} of {len(keys)} keys, "
+                f"waiting {wait_s:g} s (limit {MAX_WAIT_S:g})"
+            )
+        result = manager.read(self._client, keys, first, wait_s)
+        if isinstance(result, Lease):
+            self._granted_read(result)
+        else:
+            self._later(self._read_later(result))
+
+    async def _read_later(self, coming: Coroutine[None, None, Lease]) -> None:
+        self._granted_read(await coming)
+
+    def _granted_read(self, lease: Lease) -> None:
+        self._leases.add(lease.id)
+        self._reply(lease.id, local.pack_numbers(lease.slots), bytes(lease.sources))
+
+    def _write(self, manager: TierManager, raw: bytes, first: int) -> None:
+        keys = local.unpack_keys(raw)
+        if not 0 <= first <= len(keys):
+            raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
+        lease = manager.write(self._client, keys, first)
+        self._writes.add(lease.id)
+        self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        self._task = asyncio.get_running_loop().create_task(work)
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, KVTierError):
+            metrics.PROTOCOL_ERRORS.inc()
+            self._refuse(str(error))
+            return
+        log.error("engine %s: request failed", self.name, exc_info=error)
+        self._refuse("internal error of the node daemon; see its log")
+
+
+class Gate:
+    """Who is attached, and how many may be."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.inside: set[Connection] = set()
+
+    def enter(self, connection: Connection) -> bool:
+        """Count a connection in; False when it is one too many."""
+        if len(self.inside) >= self.limit:
+            return False
+        self.inside.add(connection)
+        metrics.CLIENTS.set(len(self.inside))
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        """Count it out; one that never entered is ignored."""
+        self.inside.discard(connection)
+        metrics.CLIENTS.set(len(self.inside))
+
+
+class LocalServer:
+    """Listens at the node's socket path until closed."""
+
+    def __init__(
+        self, node: Node, path: str, max_clients: int, allow_uids: tuple[int, ...]
+    ) -> None:
+        self._node = node
+        self._path = Path(path)
+        self._gate = Gate(max_clients)
+        self._uids = {os.getuid(), *allow_uids}
+        self._server: asyncio.Server | None = None
+
+    @property
+    def clients(self) -> int:
+        """Engines attached now."""
+        return len(self._gate.inside)
+
+    def attached(self, manager: TierManager) -> bool:
+        """Whether any engine uses these tiers."""
+        return any(each.manager is manager for each in self._gate.inside)
+
+    async def start(self) -> None:
+        """Bind and listen.
+
+        Raises:
+            ConfigError: Another daemon listens there, or the folder cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._take_over()
+            self._server = await asyncio.get_running_loop().create_unix_server(
+                lambda: Connection(self._node, self._uids.__contains__, self._gate),
+                str(self._path),
+            )
+            self._path.chmod(0o666 if len(self._uids) > 1 else 0o600)
+        except OSError as error:
+            raise ConfigError(f"node.socket: cannot listen at {self._path}: {error}") from None
+
+    def _take_over(self) -> None:
+        """A socket that nobody answers was left by a daemon that was killed."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(self._path))
+            except ConnectionRefusedError:
+                self._path.unlink()
+                return
+        raise ConfigError(f"node.socket: another daemon listens at {self._path}")
+
+    async def close(self) -> None:
+        """Hang up on all engines and remove the socket."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._gate.inside):
+            connection.close()
+        await self._server.wait_closed()
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The gRPC front: which worker, and the stream from it."""

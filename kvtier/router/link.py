@@ -1,0 +1,248 @@
+"""One address that the router follows: a worker's, or a node daemon's."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import grpc
+
+from kvtier import metrics
+from kvtier.config import RouterConfig
+from kvtier.core.blocks import MAX_BLOCK_TOKENS
+from kvtier.core.directory import Directory
+from kvtier.core.score import Rates
+from kvtier.core.tiers import Tier
+from kvtier.errors import RemoteProtocolError
+from kvtier.router.feed import FeedGap, FeedReader
+from kvtier.router.text import Text, TextPool
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+DESCRIBE_S: Final = 5.0
+TOKENIZER_S: Final = 30.0
+PAUSE_S: Final = (0.2, 2.0)  # before a first and before every later new try
+GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
+MAX_ROOT: Final = 64  # bytes
+
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 64 << 20),  # tokenizer files are large
+    ("grpc.max_send_message_length", 64 << 20),
+    # A new life gets a connection of its own, without another channel's waiting time.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+log = logging.getLogger(__name__)
+
+
+class Serves(StrEnum):
+    """What answers at an address."""
+
+    WORKER = "worker"
+    DAEMON = "daemon"
+
+
+class State(StrEnum):
+    """How an address is doing; only READY ones count, STALE ones where nothing else is left."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all links share."""
+
+    config: RouterConfig
+    directory: Directory
+    texts: TextPool
+    rng: random.Random
+    changed: Callable[[], None]  # called at every change of a state
+
+
+_TIERS: Final = {
+    Serves.WORKER: (Tier.VRAM,),
+    Serves.DAEMON: (Tier.HOST, Tier.DISK, Tier.SHARED),
+}
+
+
+class Link:
+    """Follows one address: connects, asks a worker who it is, and watches the feed, for ever.
+
+    `info`, `text` and `channel` are those of the present life (`info` stays when it ends, to tell
+    "none is ready" from "nobody serves that"). What the source held leaves the directory as soon
+    as its stream breaks; a mere gap in the stream leaves the worker in use, but cold.
+    """
+
+    def __init__(self, serves: Serves, address: str, node: str, context: Context) -> None:
+        self.serves = serves
+        self.address = address
+        self.node = node
+        self.source = f"{serves}:{address}"
+        self.state = State.CONNECTING
+        self.info: worker_pb2.WorkerInfo | None = None
+        self.text: Text | None = None
+        self.channel: grpc.aio.Channel | None = None
+        self.heartbeat = feed_pb2.Heartbeat()
+        self._context = context
+        self._tries = 0  # in vain, in a row
+        self._closing: set[asyncio.Task[None]] = set()
+        self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
+
+    @property
+    def rates(self) -> Rates:
+        """What the worker has measured; 0 where it doesn't know yet."""
+        load = self.heartbeat.load
+        return Rates(
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            host_bytes_per_s=load.host_bytes_per_s,
+            disk_bytes_per_s=load.disk_bytes_per_s,
+            shared_bytes_per_s=load.shared_bytes_per_s,
+        )
+
+    async def stop(self, grace_s: float) -> None:
+        """Follow no more, forget what it held; calls under way have `grace_s` to end."""
+        self.task.cancel()
+        self._end_life(grace_s)
+        await asyncio.gather(self.task, *self._closing, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                if self.channel is None:
+                    self.channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+                if self.serves is Serves.WORKER:
+                    await self._describe(self.channel)
+                await self._watch(self.channel)
+            except FeedGap as gap:
+                metrics.FEED_GAPS.labels(self.node).inc()
+                log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
+                self._context.directory.remove(self.source)
+            except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
+                log.info("%s at %s: %s", self.serves, self.address, _line(error))
+                silent = isinstance(error, TimeoutError)
+                self._end_life(0 if silent else self._context.config.timeout_s)
+            first, last = PAUSE_S
+            pause = min(last, first * 2**self._tries)
+            self._tries = min(self._tries + 1, 16)
+            await asyncio.sleep(pause * self._context.rng.uniform(0.5, 1.0))
+
+    async def _describe(self, channel: grpc.aio.Channel) -> None:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        info = await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
+        _check(info)
+        if self.text is None or info != self.info:
+            request = worker_pb2.TokenizerRequest()
+            files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
+            self.text = await self._context.texts.load(dict(files.files))
+        self.info = info
+
+    async def _watch(self, channel: grpc.aio.Channel) -> None:
+        """Reads one stream of the feed to its end; always raises."""
+        context = self._context
+        reader = FeedReader(context.directory, self.source, _TIERS[self.serves])
+        call = feed_pb2_grpc.FeedStub(channel).Watch(feed_pb2.WatchRequest())
+        try:
+            while True:
+                message = await self._next(call)
+                try:
+                    heartbeat = reader.take(message)
+                except RemoteProtocolError as error:
+                    raise FeedGap(str(error)) from None
+                if heartbeat is not None:
+                    self._beat(heartbeat)
+                if reader.ready:
+                    self._become(State.READY)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
+                raise FeedGap(str(error.details())) from None
+            raise
+        finally:
+            call.cancel()
+
+    async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
+        """The next message; says STALE after `stale_s` of silence.
+
+        Raises:
+            TimeoutError: GIVE_UP times `stale_s` of silence.
+            RemoteProtocolError: The stream ended.
+        """
+        stale_s = self._context.config.stale_s
+        # Not wait_for: a read that is cancelled ends the whole call.
+        read = asyncio.ensure_future(call.read())
+        try:
+            for patience_s in (stale_s, (GIVE_UP - 1) * stale_s):
+                done, _ = await asyncio.wait({read}, timeout=patience_s)
+                if done:
+                    break
+                if self.state is State.READY:
+                    self._become(State.STALE)
+            else:
+                raise TimeoutError(f"silent for {GIVE_UP * stale_s:g} s")
+        finally:
+            if not read.done():
+                read.cancel()
+        message = read.result()
+        if message is grpc.aio.EOF:
+            raise RemoteProtocolError("the feed ended")
+        assert isinstance(message, feed_pb2.FeedMessage)
+        return message
+
+    def _beat(self, heartbeat: feed_pb2.Heartbeat) -> None:
+        self._tries = 0
+        turned = heartbeat.draining != self.heartbeat.draining
+        self.heartbeat = heartbeat
+        if turned:
+            self._context.changed()
+
+    def _become(self, state: State) -> None:
+        if state is not self.state:
+            self.state = state
+            self._context.changed()
+
+    def _end_life(self, grace_s: float) -> None:
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            closing = asyncio.get_running_loop().create_task(_close(channel, grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self.text = None
+        self.heartbeat = feed_pb2.Heartbeat()
+        self._context.directory.remove(self.source)
+        self._become(State.CONNECTING)
+
+
+async def _close(channel: grpc.aio.Channel, grace_s: float) -> None:
+    await channel.close(grace_s or None)
+
+
+def _check(info: worker_pb2.WorkerInfo) -> None:
+    """Refuse a worker that cannot be used.
+
+    Raises:
+        RemoteProtocolError: A field is out of range; the message names it.
+    """
+    for name, low, high in (
+        ("block_tokens", 1, MAX_BLOCK_TOKENS),
+        ("max_tokens", 2, 2**31),
+        ("vocab_size", 1, 2**31),
+    ):
+        value = getattr(info, name)
+        if not low <= value <= high:
+            raise RemoteProtocolError(f"worker info: {name} is {value}, must be {low} to {high}")
+    for name in ("worker_id", "model"):
+        value = getattr(info, name)
+        if not 1 <= len(value) <= 256:
+            raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
+    if not 1 <= len(info.root) <= MAX_ROOT:
+        raise RemoteProtocolError(f"worker info: root has {len(info.root)} bytes, limit {MAX_ROOT}")
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

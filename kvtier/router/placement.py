@@ -1,0 +1,245 @@
+"""Where a prompt should go now: what each worker holds, how busy it is, and what was just sent."""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import merge
+from typing import Final
+
+from kvtier.config import RouterConfig
+from kvtier.core import score
+from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.directory import Directory, Warmth
+from kvtier.core.tiers import Tier
+from kvtier.router.link import Link, State
+from kvtier.router.members import Members
+from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.pb import router_pb2, worker_pb2
+
+SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
+MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
+
+Tie = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt in token ids; its keys are computed once for each kind of worker."""
+
+    model: str
+    ids: Sequence[int]
+    _keys: dict[tuple[bytes, int], list[BlockKey]] = field(default_factory=dict)
+    _highest: int | None = None
+
+    @property
+    def highest(self) -> int:
+        """The highest token id."""
+        if self._highest is None:
+            self._highest = max(self.ids)
+        return self._highest
+
+    def keys(self, info: worker_pb2.WorkerInfo) -> list[BlockKey]:
+        """The block keys that this worker gives the prompt."""
+        kind = (info.root, info.block_tokens)
+        if kind not in self._keys:
+            self._keys[kind] = block_keys(info.root, self.ids, info.block_tokens)
+        return self._keys[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One candidate, scored."""
+
+    link: Link
+    info: worker_pb2.WorkerInfo
+    choice: score.Choice
+    draining: bool
+
+    @property
+    def warm_tokens(self) -> int:
+        """Leading prompt tokens that need not be computed there."""
+        return self.choice.warmth.blocks * self.info.block_tokens
+
+    def proto(self) -> router_pb2.Choice:
+        """The candidate as callers see it."""
+        choice, warmth = self.choice, self.choice.warmth
+        warm = [
+            worker_pb2.TierTokens(tier=TO_WIRE[tier], tokens=count * self.info.block_tokens)
+            for tier, count in zip(Tier, warmth, strict=True)
+            if count
+        ]
+        return router_pb2.Choice(
+            worker_id=self.info.worker_id, node=self.link.node, address=self.link.address,
+            warm=warm, seconds=choice.seconds, wait_s=choice.wait_s, load_s=choice.load_s,
+            prefill_s=choice.prefill_s, why=score.why(choice),
+        )  # fmt: skip
+
+
+class Speculation:
+    """What workers will hold soon: the prompts sent to them a moment ago. Time is passed in."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, dict[BlockKey, float]] = defaultdict(dict)
+        self._order: deque[tuple[float, str, Sequence[BlockKey]]] = deque()
+        self._blocks = 0
+
+    def add(self, worker: str, keys: Sequence[BlockKey], now: float) -> None:
+        """`worker` was sent a prompt with these keys; the oldest make room for it."""
+        keys = keys[:MAX_SPECULATED]
+        self._order.append((now + SPECULATIVE_S, worker, keys))
+        self._blocks += len(keys)
+        self._until[worker].update(dict.fromkeys(keys, now + SPECULATIVE_S))
+        self._expire(now)
+
+    def blocks(self, worker: str, keys: Sequence[BlockKey], now: float) -> int:
+        """How many leading `keys` the worker was sent within the last SPECULATIVE_S."""
+        self._expire(now)
+        until = self._until.get(worker, {})
+        return next((i for i, key in enumerate(keys) if key not in until), len(keys))
+
+    def _expire(self, now: float) -> None:
+        while self._order and (self._order[0][0] <= now or self._blocks > MAX_SPECULATED):
+            expires, worker, keys = self._order.popleft()
+            self._blocks -= len(keys)
+            until = self._until[worker]
+            for key in keys:
+                if until.get(key) == expires:  # not sent again since
+                    del until[key]
+            if not until:
+                del self._until[worker]
+
+
+class Load:
+    """Prompt tokens sent to workers that no first token has come for yet. Time is passed in."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = defaultdict(int)
+        self._passing: deque[tuple[float, Sent]] = deque()
+
+    def send(self, worker: str, tokens: int, expires: float | None) -> "Sent":
+        """Count `tokens` for `worker` until `Sent.began` or, if given, until `expires`."""
+        self._tokens[worker] += tokens
+        sent = Sent(self, worker, tokens)
+        if expires is not None:
+            self._passing.append((expires, sent))
+        return sent
+
+    def waiting(self, worker: str, now: float) -> int:
+        """Tokens sent to `worker` that are still to be computed, as far as we know."""
+        while self._passing and self._passing[0][0] <= now:
+            self._passing.popleft()[1].began()
+        return self._tokens.get(worker, 0)
+
+    def drop(self, worker: str, tokens: int) -> None:
+        """Take back what `send` counted."""
+        self._tokens[worker] -= tokens
+        if not self._tokens[worker]:
+            del self._tokens[worker]
+
+
+@dataclass(slots=True)
+class Sent:
+    """One prompt that `Load` counts."""
+
+    load: Load
+    worker: str
+    tokens: int
+
+    def began(self) -> None:
+        """Its first token came, or the request ended; only the first call counts."""
+        tokens, self.tokens = self.tokens, 0
+        if tokens:
+            self.load.drop(self.worker, tokens)
+
+
+class Placement:
+    """Ranks the workers for a prompt and remembers what was sent where. Lives on one loop."""
+
+    def __init__(
+        self, config: RouterConfig, members: Members, directory: Directory,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._members = members
+        self._directory = directory
+        self._clock = clock
+        self._speculation = Speculation()
+        self._load = Load()
+        self._last_cold: dict[str, float] = {}
+
+    def candidates(self, model: str) -> list[Link]:
+        """Workers of `model` that take requests: those READY, or STALE ones where none is."""
+        for state in (State.READY, State.STALE):
+            links = [link for link in self._members.workers() if link.state is state]
+            found = [link for link in links if link.info is not None and link.info.model == model]
+            if found:
+                return found
+        return []
+
+    def rank(self, prompt: Prompt, links: Collection[Link], tie: Tie) -> list[Ranked]:
+        """These workers, best first. Asks only."""
+        kinds: dict[tuple[bytes, int, int], dict[str, tuple[Link, worker_pb2.WorkerInfo]]] = {}
+        for link in sorted(links, key=lambda each: each.address):
+            info = link.info
+            if info is not None:
+                kind = (info.root, info.block_tokens, info.kv_bytes_per_token)
+                kinds.setdefault(kind, {})[link.address] = (link, info)
+        orders = [self._rank(prompt, alike, tie) for alike in kinds.values()]
+        # Not sorted: each order has its equals in an order of its own, which stays.
+        return list(merge(*orders, key=lambda each: (each.draining, each.choice.seconds)))
+
+    def sent(self, prompt: Prompt, to: Ranked, *, followed: bool) -> Sent:
+        """Remember that `prompt` goes there; `followed` if we shall see its first token."""
+        now = self._clock()
+        address = to.link.address
+        if not to.choice.warmth.blocks:
+            self._last_cold[address] = now
+            known = {link.address for link in self._members.workers()}
+            self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
+        self._speculation.add(address, prompt.keys(to.info), now)
+        expires = None if followed else now + SPECULATIVE_S
+        return self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
+
+    def _rank(
+        self, prompt: Prompt, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]], tie: Tie
+    ) -> list[Ranked]:
+        """Workers that give the prompt the same keys."""
+        now = self._clock()
+        _, info = next(iter(alike.values()))
+        keys = prompt.keys(info)
+        sources = {name: self._members.sources(link) for name, (link, _) in alike.items()}
+        warmth = self._directory.warmth(keys, sources)
+        candidates = [
+            score.Candidate(
+                name=name,
+                warmth=_at_least(warmth[name], self._speculation.blocks(name, keys, now)),
+                waiting_tokens=max(
+                    link.heartbeat.load.waiting_tokens, self._load.waiting(name, now)
+                ),
+                rates=link.rates,
+                last_cold=self._last_cold.get(name, 0.0),
+                draining=self._members.draining(link),
+            )
+            for name, (link, _) in alike.items()
+        ]
+        choices = score.rank(
+            candidates,
+            prompt_tokens=len(prompt.ids),
+            block_tokens=info.block_tokens,
+            block_nbytes=info.kv_bytes_per_token * info.block_tokens,
+            behind=self._config.behind,
+            tie=tie,
+        )
+        draining = {each.name for each in candidates if each.draining}
+        return [Ranked(*alike[c.name], c, c.name in draining) for c in choices]
+
+
+def _at_least(warmth: Warmth, vram: int) -> Warmth:
+    """`warmth` as it will be when the first `vram` blocks are in VRAM."""
+    if vram <= warmth.vram:
+        return warmth
+    colder, lacking = [], vram - warmth.vram
+    for had in warmth[1:]:
+        colder.append(max(0, had - lacking))
+        lacking = max(0, lacking - had)
+    return Warmth(vram, *colder)

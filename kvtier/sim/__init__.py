@@ -1,0 +1,1 @@
+"""Trace replay over the classes that production runs."""

@@ -1,0 +1,1 @@
+"""Lower tiers: blocking, batched stores of frames. No policy, no threads."""

@@ -1,0 +1,49 @@
+"""The one seam between a node and its lower tiers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from kvtier.core.blocks import BlockKey
+
+# A frame to be written, as the buffers that follow each other in it: a header that the codec
+# made and payload views that may point straight into the arena. The caller keeps them valid and
+# unchanged until `write` returns.
+Parts = Sequence[bytes | memoryview]
+
+
+class Store(Protocol):
+    """Frames by key; the batch is the only shape. Called from a bounded thread pool.
+
+    Every method may be called from several threads at once. None of them interprets a frame.
+
+    Raises:
+        StoreUnavailable: No answer within the store's own deadline, or an answer that leaves
+            open what is held. Said by any method; never a synonym for "not there".
+    """
+
+    def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
+        """Keep each frame; True only once it can be read back. False: refused, for want of room."""
+        ...
+
+    def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
+        """The frame of each key, None where it is not there. The buffers belong to the caller."""
+        ...
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        """How many keys from the first on are there without a gap. Reads no payload."""
+        ...
+
+    def delete(self, keys: Sequence[BlockKey]) -> None:
+        """Forget the keys; those not there are ignored."""
+        ...
+
+    def scan(self) -> Iterator[tuple[BlockKey, int]]:
+        """Every key that is held with its frame's bytes, oldest first. Reads no payload.
+
+        A shared store yields nothing: what others put there is found by `count`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back files, locks and connections. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""Conformance suites and the node simulation, shipped so that others can prove their parts."""

@@ -1,0 +1,303 @@
+"""A seeded simulation of one node around a ledger: every byte modelled, everything failing.
+
+The model is the bytes. An arena slot and a lower store hold the key of the block that was put
+there, a slot that is being filled holds nothing, and clients look at their slots again and again:
+a slot that is handed out twice, used again too early or loaded from the wrong place is seen at
+once. Beside it stands what the ledger announced, which must agree with the stores at all times.
+One seed gives one run; nothing else is random.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.ledger import HOST, Ledger
+from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.tiers import Tier, TierSpec
+from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES, World
+
+CLIENTS = 3
+DEPTH = 5  # blocks of the longest prompt
+
+MakeLedger = Callable[[int, Sequence[TierSpec], PolicyFactory], Ledger]
+
+# What a run can come across; a suite of seeds that never meets one of these proves too little.
+STATES = (
+    "block granted", "write refused", "write beside a filling block", "write over a paused tier",
+    "commit", "partial commit", "write abandoned", "read waits", "read shares a load",
+    "read of what is moving", "read cut by a failed load", "read cut by settle", "read checked",
+    "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
+    "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
+    "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
+    "load disk ok", "load disk failed", "load shared ok", "load shared failed",
+    "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
+    "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
+)  # fmt: skip
+
+
+class AnyOrder:
+    """A policy that gives up keys in random order: safety must not hang on a good one."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._keys: dict[BlockKey, None] = {}
+
+    def touch(self, path: Sequence[BlockKey]) -> None:
+        """See `EvictionPolicy.touch`."""
+        self._keys.update(dict.fromkeys(path))
+
+    def remove(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.remove`."""
+        self._keys.pop(key, None)
+
+    def coldest(self) -> Iterator[BlockKey]:
+        """See `EvictionPolicy.coldest`; not what it says."""
+        return iter(self._rng.sample([*self._keys], len(self._keys)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def simulate(seed: int, steps: int, seen: Counter[str], make_ledger: MakeLedger = Ledger) -> None:
+    """One run of `steps` random events; counts in `seen` how often each of `STATES` was met.
+
+    Raises:
+        AssertionError: The ledger broke a promise; a note names the seed and the step.
+    """
+    step = -1
+    try:
+        node = _Node(Random(seed), seen, make_ledger)
+        for step in range(steps):  # noqa: B007
+            node.step()
+            node.check()
+            node.check_match(node.path()[0])
+        node.finish()
+    except (AssertionError, LookupError) as error:
+        error.add_note(f"ledger simulation: seed {seed}, step {step}")
+        raise
+
+
+def _random_tiers(rng: Random) -> list[TierSpec]:
+    kinds = rng.choice([[], [Tier.DISK], [Tier.SHARED], [Tier.DISK, Tier.SHARED]])
+    specs = []
+    for tier in [Tier.HOST, *kinds]:
+        blocks = rng.randint(2, 6) if tier is Tier.HOST else rng.randint(1, 9)
+        capacity = blocks * BLOCK_NBYTES + rng.randint(0, 9)
+        drain_at = rng.choice([0, rng.randint(0, capacity), capacity])
+        specs.append(
+            TierSpec(tier=tier, capacity=capacity, drain_at=drain_at, queue=rng.randint(1, 4))
+        )
+    return specs
+
+
+class _Node(World):
+    """One node, its clients, and what befalls them."""
+
+    def __init__(self, rng: Random, seen: Counter[str], make_ledger: MakeLedger) -> None:
+        specs = _random_tiers(rng)
+        policy: PolicyFactory = LRU if rng.random() < 0.5 else lambda: AnyOrder(rng)
+        super().__init__(make_ledger(BLOCK_NBYTES, specs, policy), specs, rng, seen)
+        self.failing = rng.choice([0.0, 0.1, 0.5])  # share of moves that fail
+
+    # --- events -----------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One random event."""
+        lower = len(self.specs) > 1
+        events: list[tuple[int, Callable[[], None]]] = [
+            (14, self._write), (14, self._read), (26, self._end_lease), (3, self._settle),
+            (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
+            (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
+            (1 * lower, self._pause), (3 * lower, self._resume),
+        ]  # fmt: skip
+        weights = [weight for weight, _ in events]
+        _, event = self.rng.choices(events, weights)[0]
+        event()
+        self.carry_out()
+
+    def path(self) -> list[BlockKey]:
+        """A prompt: a way down a small tree, so that prompts share their beginnings."""
+        steps = [self.rng.choice(b"ab") for _ in range(self.rng.randint(1, DEPTH))]
+        return [BlockKey(bytes(steps[: n + 1])) for n in range(len(steps))]
+
+    def _first(self, path: list[BlockKey]) -> int:
+        """How many blocks of a prompt its engine has already."""
+        return self.rng.choice([0, 0, self.rng.randrange(len(path))])
+
+    def _write(self) -> None:
+        path = self.path()
+        readable = {key for key in path if self.ledger.match([key]).blocks}
+        filling = {key for each in self.leases.values() if each.writing for key in each.keys}
+        first = self._first(path)
+        lease = self.ledger.write(self.rng.randrange(CLIENTS), path, first)
+        self.leases[lease.id] = lease
+        assert lease.keys == [path[index] for index in lease.indexes]
+        assert lease.indexes == sorted(set(lease.indexes) - {*range(first)})
+        assert not filling & {*lease.keys}, "granted to two writers"
+        loading = {move.key for move in self.moves if move.target == HOST}
+        known = readable | filling | loading | {*lease.keys}
+        refused = [n for n, key in enumerate(path) if n >= first and key not in known]
+        if refused and lease.indexes:
+            assert refused[0] > lease.indexes[-1], "granted after a refusal"
+        if len(self.specs) == 1 and lease.indexes:
+            before = path[first : lease.indexes[0]]
+            assert filling or self.ledger.match(before).blocks == len(before), "a parent was lost"
+        self.carry_out()
+        for key, slot in zip(lease.keys, lease.slots, strict=True):
+            self.claim(slot, key, lease)
+            assert key not in readable or not self.is_held(key), "granted although it is held"
+            self.seen["write over a paused tier"] += any(key in held for held in self.announced)
+        self.seen["block granted"] += len(lease.keys)
+        self.seen["write refused"] += bool(refused)
+        self.seen["write beside a filling block"] += bool(filling & {*path})
+
+    def _read(self) -> None:
+        path = self.path()
+        first = self._first(path)
+        held = path[first : first + self.ledger.match(path[first:]).blocks]
+        warmest = {key: self.ledger.match([key]).by_tier.index(1) for key in held}
+        loading = {move.key: move.source for move in self.moves if move.target == HOST}
+        lease = self.ledger.read(self.rng.randrange(CLIENTS), path, first)
+        self.leases[lease.id] = lease
+        assert lease.keys == held[: len(lease.keys)]
+        self.carry_out()
+        for key, source in zip(lease.keys, lease.sources, strict=True):
+            expected = loading.get(key, warmest[key])
+            assert source == expected or key not in self.announced[expected]
+        self.seen["read waits"] += bool(lease.loading)
+        self.seen["read shares a load"] += bool({*loading} & lease.loading)
+        moving = {move.key for move in self.moves if move.source != HOST != move.target}
+        missed = held[len(lease.keys) :]
+        self.seen["read of what is moving"] += bool(missed) and missed[0] in moving
+
+    def _end_lease(self) -> None:
+        if not self.leases:
+            return
+        lease = self.leases.pop(self.rng.choice([*self.leases]))
+        self.settled.pop(lease.id, None)
+        if not lease.writing or self.rng.random() < 0.2:
+            self.seen["write abandoned"] += lease.writing
+            self.ledger.release(lease.id)
+            return
+        granted = len(lease.keys)
+        filled = self.rng.randint(0, granted) if self.rng.random() < 0.2 else None
+        done = granted if filled is None else filled
+        for key, slot in zip(lease.keys[:done], lease.slots[:done], strict=True):
+            assert self.arena[slot] is None, "a slot was filled by somebody else"
+            self.arena[slot] = key
+        self.ledger.commit(lease.id, filled)
+        self.carry_out()
+        self.check_cascade()
+        self.seen["partial commit" if done < granted else "commit"] += 1
+
+    def _settle(self) -> None:
+        waiting = [each for each in self.leases.values() if each.loading]
+        if waiting:
+            self.ledger.settle(self.rng.choice(waiting).id)
+            self.seen["read cut by settle"] += 1
+
+    def _die(self) -> None:
+        client = self.rng.randrange(CLIENTS)
+        mine = [each.id for each in self.leases.values() if each.client == client]
+        for lease_id in mine:
+            del self.leases[lease_id]
+            self.settled.pop(lease_id, None)
+        assert self.ledger.disconnect(client) == len(mine)
+        self.seen["client died"] += bool(mine)
+
+    def _find(self) -> None:
+        """A store turns out to hold more: others wrote it, or this node did in another life."""
+        tier = self.rng.randrange(1, len(self.specs))
+        held = {}
+        for key in self.path():
+            if key not in self.stores[tier].frames and not self.is_coming(key, tier):
+                held[key] = self.rng.randint(1, 15)
+        self.stores[tier].frames.update(held)
+        self.ledger.found(tier, held.items())
+        self.seen["found"] += bool(held)
+
+    def _rot(self) -> None:
+        """A stored frame goes bad, and nobody is told."""
+        store = self.stores[self.rng.randrange(1, len(self.specs))]
+        store.rotten.update(self.rng.sample([*store.frames], min(1, len(store.frames))))
+
+    def _lose(self) -> None:
+        """A store says that some frames are gone."""
+        tier = self.rng.randrange(1, len(self.specs))
+        going = self.path()
+        reading = {move.key for move in self.moves if move.source == tier}
+        for key in {*going} - reading:
+            self.seen["lost"] += key in self.stores[tier].frames
+            self.stores[tier].forget(key)
+        self.ledger.lost(tier, going)
+
+    def _pause(self) -> None:
+        self.ledger.pause(self.rng.randrange(1, len(self.specs)))
+        self.seen["paused"] += 1
+
+    def _resume(self) -> None:
+        tier = self.rng.randrange(1, len(self.specs))
+        self.seen["resumed"] += self.ledger.paused(tier)
+        self.ledger.resume(tier)
+
+    def _end_move(self) -> None:
+        if self.moves:
+            move = self.moves.pop(self.rng.randrange(len(self.moves)))
+            self.end(move, failed=self.rng.random() < self.failing)
+
+    def _clear(self) -> None:
+        tier = self.rng.randrange(len(self.specs))
+        self.clearing = True
+        self.seen["cleared"] += bool(self.ledger.clear(tier))
+        if self.specs[tier].shared:
+            self.announced[tier] &= {move.key for move in self.moves}
+        self.carry_out()
+        self.clearing = False
+
+    # --- rest -------------------------------------------------------------------------
+
+    def _be_quiet(self) -> None:
+        """Everything answers, and all that was started ends: then nothing waits."""
+        for _ in range(2):  # what failed is tried again by the second resume
+            for tier in range(1, len(self.specs)):
+                self.ledger.resume(tier)
+            self.carry_out()
+            for _ in range(200):
+                if not self.moves:
+                    break
+                self.end(self.moves.pop(0), failed=False)
+        assert not self.moves, "blocks move in a circle"
+        assert all(each.writing or each.id in self.settled for each in self.leases.values())
+        for tier, spec in enumerate(self.specs[:-1]):
+            undrained = [
+                self.stores[tier].frames[key] if tier != HOST else BLOCK_NBYTES
+                for key in self.announced[tier]
+                if not any(key in held for held in self.announced[tier + 1 :])
+            ]
+            assert sum(undrained) <= spec.drain_at or self._is_full(tier + 1)
+        self.seen["quiet"] += 1
+
+    def _is_full(self, tier: int) -> bool:
+        used = self.ledger.usage()[tier].nbytes
+        return used + MAX_FRAME_NBYTES > self.specs[tier].capacity
+
+    def finish(self) -> None:
+        """At the end everybody leaves, everything is drained, and every slot can be had again."""
+        for client in range(CLIENTS):
+            self.ledger.disconnect(client)
+        self.leases.clear()
+        self.settled.clear()
+        self.ledger.drain_all()
+        self._be_quiet()
+        self.check()
+        last = len(self.specs) - 1
+        full = any(self._is_full(tier) for tier in range(1, last + 1))
+        assert self.ledger.undrained() == 0 or full
+        self.seen["drained"] += last > 0 and self.ledger.undrained() == 0
+        if self.ledger.undrained() == 0:
+            path = [BlockKey(b"z" * (n + 1)) for n in range(self.ledger.slots)]
+            assert len(self.ledger.write(0, path).keys) == len(path), "slots were lost"

@@ -1,0 +1,1 @@
+"""Bytes between processes: msgpack on a Unix socket, protobuf over gRPC."""

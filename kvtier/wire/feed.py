@@ -1,0 +1,138 @@
+"""What a source holds, told to every router that watches: a snapshot, then numbered deltas."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+import grpc
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.tiers import Tier
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
+from kvtier.wire.rpc import KEYS_PER_MESSAGE
+
+FLUSH_S: Final = 0.02  # changes are gathered for so long
+HEARTBEAT_S: Final = 0.5
+MAX_BEHIND: Final = 256  # messages that a slow watcher may be behind
+MAX_WATCHERS: Final = 64
+
+Residency = Mapping[Tier, Sequence[BlockKey]]
+
+TO_WIRE: Final = {
+    Tier.VRAM: feed_pb2.TIER_VRAM,
+    Tier.HOST: feed_pb2.TIER_HOST,
+    Tier.DISK: feed_pb2.TIER_DISK,
+    Tier.SHARED: feed_pb2.TIER_SHARED,
+}
+
+
+class FeedServicer(feed_pb2_grpc.FeedServicer):
+    """Serves kvtier.v1.Feed for one source. Lives on one loop; `changed` is called on it.
+
+    `held` gives the whole residency at the moment of the call, `heartbeat` the source's state.
+    """
+
+    def __init__(
+        self,
+        held: Callable[[], Residency],
+        heartbeat: Callable[[], feed_pb2.Heartbeat],
+    ) -> None:
+        self.epoch = secrets.randbits(63) | 1
+        self._held = held
+        self._heartbeat = heartbeat
+        self._seq = 0
+        # The latest word on each (tier, key) since the last delta.
+        self._changes: dict[tuple[Tier, BlockKey], bool] = {}
+        self._watchers: set[asyncio.Queue[feed_pb2.FeedMessage | None]] = set()
+        self._flush_due: asyncio.TimerHandle | None = None
+
+    def changed(self, changes: Iterable[tuple[Tier, BlockKey, bool]]) -> None:
+        """Blocks came (True) or went (False); told to the watchers within FLUSH_S."""
+        for tier, key, held in changes:
+            self._changes[tier, key] = held
+        if self._changes and self._flush_due is None:
+            self._flush_due = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        """Send what has changed as one or more deltas."""
+        if self._flush_due is not None:
+            self._flush_due.cancel()
+            self._flush_due = None
+        changes, self._changes = list(self._changes.items()), {}
+        for start in range(0, len(changes), KEYS_PER_MESSAGE):
+            piece = changes[start : start + KEYS_PER_MESSAGE]
+            self._seq += 1
+            delta = feed_pb2.Delta(
+                added=_tier_keys(_by_tier(key for key, held in piece if held)),
+                removed=_tier_keys(_by_tier(key for key, held in piece if not held)),
+            )
+            self._tell(feed_pb2.FeedMessage(epoch=self.epoch, seq=self._seq, delta=delta))
+
+    def _tell(self, message: feed_pb2.FeedMessage) -> None:
+        for queue in list(self._watchers):
+            if queue.qsize() >= MAX_BEHIND:
+                self._watchers.discard(queue)
+                queue.put_nowait(None)  # ends that stream; the watcher starts anew
+            else:
+                queue.put_nowait(message)
+
+    async def Watch(  # noqa: N802 - gRPC's name
+        self, request: feed_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[feed_pb2.FeedMessage]:
+        """See feed.proto."""
+        if len(self._watchers) >= MAX_WATCHERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"feed: {MAX_WATCHERS} watchers already"
+            )
+        self.flush()
+        queue: asyncio.Queue[feed_pb2.FeedMessage | None] = asyncio.Queue()
+        self._watchers.add(queue)
+        seq = self._seq
+        try:
+            for piece in self._snapshot(seq):
+                yield piece
+            yield self._beat(seq)
+            clock = asyncio.get_running_loop().time
+            next_beat = clock() + HEARTBEAT_S
+            while True:
+                if clock() >= next_beat:
+                    yield self._beat(seq)
+                    next_beat = clock() + HEARTBEAT_S
+                try:
+                    async with asyncio.timeout_at(next_beat):
+                        message = await queue.get()
+                except TimeoutError:
+                    continue
+                if message is None:
+                    await context.abort(grpc.StatusCode.ABORTED, "feed: too far behind, watch anew")
+                    return
+                seq = message.seq
+                yield message
+        finally:
+            self._watchers.discard(queue)
+
+    def _beat(self, seq: int) -> feed_pb2.FeedMessage:
+        return feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, heartbeat=self._heartbeat())
+
+    def _snapshot(self, seq: int) -> list[feed_pb2.FeedMessage]:
+        pieces = [
+            feed_pb2.Snapshot(held=_tier_keys({tier: keys[start : start + KEYS_PER_MESSAGE]}))
+            for tier, keys in self._held().items()
+            for start in range(0, len(keys), KEYS_PER_MESSAGE)
+        ]
+        pieces.append(feed_pb2.Snapshot(last=True))
+        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, snapshot=each) for each in pieces]
+
+
+def _by_tier(pairs: Iterable[tuple[Tier, BlockKey]]) -> dict[Tier, list[BlockKey]]:
+    grouped: dict[Tier, list[BlockKey]] = {}
+    for tier, key in pairs:
+        grouped.setdefault(tier, []).append(key)
+    return grouped
+
+
+def _tier_keys(held: Residency) -> list[feed_pb2.TierKeys]:
+    return [
+        feed_pb2.TierKeys(tier=TO_WIRE[tier], keys=b"".join(keys)) for tier, keys in held.items()
+    ]

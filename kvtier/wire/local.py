@@ -1,0 +1,165 @@
+"""The protocol between an engine and its node daemon: msgpack over a Unix socket. No I/O here.
+
+Each message is a little-endian u32 length and a msgpack array of that many bytes:
+
+    request   [op, *arguments]          reply   [True, *values]  or  [False, text]
+
+An engine has one request under way at a time. HELLO comes first; its reply carries the arena's
+descriptor (SCM_RIGHTS). Leases end with the connection. Keys travel as one string of 16 bytes
+each, slots and indexes as little-endian u32, source tiers as one byte each.
+"""
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Final, cast
+
+import msgpack
+
+from kvtier.core.blocks import KEY_NBYTES, BlockKey
+from kvtier.errors import LocalProtocolError, RemoteProtocolError
+
+VERSION: Final = 1
+MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
+MAX_MESSAGE: Final = 2 << 20  # bytes
+
+_LENGTH = struct.Struct("<I")
+
+Value = int | str | bytes | bool | list[int]
+
+
+class Op(IntEnum):
+    """What an engine can ask; arguments -> values."""
+
+    HELLO = 1  # version, layout, engine's name -> node, epoch, slot_nbytes, slots, tiers
+    MATCH = 2  # keys -> blocks, blocks by tier
+    READ = 3  # keys, first, wait in ms -> lease, slots, sources
+    WRITE = 4  # keys, first -> lease, indexes, slots
+    COMMIT = 5  # lease, filled ->
+    RELEASE = 6  # lease ->
+
+
+_ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
+    Op.HELLO: (int, str, str),
+    Op.MATCH: (bytes,),
+    Op.READ: (bytes, int, int),
+    Op.WRITE: (bytes, int),
+    Op.COMMIT: (int, int),
+    Op.RELEASE: (int,),
+}
+
+
+def encode(*values: Value) -> bytes:
+    """One message on the wire.
+
+    Raises:
+        LocalProtocolError: It is longer than the other side takes.
+    """
+    body: bytes = msgpack.packb(values)
+    if len(body) > MAX_MESSAGE:
+        raise LocalProtocolError(f"message of {len(body)} bytes, limit {MAX_MESSAGE}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class Decoder:
+    """Cuts a stream of bytes into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[list[Value]]:
+        """The messages that `data` completes.
+
+        Raises:
+            RemoteProtocolError: Too long, or not msgpack.
+        """
+        self._buffer += data
+        messages: list[list[Value]] = []
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > MAX_MESSAGE:
+                raise RemoteProtocolError(f"message of {length} bytes, limit {MAX_MESSAGE}")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(_unpack(bytes(memoryview(self._buffer)[_LENGTH.size : end])))
+            del self._buffer[:end]
+        return messages
+
+
+def _unpack(body: bytes) -> list[Value]:
+    try:
+        message = msgpack.unpackb(body, max_array_len=64)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise RemoteProtocolError(f"not a msgpack message: {error}") from None
+    if not isinstance(message, list) or not message:
+        raise RemoteProtocolError("a message must be a non-empty array")
+    return message
+
+
+def parse_request(message: list[Value]) -> tuple[Op, list[Value]]:
+    """The operation and its arguments, of the right number and types.
+
+    Raises:
+        RemoteProtocolError: They are not; the message names the operation.
+    """
+    code, *arguments = message
+    try:
+        op = Op(code)  # type: ignore[arg-type]  # whatever came: refused just below
+    except ValueError:
+        raise RemoteProtocolError(f"no operation {code!r}") from None
+    expected = _ARGUMENTS[op]
+    if [type(each) for each in arguments] != list(expected):
+        names = ", ".join(each.__name__ for each in expected)
+        raise RemoteProtocolError(f"{op.name} takes ({names})")
+    return op, arguments
+
+
+def pack_keys(keys: Sequence[BlockKey]) -> bytes:
+    """Keys as one string.
+
+    Raises:
+        LocalProtocolError: More than MAX_KEYS.
+    """
+    if len(keys) > MAX_KEYS:
+        raise LocalProtocolError(f"{len(keys)} keys in one request, limit {MAX_KEYS}")
+    return b"".join(keys)
+
+
+def unpack_keys(raw: bytes) -> list[BlockKey]:
+    """The keys of `pack_keys`.
+
+    Raises:
+        RemoteProtocolError: Not a whole number of keys, or more than MAX_KEYS.
+    """
+    if len(raw) % KEY_NBYTES or len(raw) > MAX_KEYS * KEY_NBYTES:
+        raise RemoteProtocolError(
+            f"{len(raw)} bytes of keys: must be a multiple of {KEY_NBYTES}, "
+            f"at most {MAX_KEYS * KEY_NBYTES}"
+        )
+    keys = [raw[at : at + KEY_NBYTES] for at in range(0, len(raw), KEY_NBYTES)]
+    return cast("list[BlockKey]", keys)
+
+
+def pack_numbers(numbers: Iterable[int]) -> bytes:
+    """Slots or indexes as little-endian u32."""
+    packed = array("I", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_numbers(raw: bytes) -> list[int]:
+    """The numbers of `pack_numbers`.
+
+    Raises:
+        RemoteProtocolError: Not a whole number of them.
+    """
+    if len(raw) % 4:
+        raise RemoteProtocolError(f"{len(raw)} bytes of numbers: must be a multiple of 4")
+    packed = array("I", raw)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()

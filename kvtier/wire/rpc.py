@@ -1,0 +1,75 @@
+"""What every gRPC server of kvtier has: a port of its own, limits, health, reflection."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Final, NoReturn
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from kvtier.config import parse_address
+from kvtier.errors import ConfigError, RequestError
+
+MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
+KEYS_PER_MESSAGE: Final = 8192
+
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.so_reuseport", 0),  # a taken port must be an error, not a shared one
+)
+
+
+class Server:
+    """A grpc.aio server with health (of "" and of each service) and reflection."""
+
+    def __init__(self, listen: str, name: str, services: Iterable[str]) -> None:
+        self.grpc = grpc.aio.server(options=OPTIONS)
+        self.address = listen
+        self._name = name
+        self._services = ["", *services]
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = [*self._services[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self.grpc)
+
+    async def start(self) -> str:
+        """Bind and serve (not yet healthy); the address that was bound.
+
+        Raises:
+            ConfigError: The address is taken or not this machine's.
+        """
+        host, port = parse_address(self.address, self._name)
+        try:
+            bound = self.grpc.add_insecure_port(self.address)
+        except RuntimeError:
+            bound = 0
+        if not bound or (port and bound != port):
+            raise ConfigError(f"{self._name}: cannot listen on {self.address}: in use, or not ours")
+        self.address = f"{host}:{bound}"
+        await self.grpc.start()
+        return self.address
+
+    async def healthy(self, yes: bool) -> None:
+        """Say SERVING or NOT_SERVING for all services."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for service in self._services:
+            await self._health.set(service, status.SERVING if yes else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """No new calls; those under way have `grace_s` to end."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace_s)
+
+
+async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
+    """End a call with the error's status and its one line."""
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+    raise AssertionError("abort returned")
+
+
+async def run_until(stop: asyncio.Event, started: Callable[[str], None], address: str) -> None:
+    """Tell that the server listens at `address`, then wait for `stop`."""
+    started(address)
+    await stop.wait()

@@ -1,0 +1,96 @@
+"""The agent as a plain object: in this process while it behaves, in its own where it must die."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from kvtier.cluster.agent import Agent, Report
+from kvtier.config import Config, DiskConfig, NodeConfig
+
+ROOMS = "tests.cluster.rooms"
+
+
+def until(agent: Agent, true: Callable[[Report], bool]) -> Report:
+    """The first report for which it is true."""
+    for _ in range(600):
+        report = agent.report()
+        if true(report):
+            return report
+        threading.Event().wait(0.05)
+    raise AssertionError(f"never so: {report}")
+
+
+def test_a_room_runs_until_it_is_asked_to_stop(tmp_path):
+    config = Config(
+        node=NodeConfig(name="alpha", listen="127.0.0.1:0"), disk=DiskConfig(path=str(tmp_path))
+    )
+    agent = Agent(f"{ROOMS}:serve", config, "digest")
+    report = until(agent, lambda r: bool(r.address))
+    assert report.address.startswith("127.0.0.1:")
+    assert not report.address.endswith(":0")
+    assert report.digest == "digest"
+    assert report.answering
+    assert not report.stopped
+    assert agent.stop(30)
+    assert (tmp_path / "stopped").read_text() == "alpha"
+    after = agent.report()
+    assert after.stopped
+    assert not after.address
+    assert not after.failure
+    assert agent.stop(0), "stopping twice is stopping"
+
+
+def in_a_process(room: str, then: str = "threading.Event().wait()") -> subprocess.CompletedProcess:
+    program = f"""
+import threading
+from kvtier.cluster.agent import Agent
+from kvtier.config import Config
+agent = Agent("{room}", Config(), "d", pause_s=2.0)
+{then}
+"""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("room", "why"),
+    [
+        (f"{ROOMS}:fails", "ValueError: no such weights"),
+        (f"{ROOMS}:ends", "ended by itself"),
+        (f"{ROOMS}:missing", "AttributeError"),
+        ("tests.cluster.nowhere:serve", "ModuleNotFoundError"),
+    ],
+)
+def test_the_process_ends_when_its_room_does_and_says_why(room, why):
+    done = in_a_process(room)
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert room in done.stderr
+
+
+def test_a_failure_can_be_read_before_the_process_ends():
+    then = """
+while not agent.report().failure:
+    pass
+print(agent.report().failure, flush=True)
+threading.Event().wait()
+"""
+    done = in_a_process(f"{ROOMS}:fails", then)
+    assert done.stdout == "ValueError: no such weights\n"
+    assert done.returncode == 1
+
+
+def test_a_stuck_room_is_told_from_a_healthy_one_and_does_not_hold_up_stop():
+    then = """
+while not agent.report().address:
+    pass
+print(agent.report().answering, agent.stop(0.1), flush=True)
+import os; os._exit(7)
+"""
+    stuck = in_a_process(f"{ROOMS}:stuck", then)
+    assert (stuck.stdout, stuck.returncode) == ("False False\n", 7)
+    deaf = in_a_process(f"{ROOMS}:deaf", then)
+    assert (deaf.stdout, deaf.returncode) == ("True False\n", 7)

@@ -1,0 +1,186 @@
+import random
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from kvtier.codec.base import Codec
+from kvtier.codec.codecs import by_name
+from kvtier.codec.frame import (
+    HEADER_NBYTES,
+    FrameInfo,
+    decode,
+    encode,
+    frame_nbytes,
+    max_frame_nbytes,
+    verify,
+)
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.errors import CorruptFrame
+from kvtier.testing.stores import key
+
+LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "bfloat16")
+OTHER = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "float16")  # as many bytes
+KEY = key("mine")
+RAW, LZ4 = by_name("raw"), by_name("lz4")
+NOISE = random.Random(1).randbytes(LAYOUT.nbytes)
+RUNS = b"".join(bytes([n]) * 16 for n in range(LAYOUT.nbytes // 16))
+
+
+def frame_of(block: bytes, codec: Codec, layout: BlockLayout = LAYOUT) -> bytes:
+    return b"".join(encode(KEY, memoryview(block), layout, codec))
+
+
+def decoded(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> bytes:
+    out = bytearray(layout.nbytes)
+    decode(of, frame, memoryview(out), layout)
+    return bytes(out)
+
+
+def refused(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> str:
+    """What the refusal says; the room for the block must be as it was."""
+    out = bytearray(b"\x5a" * layout.nbytes)
+    with pytest.raises(CorruptFrame) as caught:
+        decode(of, frame, memoryview(out), layout)
+    assert out == b"\x5a" * layout.nbytes
+    return str(caught.value)
+
+
+def sealed(frame: bytes, offset: int, value: bytes) -> bytes:
+    """`frame` with a header field changed and the header's checksum made to fit."""
+    changed = bytearray(frame)
+    changed[offset : offset + len(value)] = value
+    changed[56:64] = struct.pack("<Q", xxh3_64_intdigest(bytes(changed[:56])))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("codec", [RAW, LZ4], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("block", [NOISE, RUNS], ids=["noise", "runs"])
+def test_a_block_comes_back(block: bytes, codec: Codec) -> None:
+    assert decoded(frame_of(block, codec)) == block
+
+
+def test_the_header_tells_what_is_inside() -> None:
+    frame = frame_of(RUNS, LZ4)
+    assert verify(KEY, frame, LAYOUT.id) == verify(KEY, frame)
+    assert verify(KEY, frame) == FrameInfo(1, 0, LAYOUT.id, LAYOUT.nbytes, len(frame) - 64)
+    assert len(frame) < LAYOUT.nbytes
+
+
+def test_the_format_is_stable() -> None:
+    """Frames in a shared store outlive a release: these very bytes must decode for good."""
+    layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 1),), 1, "bfloat16")
+    frame = bytes.fromhex(
+        "4b56544601000000d04512716f0dd900000102030405060708090a0b0c0d0e0f"
+        "040000000000000004000000000000002246ac33907b8b989ba559591fda5d1e"
+        "01020304"
+    )
+    name, block = BlockKey(bytes(range(16))), b"\x01\x02\x03\x04"
+    assert b"".join(encode(name, memoryview(block), layout, RAW)) == frame
+    assert decoded(frame, name, layout) == block
+    assert frame[8:16].hex() == layout.id
+    assert frame[48:56] == struct.pack("<Q", xxh3_64_intdigest(block))
+    assert frame[56:64] == struct.pack("<Q", xxh3_64_intdigest(frame[:56]))
+
+
+def test_a_raw_frame_copies_nothing() -> None:
+    arena = bytearray(NOISE)
+    header, payload = encode(KEY, memoryview(arena), LAYOUT, RAW)
+    assert len(header) == HEADER_NBYTES
+    arena[3] ^= 1
+    assert payload[3] == arena[3]
+
+
+@pytest.mark.parametrize(
+    ("saved", "codec_id"), [(LAYOUT.nbytes // 64, 1), (LAYOUT.nbytes // 64 - 1, 0), (-9, 0)]
+)
+def test_a_codec_that_saves_less_than_a_64th_gives_way_to_raw(saved: int, codec_id: int) -> None:
+    class Saves:
+        id = 1
+        name = "saves"
+
+        def encode(self, block: memoryview, layout: BlockLayout) -> list[bytes | memoryview]:
+            return [bytes(10), bytes(layout.nbytes - saved - 10)]
+
+        def decode(self, payload: memoryview, out: memoryview, layout: BlockLayout) -> None:
+            raise NotImplementedError
+
+    parts = encode(KEY, memoryview(NOISE), LAYOUT, Saves())
+    assert verify(KEY, b"".join(parts)).codec_id == codec_id
+    assert frame_nbytes(parts) == len(b"".join(parts)) <= max_frame_nbytes(LAYOUT)
+    if codec_id == 0:
+        assert decoded(b"".join(parts)) == NOISE
+
+
+def test_noise_is_never_larger_than_raw() -> None:
+    parts = encode(KEY, memoryview(NOISE), LAYOUT, LZ4)
+    assert frame_nbytes(parts) == max_frame_nbytes(LAYOUT) == HEADER_NBYTES + LAYOUT.nbytes
+
+
+@pytest.mark.parametrize("codec", [RAW, LZ4], ids=lambda codec: codec.name)
+def test_any_flipped_bit_is_found(codec: Codec) -> None:
+    frame = frame_of(RUNS, codec)
+    places = [*range(8 * HEADER_NBYTES), *range(8 * HEADER_NBYTES, 8 * len(frame), 97)]
+    for bit in places:
+        changed = bytearray(frame)
+        changed[bit // 8] ^= 1 << bit % 8
+        message = refused(bytes(changed))
+        assert message.startswith("frame check "), message
+        with pytest.raises(CorruptFrame):
+            verify(KEY, bytes(changed))
+
+
+def test_any_length_but_its_own_is_found() -> None:
+    frame = frame_of(NOISE, RAW)
+    for length in [*range(HEADER_NBYTES + 2), len(frame) - 1]:
+        assert "length" in refused(frame[:length])
+    assert "length" in refused(frame + b"\0")
+
+
+@given(st.binary(max_size=300))
+def test_anything_else_is_refused(noise: bytes) -> None:
+    refused(noise)
+    refused(frame_of(NOISE, RAW)[:HEADER_NBYTES] + noise)
+
+
+def test_what_the_refusal_names() -> None:
+    frame = frame_of(NOISE, RAW)
+    assert "magic" in refused(b"KVTX" + frame[4:])
+    assert "version: 2" in refused(sealed(frame, 4, b"\x02"))
+    assert "codec: 77" in refused(sealed(frame, 5, b"\x4d"))
+    assert "fidelity: 3" in refused(sealed(frame, 6, b"\x03"))
+    assert "header checksum" in refused(frame[:40] + b"\x01" + frame[41:])
+    assert "payload checksum" in refused(frame[:-1] + bytes([frame[-1] ^ 1]))
+    assert "raw length" in refused(sealed(frame, 32, struct.pack("<Q", LAYOUT.nbytes + 1)))
+    assert "length" in refused(sealed(frame, 40, struct.pack("<Q", 1 << 63)))
+
+
+def test_another_key_s_frame_is_refused() -> None:
+    other = key("other")
+    message = refused(frame_of(NOISE, RAW), of=other)
+    assert "key" in message
+    assert KEY.hex() in message
+    assert other.hex() in message
+
+
+def test_another_layout_s_frame_is_refused_although_it_has_as_many_bytes() -> None:
+    assert OTHER.nbytes == LAYOUT.nbytes
+    assert "layout" in refused(frame_of(NOISE, RAW, OTHER))
+    with pytest.raises(CorruptFrame, match="layout"):
+        verify(KEY, frame_of(NOISE, RAW, OTHER), LAYOUT.id)
+    assert verify(KEY, frame_of(NOISE, RAW, OTHER)).layout_id == OTHER.id
+
+
+def test_a_payload_that_is_whole_but_not_of_its_codec() -> None:
+    """Only a bug or malice makes one; the codec itself refuses it."""
+    assert "lz4" in refused(sealed(frame_of(NOISE, RAW), 5, b"\x01"))
+
+
+def test_views_of_other_formats_are_taken() -> None:
+    block = memoryview(bytearray(RUNS)).cast("B", shape=[LAYOUT.nbytes // 4, 4])
+    frame = b"".join(encode(KEY, block, LAYOUT, RAW))
+    out = bytearray(LAYOUT.nbytes)
+    decode(KEY, memoryview(frame), memoryview(out).cast("H"), LAYOUT)
+    assert out == RUNS

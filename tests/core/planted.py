@@ -1,0 +1,156 @@
+"""Bugs to be planted in the ledger, and a loader that plants them in memory."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import kvtier.core
+from kvtier.core.ledger import Ledger
+
+MODULES = ("copies", "residency", "ledger")  # in the order in which they import each other
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Source text to be replaced wherever it stands in one of `MODULES`."""
+
+    name: str
+    edits: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def bug(name: str, *edits: str) -> Bug:
+    return Bug(name, tuple(zip(edits[::2], edits[1::2], strict=True)))
+
+
+BUGS = [
+    bug("a loading block is not pinned", "Phase.LOADING, 1", "Phase.LOADING, 0"),
+    bug(
+        "leases are not cut when a load fails",
+        "self._cut(lease, lease.keys.index(move.key))",
+        "pass",
+    ),
+    bug("the only copy is dropped", "below is None or below.paused", "True"),
+    bug("leased blocks are dropped", "(tier != HOST or block.pins == 0)", "True"),
+    bug("moving blocks are dropped", "return block.move is None and", "return"),
+    bug(
+        "slots of abandoned writes leak",
+        "block.pins -= 1\n            self._free_slot(block)",
+        "block.pins -= 1",
+    ),
+    bug("a paused tier is read", "if key in copies and not copies.paused", "if key in copies"),
+    bug("a paused tier is written", "return not self.paused and", "return"),
+    bug("the queue has no limit", "and self.coming < self.spec.queue", ""),
+    bug("capacity is not respected", "while not copies.fits(nbytes)", "while False"),
+    bug(
+        "failed copies keep their room",
+        "target.coming -= 1\n        if",
+        "target.coming -= ok\n        if",
+    ),
+    bug(
+        "a copy starts during a load",
+        "if block.move is not None or source is None or",
+        "if source is None or",
+    ),
+    bug(
+        "blocks are readable while filling",
+        "block is None or block.phase is Phase.FILLING",
+        "block is None",
+    ),
+    bug(
+        "loads come from the coldest copy",
+        "in enumerate(self._tiers[start:], start):\n            if key in copies and",
+        "in reversed([*enumerate(self._tiers[start:], start)]):\n            if key in copies and",
+    ),
+    bug(
+        "copies go in a circle",
+        "if any(key in copies for copies in self._tiers[:tier]):",
+        "if False:",
+    ),
+    bug(
+        "larger frames are dropped again and again",
+        "target.frame_nbytes = max(target.frame_nbytes, nbytes)",
+        "pass",
+    ),
+    bug(
+        "a failure leads to the next try",
+        "self._sort(move.key)\n            return",
+        "self._sort(move.key)\n            self._drain()\n            return",
+    ),
+    bug("no answer counts as not there", "if not source.paused:", "if True:"),
+    bug("a copy is lost while it is read", "if move is None or move.source != tier:", "if True:"),
+    bug(
+        "settle tells nobody",
+        "in lease.loading))\n            self._settled(lease)",
+        "in lease.loading))",
+    ),
+    bug(
+        "all blocks of a commit count as filled",
+        "filled = granted if filled is None else filled",
+        "filled = granted",
+    ),
+    bug(
+        "two writers get one block",
+        "if block is not None and (block.slot is not None or self",
+        "if block is not None and (block.phase is Phase.STABLE and block.slot is not None or self",
+    ),
+    bug(
+        "only one lease ends with its client",
+        "leases = [*self._of_client.get(client, ())]",
+        "leases = [*self._of_client.get(client, ())][:1]",
+    ),
+    bug("drops are not announced", "gone=owned)", "gone=False)"),
+    bug("forgotten hints are announced as gone", "gone=owned)", "gone=True)"),
+    bug("dropped copies stay in the store", "forget=owned and tier != HOST", "forget=False"),
+    bug("resume forgets what waited", "paused = False\n        self._drain()", "paused = False"),
+    bug(
+        "a commit starts no copies",
+        "self._touch(lease.path)\n        self._drain()",
+        "self._touch(lease.path)",
+    ),
+    bug(
+        "a lease tells the wrong source",
+        "lease.sources.append(block.move.source)",
+        "lease.sources.append(HOST)",
+    ),
+    bug(
+        "a move starts of what is moving already",
+        "block.slot is not None or block.move is not None",
+        "block.slot is not None",
+    ),
+    bug("a failed load frees no slot", "self._free_slot(block)\n            source", "source"),
+    bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
+]
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[type[Ledger]]:
+    """The ledger with one bug; the real modules stay as they are.
+
+    Raises:
+        LookupError: The text to be replaced is not there, or more than once.
+    """
+    sources = {name: (Path(kvtier.core.__path__[0]) / f"{name}.py").read_text() for name in MODULES}
+    for old, new in bug.edits:
+        hits = [name for name in MODULES if sources[name].count(old) == 1]
+        if len(hits) != 1:
+            raise LookupError(f"{bug}: {old!r} must stand in one place")
+        sources[hits[0]] = sources[hits[0]].replace(old, new)
+    names = {name: f"planted_{name}" for name in MODULES}
+    try:
+        for name in MODULES:
+            source = sources[name]
+            for other in MODULES:
+                source = source.replace(f"from kvtier.core.{other} ", f"from {names[other]} ")
+            module = ModuleType(names[name])
+            sys.modules[names[name]] = module
+            exec(compile(source, f"<{bug}: {name}>", "exec"), module.__dict__)
+        yield sys.modules[names["ledger"]].Ledger
+    finally:
+        for name in names.values():
+            sys.modules.pop(name, None)

@@ -1,0 +1,73 @@
+"""The ledger under a failing world, and the proof that the simulation sees what goes wrong."""
+
+import inspect
+from collections import Counter
+
+import pytest
+
+from kvtier.core import ledger
+from kvtier.testing.ledger import STATES, simulate
+from tests.core.planted import BUGS, Bug, planted
+
+SEEDS = 300
+STEPS = 250
+
+
+def test_no_seed_breaks_a_promise_and_together_they_reach_every_state():
+    seen = Counter[str]()
+    for seed in range(SEEDS):
+        simulate(seed, STEPS, seen)
+    assert {state: seen[state] for state in STATES if seen[state] < 10} == {}
+
+
+def test_one_seed_gives_one_run():
+    runs = [Counter[str](), Counter[str]()]
+    for seen in runs:
+        simulate(7, STEPS, seen)
+    assert runs[0] == runs[1]
+
+
+def hunt(buggy: type[ledger.Ledger]) -> BaseException | None:
+    """What the first seed that is broken by a ledger says."""
+    for seed in range(SEEDS):
+        try:
+            simulate(seed, STEPS, Counter(), buggy)
+        except (AssertionError, KeyError) as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_a_planted_bug_is_found(bug: Bug):
+    with planted(bug) as buggy:
+        found = hunt(buggy)
+    assert found is not None
+    assert any("seed" in note for note in found.__notes__)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_a_planted_bug_is_found_without_looking_inside(bug: Bug):
+    """By what clients, stores and routers see: not by the ledger's own `check`."""
+    with planted(bug) as buggy:
+        assert hunt(type("Blind", (buggy,), {"check": lambda self: None})) is not None
+
+
+def test_planting_nothing_finds_nothing():
+    with planted(Bug("none", ())) as same:
+        assert same is not ledger.Ledger
+        for seed in range(20):
+            simulate(seed, STEPS, Counter(), same)
+
+
+def test_a_bug_that_no_longer_fits_its_source_is_reported():
+    stale = Bug("stale", (("this text is nowhere", ""),))
+    with pytest.raises(LookupError, match="stale"), planted(stale):
+        pass
+
+
+def test_planting_leaves_the_real_ledger_alone():
+    before = inspect.getsource(ledger)
+    with planted(BUGS[0]):
+        pass
+    assert inspect.getsource(ledger) == before
+    simulate(0, STEPS, Counter())

@@ -1,0 +1,181 @@
+"""Which worker gets a request, and why."""
+
+from dataclasses import replace
+from itertools import count, pairwise
+from random import Random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from kvtier.core.directory import Warmth
+from kvtier.core.score import DEFAULT_RATES, Candidate, Choice, Rates, rank, why
+
+RATES = Rates(
+    prefill_tokens_per_s=1000.0, host_bytes_per_s=1e6, disk_bytes_per_s=1e5, shared_bytes_per_s=1e4
+)
+PROMPT_TOKENS = 1000
+BLOCK_TOKENS = 100
+BLOCK_NBYTES = 1000
+
+
+def ranked(*candidates: Candidate, behind: float = 2.0, seed: int = 0) -> list[Choice]:
+    return rank(
+        candidates,
+        prompt_tokens=PROMPT_TOKENS,
+        block_tokens=BLOCK_TOKENS,
+        block_nbytes=BLOCK_NBYTES,
+        behind=behind,
+        tie=Random(seed).random,
+    )
+
+
+def names(*candidates: Candidate, seed: int = 0) -> list[str]:
+    return [choice.name for choice in ranked(*candidates, seed=seed)]
+
+
+def candidate(name: str, warmth: Warmth | None = None, **fields) -> Candidate:
+    return Candidate(name=name, warmth=warmth or Warmth(), **{"rates": RATES, **fields})
+
+
+def test_the_score_adds_up():
+    (choice,) = ranked(candidate("n", Warmth(vram=1, host=2, disk=3, shared=1), waiting_tokens=500))
+    assert choice.wait_s == pytest.approx(0.5)
+    assert choice.load_s == pytest.approx(2 * 1e-3 + 3 * 1e-2 + 1 * 1e-1)
+    assert choice.prefill_s == pytest.approx(0.3)
+    assert choice.seconds == pytest.approx(0.5 + 3 * (0.132 + 0.3))
+
+
+def test_without_requests_behind_only_its_own_seconds_count():
+    (choice,) = ranked(candidate("n", waiting_tokens=500), behind=0.0)
+    assert choice.seconds == pytest.approx(0.5 + 1.0)
+
+
+def test_at_least_one_token_is_computed():
+    (choice,) = ranked(candidate("n", Warmth(vram=10)))
+    assert choice.prefill_s == pytest.approx(1e-3)
+
+
+def test_what_was_not_measured_is_taken_as_usual():
+    (unmeasured,) = ranked(candidate("n", Warmth(1, 1, 1, 1), rates=Rates()))
+    (usual,) = ranked(candidate("n", Warmth(1, 1, 1, 1), rates=DEFAULT_RATES))
+    assert unmeasured == usual
+    assert unmeasured.seconds > 0
+
+
+def test_warm_beats_cold_and_warmer_beats_warm():
+    order = names(
+        candidate("cold"),
+        candidate("shared", Warmth(shared=8)),
+        candidate("disk", Warmth(disk=8)),
+        candidate("vram", Warmth(vram=8)),
+        candidate("host", Warmth(host=8, vram=0)),
+        candidate("half", Warmth(vram=4)),
+    )
+    assert order == ["vram", "host", "disk", "half", "shared", "cold"]
+
+
+def test_a_long_queue_outweighs_warmth():
+    warm = candidate("warm", Warmth(vram=9), waiting_tokens=5000)
+    assert names(warm, candidate("cold")) == ["cold", "warm"]
+    assert names(replace(warm, waiting_tokens=500), candidate("cold")) == ["warm", "cold"]
+
+
+def test_a_faster_worker_wins_with_the_same_warmth():
+    fast = replace(RATES, prefill_tokens_per_s=2000.0)
+    assert names(candidate("slow"), candidate("fast", rates=fast)) == ["fast", "slow"]
+
+
+def test_draining_workers_come_after_all_others():
+    order = names(
+        candidate("draining and warm", Warmth(vram=9), draining=True),
+        candidate("draining", draining=True),
+        candidate("busy", waiting_tokens=100_000),
+    )
+    assert order == ["busy", "draining and warm", "draining"]
+
+
+def test_cold_prompts_go_round():
+    clock = count(1)
+    workers = {name: candidate(name) for name in "abc"}
+    order = []
+    for seed in range(9):
+        best = names(*workers.values(), seed=seed)[0]
+        workers[best] = replace(workers[best], last_cold=float(next(clock)))
+        order.append(best)
+    assert sorted(order[:3]) == ["a", "b", "c"]
+    assert order[:3] == order[3:6] == order[6:]
+
+
+def test_cold_candidates_within_one_percent_are_equals_and_others_are_not():
+    late = candidate("late", last_cold=9.0)
+    near = candidate("near", waiting_tokens=25)  # 0.8% more
+    far = candidate("far", waiting_tokens=35)  # 1.2% more
+    assert names(late, near) == ["near", "late"]
+    assert names(late, far) == ["late", "far"]
+
+
+def test_cold_candidates_within_one_millisecond_are_equals():
+    rates = replace(RATES, prefill_tokens_per_s=1e6)
+    late = candidate("late", rates=rates, last_cold=9.0)
+    near = candidate("near", rates=rates, waiting_tokens=900)  # 3 ms and 3.9 ms
+    far = candidate("far", rates=rates, waiting_tokens=1100)
+    assert names(late, near) == ["near", "late"]
+    assert names(late, far) == ["late", "far"]
+
+
+def test_warm_equals_are_in_random_order_whoever_was_cold_last():
+    pair = [candidate(name, Warmth(vram=5), last_cold=at) for name, at in (("a", 1.0), ("b", 9.0))]
+    firsts = [names(*pair, seed=seed)[0] for seed in range(200)]
+    assert 60 < firsts.count("a") < 140
+
+
+def test_cold_equals_of_the_same_time_are_in_random_order():
+    firsts = [names(candidate("a"), candidate("b"), seed=seed)[0] for seed in range(200)]
+    assert 60 < firsts.count("a") < 140
+
+
+def test_nobody_to_choose_from():
+    assert ranked() == []
+
+
+warmths = st.builds(Warmth, *[st.integers(0, 3)] * 4)
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        name=st.uuids().map(str),
+        warmth=warmths,
+        waiting_tokens=st.integers(0, 10_000),
+        rates=st.sampled_from([RATES, Rates()]),
+        last_cold=st.floats(0, 100),
+        draining=st.booleans(),
+    ),
+    max_size=8,
+    unique_by=lambda each: each.name,
+)
+
+
+@given(candidates, st.integers(0, 99))
+def test_everybody_is_ranked_once_and_nobody_before_one_clearly_better(some, seed):
+    choices = ranked(*some, seed=seed)
+    assert sorted(choice.name for choice in choices) == sorted(each.name for each in some)
+    draining = {each.name: each.draining for each in some}
+    for earlier, later in pairwise(choices):
+        if draining[earlier.name] == draining[later.name]:
+            assert earlier.seconds <= later.seconds + max(0.001, 0.01 * later.seconds) + 1e-9
+        else:
+            assert draining[later.name]
+
+
+def test_the_reason_is_one_line_for_people():
+    choice = Choice(
+        name="n", warmth=Warmth(host=62), seconds=0.2, wait_s=0.0, load_s=0.05, prefill_s=0.12,
+        prompt_tokens=2010, block_tokens=32,
+    )  # fmt: skip
+    assert why(choice) == (
+        "1,984 of 2,010 tokens warm (host 1,984): 0.05 s load + 0.12 s prefill + 0.00 s wait"
+    )
+    assert why(replace(choice, warmth=Warmth(1, 0, 2, 0))).startswith(
+        "96 of 2,010 tokens warm (vram 32, disk 64): "
+    )
+    assert why(replace(choice, warmth=Warmth())).startswith("0 of 2,010 tokens warm: ")

@@ -1,0 +1,112 @@
+"""Real kvtier processes for tests: started by the command line, killed as a user would."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+DEADLINE_S = 120.0  # generous: only a hang lasts so long
+
+
+def wait_for(what: str, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+    """Return once `condition()` is true; fail, naming `what`, if it never is."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {deadline_s:g} s in vain for: {what}"
+        time.sleep(0.02)
+
+
+class Process:
+    """`kvtier NAME --config ...` in a process of its own; `address` is where it listens."""
+
+    def __init__(self, name: str, toml: str, folder: Path) -> None:
+        self.name = name
+        self.config = folder / f"{name}-{time.monotonic_ns()}.toml"
+        self.config.write_text(toml)
+        self.log = self.config.with_suffix(".log")
+        self.address = ""
+        self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "kvtier.cli", self.name, "--config", str(self.config)]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}
+            )
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(DEADLINE_S, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline()
+        watchdog.cancel()
+        if "ready at" not in line:
+            self.process.wait(DEADLINE_S)
+            raise AssertionError(f"kvtier {self.name} did not start:\n{self.log.read_text()}")
+        self.address = line.rsplit(" ", 1)[1].strip()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self._ended()
+
+    def restart(self) -> None:
+        """Start it again with the same configuration."""
+        assert self.process.poll() is not None, "still running"
+        self._start()
+
+    def terminate(self) -> int:
+        """SIGTERM, as an operator would; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self._ended()
+
+    def _ended(self) -> int:
+        status = self.process.wait(DEADLINE_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.terminate()
+
+
+def node_toml(folder: Path, *, host: str = "4MiB", more: str = "") -> str:
+    """A node daemon that keeps everything below `folder`."""
+    return f"""
+[node]
+name = "n"
+socket = "{folder}/node.sock"
+listen = "127.0.0.1:0"
+[host]
+bytes = "{host}"
+drain_at = 0.0
+{more}
+"""
+
+
+def disk_toml(folder: Path, size: str = "64MiB") -> str:
+    return f"""
+[disk]
+path = "{folder}/disk"
+bytes = "{size}"
+drain_at = 0.0
+"""
+
+
+def redis_toml(url: str) -> str:
+    return f"""
+[redis]
+url = "{url}"
+timeout_s = 1.0
+retry_s = 0.2
+"""

@@ -1,0 +1,401 @@
+"""A real node daemon, real engines' connections, real stores, real kills."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
+from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
+from kvtier.testing.valkey import ValkeyServer
+from kvtier.wire import local
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2, node_pb2_grpc
+from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
+from tests.node.conftest import (
+    LAYOUT,
+    blocks,
+    new_keys,
+    restore,
+    save,
+    status,
+    wait_for_blocks,
+)
+
+_clients: list[TierClient] = []
+
+
+def connect(folder: Path) -> TierClient:
+    """An engine's connection; hung up at the end of the test."""
+    _clients.append(TierClient(f"{folder}/node.sock", LAYOUT, "test"))
+    return _clients[-1]
+
+
+@pytest.fixture(autouse=True)
+def hang_up() -> Iterator[None]:
+    yield
+    while _clients:
+        _clients.pop().close()
+
+
+def test_what_one_engine_saves_another_restores(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path):
+        one, two = connect(tmp_path), connect(tmp_path)
+        keys = new_keys(10)
+        assert save(one, keys) == 10
+        assert two.match(keys) == (10, {Tier.HOST: 10})
+        assert two.match([*keys[:4], *new_keys(1), *keys[5:]]).blocks == 4
+        assert restore(two, keys) == [Tier.HOST] * 10
+        assert save(two, keys) == 0, "what is held is not granted again"
+        one.close()
+        assert restore(two, keys) == [Tier.HOST] * 10
+
+
+def test_blocks_cascade_to_disk_and_are_found_after_kill_9(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, host="1MiB", more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        prompts = [new_keys(8) for _ in range(10)]  # 80 blocks; 32 fit in the host tier
+        for number, keys in enumerate(prompts, 1):
+            assert save(client, keys) == 8
+            wait_for_blocks(node, Tier.DISK, 8 * number)
+        sources = {tier for keys in prompts for tier in restore(client, keys)}
+        assert sources == {Tier.DISK}, "the oldest first: host has just been overwritten each time"
+        node.kill()
+        with pytest.raises(ArenaLost):
+            client.match(prompts[0])
+        node.restart()
+        client = connect(tmp_path)
+        for keys in prompts:
+            assert client.match(keys) == (8, {Tier.HOST: 0, Tier.DISK: 8})
+            assert restore(client, keys) == [Tier.DISK] * 8
+
+
+def test_another_node_restores_from_the_shared_tier(tmp_path: Path, valkey: ValkeyServer) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    tomls = [node_toml(folder, more=redis_toml(valkey.url)) for folder in folders]
+    with Process("node", tomls[0], folders[0]) as a, Process("node", tomls[1], folders[1]):
+        keys = new_keys(12)
+        assert save(connect(folders[0]), keys) == 12
+        wait_for_blocks(a, Tier.SHARED, 12)
+        other = connect(folders[1])
+        assert other.match(keys).blocks == 0, "the other node has not heard of them"
+        assert restore(other, keys) == [Tier.SHARED] * 12
+        assert restore(other, keys) == [Tier.HOST] * 12
+
+
+def test_the_leases_of_an_engine_that_is_killed_are_given_back(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path, host="1MiB"), tmp_path) as node:
+        code = f"""
+import sys
+from kvtier.engine.client import TierClient
+from tests.node.conftest import LAYOUT, new_keys
+client = TierClient({str(tmp_path / "node.sock")!r}, LAYOUT)
+with client.write(new_keys(1000)) as lease:
+    print(len(lease.slots), flush=True)
+    sys.stdin.read()
+"""
+        engine = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert engine.stdout is not None
+        assert engine.stdin is not None
+        assert engine.stdout.readline() == "32\n", "the whole arena is leased"
+        client = connect(tmp_path)
+        assert save(client, new_keys(1)) == 0, "full: refused at once, never waited for"
+        engine.kill()
+        engine.wait()
+        engine.stdin.close()
+        engine.stdout.close()
+        wait_for("no lease left", lambda: status(node).layouts[0].leases == 0)
+        assert save(client, new_keys(32)) == 32
+
+
+def test_what_was_not_committed_is_never_served(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path):
+        client = connect(tmp_path)
+        keys = new_keys(6)
+        with client.write(keys) as lease:
+            assert connect(tmp_path).match(keys).blocks == 0
+            lease.filled = 0
+        assert client.match(keys).blocks == 0
+        with pytest.raises(RuntimeError, match="copy failed"), client.write(keys):
+            raise RuntimeError("copy failed")
+        assert client.match(keys).blocks == 0
+        assert save(client, keys) == 6
+
+
+def test_a_flipped_bit_on_disk_is_a_miss(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(8)
+        save(client, keys)
+        wait_for_blocks(node, Tier.DISK, 8)
+        client.close()
+        node.terminate()
+        files = [
+            p for p in (tmp_path / "disk").rglob("*") if p.is_file() and keys[5].hex() in p.name
+        ]
+        assert len(files) == 1
+        raw = bytearray(files[0].read_bytes())
+        raw[len(raw) // 2] ^= 1
+        files[0].write_bytes(raw)
+        node.restart()
+        client = connect(tmp_path)
+        assert restore(client, keys) == [Tier.DISK] * 5, "up to the bad one, and no wrong byte"
+        assert status(node).counters["kvtier_corrupt_frames_total_disk"] == 1
+        wait_for("the bad copy is gone", lambda: blocks(node)[Tier.DISK] == 7)
+        assert save(client, keys) == 1
+
+
+def test_redis_that_dies_costs_misses_and_comes_back(tmp_path: Path, valkey: ValkeyServer) -> None:
+    with Process("node", node_toml(tmp_path, more=redis_toml(valkey.url)), tmp_path) as node:
+        client = connect(tmp_path)
+        first = new_keys(4)
+        save(client, first)
+        wait_for_blocks(node, Tier.SHARED, 4)
+        valkey.kill()
+        second = new_keys(4)
+        assert save(client, second) == 4, "the host tier goes on"
+        assert restore(client, [*second, *new_keys(3)]) == [Tier.HOST] * 4
+
+        def shared_available() -> bool:
+            return status(node).layouts[0].tiers[1].available
+
+        wait_for("the shared tier is off", lambda: not shared_available())
+        assert status(node).counters["kvtier_store_errors_total_shared"] >= 1
+        valkey.restart()
+        wait_for("the shared tier is on again", shared_available)
+        save(client, new_keys(1))
+        wait_for("what was waiting is copied", lambda: blocks(node)[Tier.SHARED] >= 9)
+
+
+def test_redis_that_is_not_there_at_start_is_no_obstacle(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{free.getsockname()[1]}"
+        with Process("node", node_toml(tmp_path, more=redis_toml(url)), tmp_path):
+            client = connect(tmp_path)
+            keys = new_keys(4)
+            assert save(client, keys) == 4
+            assert restore(client, keys) == [Tier.HOST] * 4
+            assert restore(client, new_keys(4)) == []
+
+
+def test_sigterm_saves_what_has_no_lower_copy_and_leaves_nothing(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path)).replace("drain_at = 0.0", "drain_at = 1.0")
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(20)
+        save(client, keys)
+        assert blocks(node)[Tier.DISK] == 0
+        assert node.terminate() == 0
+        assert not (tmp_path / "node.sock").exists()
+        with pytest.raises(ArenaLost):
+            client.match(keys)
+        node.restart()
+        assert restore(connect(tmp_path), keys) == [Tier.DISK] * 20
+
+
+def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+
+    def second(toml: str) -> str:
+        path = tmp_path / "second.toml"
+        path.write_text(toml)
+        done = subprocess.run(
+            [sys.executable, "-m", "kvtier.cli", "node", "--config", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        return done.stderr.strip().splitlines()[-1]
+
+    with Process("node", toml, tmp_path) as node:
+        connect(tmp_path)
+        assert second(node_toml(tmp_path)) == (
+            f"kvtier: node.socket: another daemon listens at {tmp_path}/node.sock"
+        )
+        elsewhere = tmp_path / "elsewhere"
+        taken = node_toml(elsewhere).replace("127.0.0.1:0", node.address)
+        assert second(taken).startswith(f"kvtier: node.listen: cannot listen on {node.address}")
+        assert str(tmp_path / "disk") in second(node_toml(elsewhere, more=disk_toml(tmp_path)))
+        assert second(node_toml(elsewhere, host="100TiB")).startswith("kvtier: host.bytes")
+
+
+def test_bad_bytes_end_that_engine_only(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        good = connect(tmp_path)
+        keys = new_keys(2)
+        save(good, keys)
+        for raw, said in [
+            (b"\xff\xff\xff\xff", "limit"),
+            (b"\x01\0\0\0\x01", "non-empty array"),
+            (local.encode(99), "no operation 99"),
+            (local.encode(local.Op.MATCH, b""), "MATCH before HELLO"),
+            (local.encode(local.Op.HELLO, 9, LAYOUT.describe(), "x"), "version 9"),
+            (local.encode(local.Op.HELLO, local.VERSION, "{}", "x"), "not a block layout"),
+        ]:
+            with socket.socket(socket.AF_UNIX) as bad:
+                bad.connect(str(tmp_path / "node.sock"))
+                bad.settimeout(30)
+                bad.sendall(raw)
+                ((ok, text),) = local.Decoder().feed(bad.recv(65536))
+                assert not ok
+                assert said in str(text)
+                assert bad.recv(1) == b"", "hung up"
+        assert restore(good, keys) == [Tier.HOST] * 2
+        assert status(node).counters["kvtier_protocol_errors_total"] == 6
+
+
+def test_leases_that_are_not_an_engines_own_are_refused(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path):
+        one, two = connect(tmp_path), connect(tmp_path)
+        keys = new_keys(2)
+        with one.write(keys) as lease:
+            with pytest.raises(RemoteProtocolError, match="COMMIT of lease"):
+                two._ask(5, local.Op.COMMIT, lease.id, 2)
+            lease.filled = 0
+        assert one.match(keys).blocks == 0
+
+
+def test_a_second_layout_is_refused_while_the_first_is_in_use(tmp_path: Path) -> None:
+    other = type(LAYOUT)(LAYOUT.groups, 32, LAYOUT.dtype)
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        client = connect(tmp_path)
+        with pytest.raises(ConfigError, match=r"one more than node\.max_layouts \(1\)"):
+            TierClient(f"{tmp_path}/node.sock", other)
+        client.close()
+        wait_for("the engine is gone", lambda: status(node).clients == 0)
+        second = TierClient(f"{tmp_path}/node.sock", other)
+        assert second.match(new_keys(1)).blocks == 0
+        second.close()
+
+
+def test_too_many_engines_are_refused_in_one_line(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path).replace("[node]", "[node]\nmax_clients = 2")
+    with Process("node", toml, tmp_path):
+        held = [connect(tmp_path), connect(tmp_path)]
+        with pytest.raises(ConfigError, match="2 engines are attached"):
+            connect(tmp_path)
+        held.pop().close()
+        wait_for("a place", lambda: _connects(tmp_path))
+
+
+def _connects(folder: Path) -> bool:
+    try:
+        connect(folder).close()
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_may_not_attach_unless_allowed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents:
+        if parent.owner() == "root" and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+
+    def as_nobody() -> str:
+        code = f"""
+import os, socket
+from kvtier.wire import local
+os.setuid(65534)
+s = socket.socket(socket.AF_UNIX)
+try:
+    s.connect({str(tmp_path / "node.sock")!r})
+    s.sendall(local.encode(local.Op.HELLO, local.VERSION, {LAYOUT.describe()!r}, "nobody"))
+    print(local.Decoder().feed(s.recv(65536))[0][:2])
+except OSError as error:
+    print(error)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        return done.stdout
+
+    toml = node_toml(tmp_path)
+    with Process("node", toml, tmp_path):
+        assert "Permission denied" in as_nobody()
+        (tmp_path / "node.sock").chmod(0o666)
+        assert "user 65534 may not attach" in as_nobody()
+    with Process("node", toml.replace("[node]", "[node]\nallow_uids = [65534]"), tmp_path):
+        assert "True" in as_nobody()
+
+
+def test_routers_hear_of_every_change_and_a_late_one_gets_it_all(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node, grpc.insecure_channel(node.address) as channel:
+        client = connect(tmp_path)
+        before = new_keys(3)
+        save(client, before)
+        wait_for_blocks(node, Tier.DISK, 3)
+        stub = feed_pb2_grpc.FeedStub(channel)
+        stream = stub.Watch(feed_pb2.WatchRequest(), timeout=60)
+        held, last = _until(stream, {}, lambda held, message: message.snapshot.last)
+        assert held == {feed_pb2.TIER_HOST: set(before), feed_pb2.TIER_DISK: set(before)}
+        after = new_keys(2)
+        save(client, after)
+        both = {*before, *after}
+        full = {feed_pb2.TIER_HOST: both, feed_pb2.TIER_DISK: both}
+        held, last = _until(stream, held, lambda held, message: held == full, last)
+        node_pb2_grpc.NodeStub(channel).Clear(
+            node_pb2.NodeClearRequest(tiers=[feed_pb2.TIER_HOST]), timeout=10
+        )
+        gone = {feed_pb2.TIER_HOST: set(), feed_pb2.TIER_DISK: both}
+        held, last = _until(stream, held, lambda held, message: held == gone, last)
+        late = stub.Watch(feed_pb2.WatchRequest(), timeout=60)
+        again, seq = _until(late, {}, lambda held, message: message.snapshot.last)
+        assert again == {feed_pb2.TIER_DISK: both}
+        assert seq == last
+
+
+def _until(stream, held, done, seq=None):
+    """Follow a feed until `done`; deltas must be numbered without a gap."""
+    for message in stream:
+        body = message.WhichOneof("body")
+        if body == "snapshot":
+            seq = message.seq
+            for each in message.snapshot.held:
+                held.setdefault(each.tier, set()).update(local.unpack_keys(each.keys))
+        elif body == "delta":
+            seq += 1
+            assert message.seq == seq
+            for each in message.delta.added:
+                held.setdefault(each.tier, set()).update(local.unpack_keys(each.keys))
+            for each in message.delta.removed:
+                held[each.tier] -= set(local.unpack_keys(each.keys))
+        if done(held, message):
+            return held, seq
+    raise AssertionError("the feed ended")
+
+
+def test_the_daemon_never_loads_torch_or_ray(tmp_path: Path) -> None:
+    code = """
+import sys
+import kvtier.node.daemon, kvtier.router.server
+print([name for name in ("torch", "ray", "transformers", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_daemon_that_hangs_is_a_clear_error_and_not_a_hang(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        client = connect(tmp_path)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ArenaLost, match="no answer to MATCH"):
+                client.match(new_keys(1))
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        assert connect(tmp_path).match(new_keys(1)).blocks == 0

@@ -1,0 +1,133 @@
+import pytest
+from stub_engine import tier_keys
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.directory import Directory
+from kvtier.core.tiers import Tier
+from kvtier.errors import RemoteProtocolError
+from kvtier.router import feed
+from kvtier.router.feed import FeedGap, FeedReader
+from kvtier.wire.pb import feed_pb2
+
+KEYS = [BlockKey(bytes([i]) * 16) for i in range(8)]
+DAEMON = (Tier.HOST, Tier.DISK, Tier.SHARED)
+
+
+def snapshot(seq=5, epoch=1, last=True, **held):
+    body = feed_pb2.Snapshot(held=named(held), last=last)
+    return feed_pb2.FeedMessage(epoch=epoch, seq=seq, snapshot=body)
+
+
+def delta(seq, epoch=1, added=None, removed=None):
+    body = feed_pb2.Delta(added=named(added or {}), removed=named(removed or {}))
+    return feed_pb2.FeedMessage(epoch=epoch, seq=seq, delta=body)
+
+
+def heartbeat(seq, epoch=1, draining=False):
+    body = feed_pb2.Heartbeat(draining=draining)
+    return feed_pb2.FeedMessage(epoch=epoch, seq=seq, heartbeat=body)
+
+
+def named(held):
+    return tier_keys({Tier[name.upper()]: keys for name, keys in held.items()})
+
+
+@pytest.fixture
+def directory():
+    return Directory()
+
+
+@pytest.fixture
+def reader(directory):
+    return FeedReader(directory, "s", DAEMON)
+
+
+def warm(directory):
+    return directory.warmth(KEYS, {"n": ["s"]})["n"]
+
+
+def test_a_snapshot_counts_once_it_is_whole(directory, reader):
+    reader.take(snapshot(last=False, host=KEYS[:2]))
+    reader.take(snapshot(last=False, disk=KEYS[2:3], shared=KEYS[4:5]))
+    assert not reader.ready
+    assert warm(directory).blocks == 0
+    reader.take(snapshot(host=KEYS[3:4]))
+    assert reader.ready
+    assert warm(directory) == (0, 3, 1, 1)
+
+
+def test_deltas_follow_one_by_one(directory, reader):
+    reader.take(snapshot(host=KEYS[:2]))
+    reader.take(delta(6, added={"disk": KEYS[2:4]}, removed={"host": KEYS[1:2]}))
+    assert warm(directory).blocks == 1
+    reader.take(delta(7, added={"disk": KEYS[1:2]}))
+    assert warm(directory) == (0, 1, 3, 0)
+
+
+def test_heartbeats_are_handed_on(reader):
+    reader.take(snapshot())
+    assert reader.take(heartbeat(5, draining=True)).draining
+    assert reader.take(delta(6)) is None
+    assert reader.take(heartbeat(6)) is not None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        delta(7, added={"host": KEYS}),  # 6 was lost
+        delta(5, added={"host": KEYS}),  # not the next
+        heartbeat(6),  # a lost delta that no other follows
+        delta(6, epoch=2, added={"host": KEYS}),  # another life
+        heartbeat(5, epoch=2),
+    ],
+)
+def test_a_gap_or_another_life_is_told_and_changes_nothing(directory, reader, message):
+    reader.take(snapshot(host=KEYS[:1]))
+    with pytest.raises(FeedGap):
+        reader.take(message)
+    assert warm(directory).blocks == 1
+
+
+def test_a_snapshot_of_two_moments_is_a_gap(reader):
+    reader.take(snapshot(seq=5, last=False))
+    with pytest.raises(FeedGap):
+        reader.take(snapshot(seq=6))
+
+
+def odd_keys(tier=feed_pb2.TIER_HOST, keys=b"x" * 17):
+    part = feed_pb2.TierKeys(tier=tier, keys=keys)
+    body = feed_pb2.Delta(added=[part])
+    return feed_pb2.FeedMessage(epoch=1, seq=6, delta=body)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (odd_keys(), "17 bytes"),
+        (odd_keys(tier=0, keys=b""), "tier 0"),
+        (odd_keys(tier=9, keys=b""), "tier 9"),
+        (odd_keys(tier=feed_pb2.TIER_VRAM, keys=b""), "tier 1"),  # a daemon has no VRAM
+        (feed_pb2.FeedMessage(epoch=1, seq=6), "body"),
+        (snapshot(), "second snapshot"),
+    ],
+)
+def test_messages_that_break_the_protocol_are_refused(directory, reader, message, words):
+    reader.take(snapshot(host=KEYS[:1]))
+    with pytest.raises(RemoteProtocolError, match=words):
+        reader.take(message)
+    assert warm(directory).blocks == 1
+
+
+@pytest.mark.parametrize("message", [delta(6), heartbeat(5)])
+def test_nothing_comes_before_the_snapshot(reader, message):
+    with pytest.raises(RemoteProtocolError, match="before the snapshot"):
+        reader.take(message)
+
+
+def test_a_source_cannot_fill_the_memory(monkeypatch, reader):
+    monkeypatch.setattr(feed, "MAX_BLOCKS", 4)
+    reader.take(snapshot(host=KEYS[:4]))
+    reader.take(delta(6, removed={"host": KEYS[:2]}))
+    reader.take(delta(7, added={"host": KEYS[:2]}))
+    with pytest.raises(RemoteProtocolError, match="more than 4 blocks"):
+        reader.take(delta(8, added={"host": KEYS[4:5]}))

@@ -1,0 +1,67 @@
+from kvtier.core.blocks import BlockKey
+from kvtier.core.directory import Warmth
+from kvtier.router import placement
+from kvtier.router.placement import SPECULATIVE_S, Load, Prompt, Speculation, _at_least
+from kvtier.wire.pb import worker_pb2
+
+KEYS = [BlockKey(i.to_bytes(16, "big")) for i in range(10)]
+OTHER = [BlockKey(i.to_bytes(16, "big")) for i in range(100, 110)]
+
+
+def test_what_was_sent_is_expected_for_a_while():
+    speculation = Speculation()
+    speculation.add("a", KEYS[:6], now=0.0)
+    assert speculation.blocks("a", KEYS, now=SPECULATIVE_S - 0.01) == 6
+    assert speculation.blocks("a", OTHER, now=0.0) == 0
+    assert speculation.blocks("b", KEYS, now=0.0) == 0
+    assert speculation.blocks("a", KEYS, now=SPECULATIVE_S) == 0
+
+
+def test_what_is_sent_again_is_expected_for_longer():
+    speculation = Speculation()
+    speculation.add("a", KEYS[:6], now=0.0)
+    speculation.add("a", KEYS[:3], now=1.0)
+    assert speculation.blocks("a", KEYS, now=1.5) == 6
+    assert speculation.blocks("a", KEYS, now=2.5) == 3
+    assert speculation.blocks("a", KEYS, now=3.0) == 0
+
+
+def test_expectations_are_bounded(monkeypatch):
+    monkeypatch.setattr(placement, "MAX_SPECULATED", 12)
+    speculation = Speculation()
+    speculation.add("a", KEYS, now=0.0)
+    speculation.add("b", OTHER, now=0.0)
+    assert speculation.blocks("a", KEYS, now=0.1) == 0  # made room
+    assert speculation.blocks("b", OTHER, now=0.1) == 10
+    speculation.add("c", [*KEYS, *OTHER], now=0.2)
+    assert speculation.blocks("c", [*KEYS, *OTHER], now=0.2) == 12
+
+
+def test_load_counts_until_it_is_told_or_time_is_up():
+    load = Load()
+    first = load.send("a", 100, expires=None)
+    load.send("a", 30, expires=2.0)
+    load.send("b", 5, expires=1.0)
+    assert load.waiting("a", 0.0) == 130
+    assert load.waiting("a", 2.0) == 100
+    assert load.waiting("b", 2.0) == 0
+    first.began()
+    first.began()  # only once
+    assert load.waiting("a", 3.0) == 0
+
+
+def test_expected_blocks_are_taken_from_the_coldest_count_last():
+    warmth = Warmth(vram=2, host=3, disk=1, shared=4)
+    assert _at_least(warmth, 1) == warmth
+    assert _at_least(warmth, 4) == Warmth(4, 1, 1, 4)
+    assert _at_least(warmth, 7) == Warmth(7, 0, 0, 3)
+    assert _at_least(warmth, 20) == Warmth(20, 0, 0, 0)
+
+
+def test_keys_are_computed_once_for_each_kind_of_worker():
+    prompt = Prompt("m", list(range(16)))
+    one = worker_pb2.WorkerInfo(root=b"a", block_tokens=4)
+    assert prompt.keys(one) is prompt.keys(worker_pb2.WorkerInfo(root=b"a", block_tokens=4))
+    assert len(prompt.keys(one)) == 4
+    assert len(prompt.keys(worker_pb2.WorkerInfo(root=b"a", block_tokens=8))) == 2
+    assert prompt.keys(worker_pb2.WorkerInfo(root=b"b", block_tokens=4)) != prompt.keys(one)

@@ -1,0 +1,374 @@
+import asyncio
+
+import grpc
+import pytest
+from conftest import PATIENCE_S, eventually, generate_request, refused, route_request
+from stub_engine import MAX_TOKENS, VOCAB, StubSource, StubWorker, files, hangs, ids, keys, says
+
+from kvtier import metrics
+from kvtier.core.tiers import Tier
+from kvtier.router.text import MAX_MESSAGES, MAX_TEXT_BYTES
+from kvtier.wire.pb import router_pb2
+
+PROMPT = "a prompt of eight and more blocks, long enough that its prefill takes a while. " * 20
+KEYS = keys(PROMPT)
+Status = grpc.StatusCode
+
+
+async def generate(router, request):
+    async with asyncio.timeout(PATIENCE_S):
+        return [message async for message in router.stub.Generate(request)]
+
+
+async def node(engines, name: str, tier: Tier | None):
+    """A worker and its daemon, with the whole prompt in one tier."""
+    worker = StubWorker(name, KEYS if tier is Tier.VRAM else ())
+    worker.info.kv_bytes_per_token = 100_000
+    held = {} if tier in (None, Tier.VRAM) else {tier: KEYS}
+    return await engines(worker), await engines(StubSource(held))
+
+
+@pytest.mark.parametrize(
+    ("warmer", "colder"),
+    [
+        (Tier.VRAM, Tier.HOST),
+        (Tier.VRAM, Tier.DISK),
+        (Tier.VRAM, None),
+        (Tier.HOST, Tier.DISK),
+        (Tier.HOST, None),
+        (Tier.DISK, None),
+    ],
+)
+async def test_the_warmest_tier_wins(engines, routers, warmer, colder):
+    # The colder one is named first and is just as idle: only its tier counts against it.
+    cold, warm = await node(engines, "cold", colder), await node(engines, "warm", warmer)
+    router = await routers(cold, warm)
+    choices = await router.explain(PROMPT)
+    assert [c.worker_id for c in choices] == ["warm", "cold"]
+    assert choices[0].seconds < choices[1].seconds
+    assert (await router.route(PROMPT)).worker_id == "warm"
+
+
+@pytest.mark.parametrize("tier", [Tier.VRAM, Tier.HOST, Tier.DISK])
+async def test_what_a_node_holds_beats_what_all_can_fetch(engines, routers, tier):
+    shared, own = await node(engines, "x", Tier.SHARED), await node(engines, "own", tier)
+    router = await routers(shared, own)
+    choices = await router.explain(PROMPT)
+    assert [c.worker_id for c in choices] == ["own", "x"]
+    assert [[t.tier for t in c.warm] for c in choices] == [[tier + 1], [4]]
+
+
+async def test_a_choice_tells_why(engines, routers):
+    worker = await engines(StubWorker("w", KEYS[:2]))
+    daemon = await engines(StubSource({Tier.HOST: KEYS[2:5]}))
+    router = await routers((worker, daemon))
+    response = await router.stub.Route(route_request(PROMPT))
+    choice = response.choice
+    assert (choice.worker_id, choice.node, choice.address) == ("w", "w", worker.address)
+    assert [(t.tier, t.tokens) for t in choice.warm] == [(1, 8), (2, 12)]
+    assert response.prompt_tokens == len(ids(PROMPT))
+    assert "20 of 1,580 tokens warm (vram 8, host 12)" in choice.why
+    assert "\n" not in choice.why
+    cost = choice.load_s + choice.prefill_s
+    assert choice.seconds == pytest.approx(choice.wait_s + 3 * cost)
+
+
+async def test_more_of_the_prefix_beats_less(engines, routers):
+    less, more = await engines(StubWorker("a", KEYS[:100])), await engines(StubWorker("b", KEYS))
+    router = await routers(less, more)
+    response = await router.stub.Route(route_request(PROMPT))
+    assert response.choice.worker_id == "b"
+    assert [c.worker_id for c in response.fallbacks] == ["a"]
+
+
+async def test_a_busy_warm_worker_loses_to_an_idle_cold_one(engines, routers):
+    warm, idle = await engines(StubWorker("warm", KEYS)), await engines(StubWorker("idle"))
+    warm.heartbeat.load.waiting_tokens = 100_000
+    router = await routers(warm, idle)
+
+    async def first() -> str:
+        return (await router.explain(PROMPT))[0].worker_id
+
+    async def idle_first() -> bool:
+        return await first() == "idle"
+
+    await eventually(idle_first, "the idle one is chosen")
+    warm.heartbeat.load.waiting_tokens = 0
+
+    async def warm_first() -> bool:
+        return await first() == "warm"
+
+    await eventually(warm_first, "the warm one is chosen")
+
+
+async def test_equally_warm_workers_share_the_requests(engines, routers):
+    workers = [await engines(StubWorker(name, KEYS)) for name in "abcd"]
+    router = await routers(*workers)
+    chosen = {(await router.route(PROMPT)).worker_id for _ in range(100)}
+    assert chosen == set("abcd")
+
+
+async def test_new_prompts_spread(engines, routers):
+    workers = [await engines(StubWorker(name)) for name in "abcd"]
+    router = await routers(*workers)
+    chosen = [(await router.route(f"{i} is new and short")).worker_id for i in range(4)]
+    assert sorted(chosen) == list("abcd")
+
+
+async def test_new_prompts_spread_also_when_nobody_is_busy(engines, routers):
+    # Nothing is under way any more, so only who was cold last tells the workers apart.
+    workers = [await engines(StubWorker(name)) for name in "abcd"]
+    router = await routers(*workers)
+    chosen = []
+    for i in range(12):
+        messages = await generate(router, generate_request(f"{i} is new and short"))
+        chosen.append(messages[0].routed.choice.worker_id)
+    for start in range(0, 12, 4):
+        assert sorted(chosen[start : start + 4]) == list("abcd")
+
+
+async def test_text_chat_and_tokens_route_alike(engines, routers):
+    chat = [("system", "be brief " * 20), ("user", "hi")]
+    rendered = "".join(f"<|{role}|>{content}<|end|>" for role, content in chat) + "<|assistant|>"
+    one, two = await engines(StubWorker("a")), await engines(StubWorker("b", keys(rendered)))
+    router = await routers(one, two)
+    answers = [await router.explain(each) for each in (chat, rendered, ids(rendered))]
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][0].worker_id == "b"
+    assert answers[0][0].warm[0].tokens == len(ids(rendered)) // 4 * 4
+
+
+async def test_routers_explain_alike(engines, routers):
+    sizes = {"a": 0, "b": 0, "c": 9, "d": 9}
+    workers = [await engines(StubWorker(name, KEYS[:n])) for name, n in sizes.items()]
+    first, second = await routers(*workers), await routers(*reversed(workers))
+    for prompt in (PROMPT, "cold", ids(PROMPT[:60])):
+        assert await first.explain(prompt) == await second.explain(prompt)
+        assert await first.explain(prompt) == await first.explain(prompt)
+
+
+async def test_explain_changes_nothing(engines, routers):
+    worker = await engines(StubWorker("a"))
+    router = await routers(worker)
+    before = metrics.REQUESTS.labels("OK")._value.get()
+    first = await router.explain(PROMPT)
+    assert await router.explain(PROMPT) == first
+    assert not first[0].warm
+    assert metrics.REQUESTS.labels("OK")._value.get() == before
+    await router.route(PROMPT)
+    assert (await router.explain(PROMPT))[0].warm  # a route is expected to be followed
+    assert metrics.REQUESTS.labels("OK")._value.get() == before + 1
+
+
+async def test_workers_with_other_weights_have_other_keys(engines, routers):
+    # A new revision under the same name, and one with other blocks.
+    old = await engines(StubWorker("old", KEYS))
+    new = await engines(StubWorker("new", keys(PROMPT, root=b"n" * 32)[:9], root=b"n" * 32))
+    wide = await engines(StubWorker("wide", keys(PROMPT, block=16)[:50], block=16))
+    wrong = await engines(StubWorker("wrong", KEYS, root=b"x" * 32))
+    router = await routers(wrong, old, new, wide)
+    expected = {"old": {1: 1580}, "new": {1: 36}, "wide": {1: 800}, "wrong": {}}
+    assert await router.warmth(PROMPT) == expected
+    assert [c.worker_id for c in await router.explain(PROMPT)] == ["old", "wide", "new", "wrong"]
+
+
+async def test_draining_workers_come_last_among_all_kinds(engines, routers):
+    old = await engines(StubWorker("old", KEYS))
+    new = await engines(StubWorker("new", root=b"n" * 32))
+    router = await routers(old, new)
+    old.heartbeat.draining = True
+    await router.members(lambda each: each[0].draining)
+    assert [c.worker_id for c in await router.explain(PROMPT)] == ["new", "old"]
+
+
+async def test_requests_go_to_the_model_they_name(engines, routers):
+    one, two = await engines(StubWorker("a", model="x")), await engines(StubWorker("b", model="y"))
+    router = await routers(one, two)
+    assert (await router.route(PROMPT, "y")).worker_id == "b"
+    async with refused(Status.NOT_FOUND, "'z'", "x, y"):
+        await router.route(PROMPT, "z")
+    async with refused(Status.INVALID_ARGUMENT, "model", "x, y"):
+        await router.route(PROMPT)
+    await two.stop()
+    await router.members(lambda each: each[1].state == "connecting")
+    async with refused(Status.UNAVAILABLE, "no worker of 'y' is ready"):
+        await router.route(PROMPT, "y")
+
+
+async def test_text_goes_to_those_who_read_it_alike(engines, routers):
+    odd = StubWorker("odd", KEYS)
+    odd.files = files() | {"chat_template.jinja": b"another"}
+    members = [await engines(each) for each in (odd, StubWorker("b"), StubWorker("c"))]
+    router = await routers(*members)
+    assert {c.worker_id for c in await router.explain("a text")} == {"b", "c"}
+    assert {c.worker_id for c in await router.explain([1, 2, 3])} == {"odd", "b", "c"}
+
+
+async def test_without_members_there_is_no_worker(routers):
+    router = await routers()
+    async with refused(Status.UNAVAILABLE, "no worker is ready"):
+        await router.route(PROMPT)
+    async with refused(Status.UNAVAILABLE, "no worker is ready"):
+        await generate(router, generate_request(PROMPT))
+
+
+NO_CHAT = router_pb2.Prompt(chat=router_pb2.Chat())
+LONG_CHAT = router_pb2.Prompt(
+    chat=router_pb2.Chat(messages=[router_pb2.ChatMessage(role="user")] * (MAX_MESSAGES + 1))
+)
+ODD_CHAT = router_pb2.Prompt(
+    chat=router_pb2.Chat(messages=[router_pb2.ChatMessage(role="nobody", content="hi")])
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (router_pb2.Prompt(), ["prompt", "text, chat or tokens"]),
+        (router_pb2.Prompt(text=""), ["prompt: no tokens"]),
+        (router_pb2.Prompt(tokens=router_pb2.TokenIds()), ["prompt: no tokens"]),
+        (router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=[1, VOCAB])), [f"{VOCAB}", "token id"]),
+        (router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=[2**32 - 1])), ["4294967295"]),
+        (router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=[1] * 10)), ["10 tokens", "takes 10"]),
+        (router_pb2.Prompt(text="0123456789"), ["10 tokens", "takes 10"]),
+        (router_pb2.Prompt(text="x" * (MAX_TEXT_BYTES + 1)), [f"limit {MAX_TEXT_BYTES}"]),
+        (NO_CHAT, ["0 messages"]),
+        (LONG_CHAT, [f"{MAX_MESSAGES + 1} messages"]),
+        (ODD_CHAT, ["template", "who?"]),
+    ],
+)
+async def test_bad_prompts_get_one_clear_line(engines, routers, prompt, words):
+    worker = await engines(StubWorker("a", max_tokens=10))
+    router = await routers(worker)
+    request = router_pb2.RouteRequest(prompt=prompt)
+    for call in (router.stub.Route, router.stub.Explain):
+        async with refused(Status.INVALID_ARGUMENT, *words):
+            await call(request)
+    async with refused(Status.INVALID_ARGUMENT, *words):
+        await generate(router, router_pb2.GenerateRequest(prompt=prompt))
+    assert worker.requests == []
+
+
+async def test_a_prompt_that_just_fits_is_taken(engines, routers):
+    worker = await engines(StubWorker("a", max_tokens=10))
+    router = await routers(worker)
+    assert await router.route([VOCAB - 1] * 9)
+
+
+async def test_a_prompt_goes_only_where_it_fits(engines, routers):
+    small = await engines(StubWorker("small", KEYS, max_tokens=10))
+    large = await engines(StubWorker("large"))
+    router = await routers(small, large)
+    assert [c.worker_id for c in await router.explain(PROMPT)] == ["large"]
+    messages = await generate(router, generate_request(PROMPT))
+    assert messages[0].routed.choice.worker_id == "large"
+    assert not messages[0].routed.others
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": -0.5}, ["temperature is -0.5"]),
+        ({"temperature": float("nan")}, ["temperature is nan"]),
+        ({"temperature": float("inf")}, ["temperature is inf"]),
+        ({"temperature": 101.0}, ["temperature is 101", "0 to 100"]),
+        ({"request_id": "x" * 129}, ["129 characters", "limit 128"]),
+    ],
+)
+async def test_bad_settings_get_one_clear_line(engines, routers, fields, words):
+    worker = await engines(StubWorker("a"))
+    router = await routers(worker)
+    async with refused(Status.INVALID_ARGUMENT, *words):
+        await generate(router, generate_request(PROMPT, **fields))
+    assert worker.requests == []
+
+
+async def test_a_huge_message_is_refused(engines, routers):
+    router = await routers(await engines(StubWorker("a")))
+    async with refused(Status.RESOURCE_EXHAUSTED):
+        await router.route("x" * (100 << 20))
+    assert await router.route("x")
+
+
+async def test_too_many_requests_at_once_are_refused(engines, routers):
+    worker = await engines(StubWorker("a"))
+    worker.script = hangs()
+    router = await routers(worker, max_requests=2)
+    calls = [router.stub.Generate(generate_request(PROMPT)) for _ in range(2)]
+    await eventually(lambda: len(worker.requests) == 2, "both reach the worker")
+    async with refused(Status.RESOURCE_EXHAUSTED, "2 requests", "max_requests"):
+        await router.route(PROMPT)
+    for call in calls:
+        call.cancel()
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                assert await router.route(PROMPT)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is Status.RESOURCE_EXHAUSTED  # noqa: PT017
+                continue
+            break
+
+
+async def test_a_long_prompt_holds_nobody_up(engines, routers):
+    worker = await engines(StubWorker("a", block=4096))
+    worker.script = hangs()
+    router = await routers(worker, max_requests=2)
+    other = router.stub.Generate(generate_request("hi"))
+    await other.read()
+
+    async def short() -> Status:
+        try:
+            await router.route("hi")
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return Status.OK
+
+    # No room for a short one means that the long one is inside the router ...
+    long = asyncio.create_task(router.route("lorem ipsum " * 150_000))
+    while await short() is Status.OK:
+        assert not long.done()
+    # ... and it still is when there is room again and short ones have passed.
+    other.cancel()
+    passed = 0
+    while passed < 20:
+        passed += await short() is Status.OK
+        assert not long.done()
+    assert (await long).worker_id == "a"
+
+
+async def test_a_prompt_as_long_as_the_model_takes_is_routed(engines, routers):
+    prompt = [1] * (MAX_TOKENS // 4)
+    worker = await engines(StubWorker("a", keys(prompt)))
+    router = await routers(worker)
+    assert (await router.route(prompt)).warm[0].tokens == len(prompt)
+
+
+async def test_requests_are_counted_by_how_they_end(engines, routers):
+    worker = await engines(StubWorker("a"))
+    router = await routers(worker)
+
+    def counts():
+        statuses = ("OK", "INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED")
+        return [metrics.REQUESTS.labels(status)._value.get() for status in statuses]
+
+    before = counts()
+    await generate(router, generate_request(PROMPT))
+    async with refused(Status.INVALID_ARGUMENT):
+        await router.route("")
+    worker.script = hangs()
+    call = router.stub.Generate(generate_request(PROMPT))
+    await call.read()
+    call.cancel()
+    await eventually(lambda: counts()[2] > before[2], "the cancelled request is counted")
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1, 1, 0]
+
+
+async def test_answers_in_parts_keep_their_characters_whole(engines, routers):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("日本語 😀 ok")
+    router = await routers(worker)
+    messages = await generate(router, generate_request("hi"))
+    chunks = [m.chunk.text for m in messages]
+    assert "".join(chunks) == "日本語 😀 ok"
+    assert not any("\N{REPLACEMENT CHARACTER}" in each for each in chunks)

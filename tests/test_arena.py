@@ -1,0 +1,89 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtier.arena import Arena, stride
+from kvtier.core.blocks import Slot
+from kvtier.errors import RemoteProtocolError
+
+
+def test_slots_do_not_overlap_and_start_on_pages() -> None:
+    arena = Arena.create(5000, 3)
+    for slot in range(3):
+        arena.slot(Slot(slot))[:] = bytes([slot + 1]) * 5000
+    assert [bytes(arena.slot(Slot(slot))) for slot in range(3)] == [
+        bytes([slot + 1]) * 5000 for slot in range(3)
+    ]
+    assert stride(5000) == 8192
+    assert len(arena.view) == 3 * 8192
+    with pytest.raises(IndexError, match="slot 3 of 3"):
+        arena.slot(Slot(3))
+    with pytest.raises(IndexError):
+        arena.slot(Slot(-1))
+
+
+def test_another_process_sees_the_same_bytes_and_they_survive_the_owner() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    child = os.fork()
+    if child == 0:
+        arena = Arena.create(4096, 2)
+        arena.slot(Slot(1))[:] = b"x" * 4096
+        socket.send_fds(theirs, [b"."], [arena.fd])
+        os._exit(0)
+    theirs.close()
+    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(child, 0)
+    ours.close()
+    attached = Arena.attach(fds[0], 4096, 2)
+    assert bytes(attached.slot(Slot(1))) == b"x" * 4096
+    attached.slot(Slot(0))[:] = b"y" * 4096  # still memory, though nobody owns it
+    attached.close()
+    attached.close()
+
+
+def test_an_arena_cannot_be_resized_by_anybody() -> None:
+    arena = Arena.create(4096, 2)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fd, 4096)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fd, 4096 * 3)
+
+
+def test_what_is_not_a_sealed_arena_is_refused() -> None:
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, 8192)
+    with pytest.raises(RemoteProtocolError, match="not sealed"):
+        Arena.attach(loose, 4096, 2)
+    arena = Arena.create(4096, 2)
+    with pytest.raises(RemoteProtocolError, match="8192 bytes long, announced were 12288"):
+        Arena.attach(os.dup(arena.fd), 4096, 3)
+    reader, writer = os.pipe()
+    os.close(writer)
+    with pytest.raises(RemoteProtocolError, match="not a memfd"):
+        Arena.attach(reader, 4096, 2)
+
+
+def test_more_memory_than_there_is_gives_one_clear_line() -> None:
+    code = """
+import resource
+from kvtier.arena import Arena
+from kvtier.errors import ConfigError
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+try:
+    Arena.create(1 << 20, 4096)
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("host.bytes: cannot take 4294967296 bytes of memory")
+
+
+def test_nothing_is_left_in_dev_shm() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    arena = Arena.create(4096, 2)
+    assert set(Path("/dev/shm").iterdir()) == before
+    arena.close()

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from kvtier import config
+from kvtier.errors import ConfigError
+
+
+def test_a_file_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "kvtier.toml"
+    path.write_text(
+        """
+[node]
+name = "a"
+max_clients = 3
+allow_uids = [1000]
+[host]
+bytes = "1.5 GiB"
+drain_at = 1
+[disk]
+path = "/data"
+bytes = 1048576
+[redis]
+url = "redis://r:6379/1"
+[router]
+members = [{ node = "a", daemon = "h:1", worker = "h:2" }]
+"""
+    )
+    read = config.load(path)
+    assert (read.node.name, read.node.max_clients, read.node.allow_uids) == ("a", 3, (1000,))
+    assert (read.host.bytes, read.host.drain_at) == (3 << 29, 1.0)
+    assert read.disk is not None
+    assert (read.disk.path, read.disk.bytes) == ("/data", 1 << 20)
+    assert read.redis is not None
+    assert read.redis.url == "redis://r:6379/1"
+    assert read.router.members == (config.MemberConfig(node="a", daemon="h:1", worker="h:2"),)
+    assert read.worker == config.WorkerConfig()
+
+
+def test_no_file_means_defaults_and_no_lower_tiers() -> None:
+    defaults = config.load(None)
+    assert defaults.disk is None
+    assert defaults.redis is None
+
+
+@pytest.mark.parametrize(
+    ("tables", "line"),
+    [
+        ({"nod": {}}, "nod: no such setting; known here: node, host, disk, redis, worker, router"),
+        ({"node": {"sockets": "x"}}, "node.sockets: no such setting; known here: name, socket,"),
+        ({"node": 3}, "node must be a table"),
+        ({"host": {"bytes": "2 GiBi"}}, "host.bytes: '2 GiBi' is not a size"),
+        ({"host": {"bytes": True}}, "host.bytes: True is not a size"),
+        ({"host": {"bytes": 5}}, "host.bytes is 5, must be 1048576 to"),
+        ({"host": {"drain_at": 1.5}}, "host.drain_at is 1.5, must be 0.0 to 1.0"),
+        ({"disk": {"bytes": "1GiB"}}, "disk.path must be set"),
+        ({"disk": {"path": "/d", "codec": "zip"}}, "disk.codec is 'zip', must be one of raw, lz4"),
+        ({"redis": {"url": 5}}, "redis.url is 5, must be of type str"),
+        ({"worker": {"max_running": 1.0}}, "worker.max_running is 1.0, must be of type int"),
+        ({"worker": {"listen": "7000"}}, "worker.listen is '7000', must be host:port"),
+        ({"node": {"listen": "h:70000"}}, "node.listen is 'h:70000', must be host:port"),
+        ({"node": {"socket": "/" + "x" * 100}}, "node.socket is 101 characters long, limit 100"),
+        ({"router": {"members": [{"node": 1}]}}, r"router.members[0].node is 1, must be of type"),
+        ({"router": {"members": {}}}, "router.members must be a list"),
+    ],
+)
+def test_a_mistake_gives_one_line_with_key_value_and_limit(
+    tables: dict[str, object], line: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.from_dict(tables)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory"):
+        config.load(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[node\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not TOML"):
+        config.load(broken)
+
+
+def test_converted_models_are_kept_where_the_user_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVTIER_CACHE", str(tmp_path))
+    assert config.cache_dir() == tmp_path
+    monkeypatch.delenv("KVTIER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert config.cache_dir() == Path("/c/kvtier")
