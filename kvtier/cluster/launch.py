@@ -55,6 +55,10 @@ def connected(address: str = "auto") -> Iterator[None]:
         )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise KVTierError(f"no Ray cluster at {address}: {error}") from error
+    # Ray prints a paragraph into the driver's output for every actor that is killed; it stands in
+    # Ray's own logs as well. There is no public switch (seen in 2.60).
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = False
     try:
         yield
     finally:

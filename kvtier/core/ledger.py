@@ -333,13 +333,15 @@ class Ledger(Residency):
                 slot = self._free.pop()
         if slot is None:
             return False
-        block, source = self._blocks.get(key), self._warmest(key)
-        if block is None or source is None or block.slot is not None or block.move is not None:
-            self._free.append(slot)
-            return False
-        block.slot, block.phase, block.pins = slot, Phase.LOADING, 1
-        self._start(block, Move(key, source, HOST, slot))
-        return True
+        source = self._warmest(key)
+        if source is not None:
+            block = self._blocks[key]
+            if block.slot is None and block.move is None:
+                block.slot, block.phase, block.pins = slot, Phase.LOADING, 1
+                self._start(block, Move(key, source, HOST, slot))
+                return True
+        self._free.append(slot)
+        return False
 
     def _loaded(self, block: Block, move: Move, ok: bool) -> None:
         block.phase = Phase.STABLE

@@ -121,9 +121,9 @@ class Residency:
         """Blocks that some tier but the last has, and no tier below it; those moving included."""
         return sum(len(copies.undrained) + copies.coming for copies in self._tiers)
 
-    def drain_all(self) -> None:
-        """Copy down whatever has no lower copy, from now on: every `drain_at` counts as 0."""
-        self._draining_all = True
+    def drain_all(self, *, on: bool) -> None:
+        """While `on`, copy down whatever has no lower copy: every `drain_at` counts as 0."""
+        self._draining_all = on
         self._drain()
 
     def held(self) -> Iterator[tuple[BlockKey, int]]:
@@ -222,20 +222,23 @@ class Residency:
 
     def _evict(self, tier: int) -> bool:
         """Drop the coldest copy that may go, and copy down the colder ones that may not yet."""
-        victim = None
-        overdue = []
-        for key in islice(self._tiers[tier].policy.coldest(), LOOK):
-            if self._may_go(key, tier):
-                victim = key
-                break
-            if key in self._tiers[tier].undrained:
-                overdue.append(key)
+        victim, overdue = self._coldest(tier)
         if victim is not None:
             self._drop(victim, tier)
         for key in overdue:
             if not self._copy_down(key, tier):
                 break
         return victim is not None
+
+    def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
+        """The coldest copy that may go, and those before it that first want a lower copy."""
+        overdue: list[BlockKey] = []
+        for key in islice(self._tiers[tier].policy.coldest(), LOOK):
+            if self._may_go(key, tier):
+                return key, overdue
+            if key in self._tiers[tier].undrained:
+                overdue.append(key)
+        return None, overdue
 
     def _idle(self, key: BlockKey, tier: int) -> bool:
         block = self._blocks[key]
@@ -291,11 +294,16 @@ class Residency:
         """A copy down has ended.
 
         After a failure nothing is started until something else happens, and then this block comes
-        last: a store that refuses one block is not asked for it in a loop.
+        last: a store that refuses one block is not asked for it in a loop. A store of ours that
+        refuses is full for reasons that we cannot see, so it gives up its coldest block.
         """
         target = self._tiers[move.target]
         target.coming -= 1
         if not ok:
+            if not target.paused and not target.spec.shared:
+                victim, _ = self._coldest(move.target)
+                if victim is not None:
+                    self._drop(victim, move.target)
             self._sort(move.key)
             return
         target.frame_nbytes = max(target.frame_nbytes, nbytes)

@@ -8,7 +8,8 @@ average, wait for its load and prefill too.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import inf
 
 from kvtier.core.directory import Warmth
 
@@ -18,21 +19,33 @@ _TIE_S = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a worker was measured to do; 0 where nothing was measured yet."""
+    """What a worker was measured to do; 0 where nothing was measured yet.
+
+    Raises:
+        ValueError: A rate is negative or not finite.
+    """
 
     prefill_tokens_per_s: float = 0.0
     host_bytes_per_s: float = 0.0
     disk_bytes_per_s: float = 0.0
     shared_bytes_per_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
 
-# Stand in for what was not measured: a small GPU, a PCIe copy, an NVMe disk, 10 Gbit/s Ethernet.
+
+# Stand in for what nobody has measured: a small GPU, a PCIe copy, an NVMe disk, 10 Gbit/s Ethernet.
 DEFAULT_RATES = Rates(
     prefill_tokens_per_s=4_000.0,
     host_bytes_per_s=10e9,
     disk_bytes_per_s=2e9,
     shared_bytes_per_s=1e9,
 )
+
+
+_RATES = tuple(each.name for each in fields(Rates))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +85,9 @@ def rank(
 ) -> list[Choice]:
     """The candidates, best first; those that are draining after all others.
 
+    A rate that a candidate has not measured is taken to be the median of the others': a worker
+    that has just started is neither better nor worse than its like.
+
     Scores within 1% or 1 ms of the best of their group are as good as equal. Among equals the warm
     come first, in random order; then the cold, the one that was given a cold prompt longest ago
     first, so that new prompts spread.
@@ -84,8 +100,9 @@ def rank(
         behind: How many requests, on average, wait for this one; lambda of the score.
         tie: Random numbers that put equals in order.
     """
+    usual = _usual(candidates)
     scored = [
-        (each, _choice(each, prompt_tokens, block_tokens, block_nbytes, behind))
+        (each, _choice(each, usual, prompt_tokens, block_tokens, block_nbytes, behind))
         for each in candidates
     ]
     scored.sort(key=lambda pair: (pair[0].draining, pair[1].seconds))
@@ -116,14 +133,19 @@ def why(choice: Choice) -> str:
 
 
 def _choice(
-    candidate: Candidate, prompt_tokens: int, block_tokens: int, block_nbytes: int, behind: float
+    candidate: Candidate,
+    usual: Rates,
+    prompt_tokens: int,
+    block_tokens: int,
+    block_nbytes: int,
+    behind: float,
 ) -> Choice:
     rates, warmth = candidate.rates, candidate.warmth
-    prefill_rate = _or_default(rates.prefill_tokens_per_s, DEFAULT_RATES.prefill_tokens_per_s)
+    prefill_rate = rates.prefill_tokens_per_s or usual.prefill_tokens_per_s
     load_s = block_nbytes * (
-        warmth.host / _or_default(rates.host_bytes_per_s, DEFAULT_RATES.host_bytes_per_s)
-        + warmth.disk / _or_default(rates.disk_bytes_per_s, DEFAULT_RATES.disk_bytes_per_s)
-        + warmth.shared / _or_default(rates.shared_bytes_per_s, DEFAULT_RATES.shared_bytes_per_s)
+        warmth.host / (rates.host_bytes_per_s or usual.host_bytes_per_s)
+        + warmth.disk / (rates.disk_bytes_per_s or usual.disk_bytes_per_s)
+        + warmth.shared / (rates.shared_bytes_per_s or usual.shared_bytes_per_s)
     )
     wait_s = candidate.waiting_tokens / prefill_rate
     prefill_s = max(1, prompt_tokens - warmth.blocks * block_tokens) / prefill_rate
@@ -139,8 +161,13 @@ def _choice(
     )
 
 
-def _or_default(measured: float, default: float) -> float:
-    return measured if measured > 0 else default
+def _usual(candidates: Sequence[Candidate]) -> Rates:
+    """Of each rate the median of what the candidates measured, or the default if none did."""
+    usual: dict[str, float] = {}
+    for name in _RATES:
+        known = sorted(rate for each in candidates if (rate := getattr(each.rates, name)))
+        usual[name] = known[len(known) // 2] if known else getattr(DEFAULT_RATES, name)
+    return Rates(**usual)
 
 
 def _equals_of_first(scored: list[tuple[Candidate, Choice]]) -> list[tuple[Candidate, Choice]]:

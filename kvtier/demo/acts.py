@@ -34,9 +34,8 @@ class Play:
         """All acts."""
         await self.first_turns()
         await self.later_turns()
-        served = await self.kill_a_worker()
-        await self.restart_a_daemon(served)
-        await self.other_node(served)
+        await self.kill_a_worker()
+        await self.other_node(await self.restart_a_daemon())
 
     async def first_turns(self) -> None:
         """Nobody has read these documents: cold starts, spread over the nodes."""
@@ -55,9 +54,13 @@ class Play:
         await self._turn(self._talks[-2])
         # The other ones have had to make room.
         await self._turn(self._talks[0])
-        await self._turn(self._talks[1])
+        await self._stage.settled()
+        for node in NODES:
+            await self._stage.clear(node, feed_pb2.TIER_VRAM)
+        self._say("[dim]VRAM of both nodes is emptied, as when an engine restarts[/dim]")
+        await self._turn(await self._warm_in(Tier.HOST))
 
-    async def kill_a_worker(self) -> Conversation:
+    async def kill_a_worker(self) -> None:
         """SIGKILL in the middle of a stream, and the same request again at once."""
         self._begin("3. a worker is killed (SIGKILL) in the middle of a stream", "kill")
         talk = self._talks[0]
@@ -80,15 +83,14 @@ class Play:
         self._keep(record)
         if not killed:
             self._say("the stream ended before it could be cut")
-            return talk
+            return
         node, pid = killed[0]
         self._say(f"killed worker {pid} of node {node}; the stream said: {record.error}")
         await self._turn(talk)
         new = await self._stage.back(node, "worker", pid)
         self._say(f"Ray has put worker {new} in its place")
-        return talk
 
-    async def restart_a_daemon(self, talk: Conversation) -> None:
+    async def restart_a_daemon(self) -> Conversation:
         """SIGKILL of the daemon that owns host memory and disk: the disk is found again."""
         node = self.records[-1].node
         self._begin(f"4. the daemon of node {node} is killed and comes back", "daemon")
@@ -105,8 +107,9 @@ class Play:
         for each in NODES:
             await self._stage.clear(each, feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST)
         self._say("VRAM and host memory of both nodes are emptied")
-        await self._until_warm(talk, Tier.DISK)
+        talk = await self._warm_in(Tier.DISK)
         await self._turn(talk)
+        return talk
 
     async def other_node(self, talk: Conversation) -> None:
         """The node that knows the conversation is drained; the other one has none of it."""
@@ -163,12 +166,18 @@ class Play:
             if tier.tier == feed_pb2.TIER_DISK
         )
 
-    async def _until_warm(self, talk: Conversation, tier: Tier) -> None:
-        """Wait until the router has heard where this conversation lies."""
-        message, _ = prompt(self._text, talk.ask())
+    async def _warm_in(self, tier: Tier) -> Conversation:
+        """A conversation that the router would now serve from `tier`; waits until it has heard."""
+        found: list[Conversation] = []
 
         async def heard() -> bool:
-            best = (await self._stage.explain(message)).choices[0]
-            return {each.tier for each in best.warm} == {tier.value + 1}
+            for talk in self._talks:
+                message, _ = prompt(self._text, talk.ask())
+                warm = (await self._stage.explain(message)).choices[0].warm
+                most = max(warm, key=lambda each: each.tokens, default=None)
+                if most is not None and most.tier == tier.value + 1:
+                    found.append(talk)
+            return bool(found)
 
         await self._stage.until(f"the router to hear of {tier.label}", heard)
+        return found[0]

@@ -21,6 +21,7 @@ class Record:
     node: str = ""
     why: str = ""
     attempts: int = 0
+    candidates: list[dict[str, object]] = field(default_factory=list)  # every term of each score
     equal_loads: bool = False
     picked_warmest: bool = False
     restored: dict[str, int] = field(default_factory=dict)  # prompt tokens by tier
@@ -94,12 +95,19 @@ async def ask(
 def _routed(record: Record, routed: router_pb2.Routed) -> None:
     choice = routed.choice
     record.node, record.why, record.attempts = choice.node, choice.why, routed.attempt
-    waits = [each.wait_s for each in (choice, *routed.others)]
-    costs = [each.load_s + each.prefill_s for each in routed.others]
+    record.candidates = [_terms(each) for each in (choice, *routed.others)]
+    others = [each for each in routed.others if not each.draining]
+    waits = [each.wait_s for each in (choice, *others)]
+    costs = [each.load_s + each.prefill_s for each in others]
     record.equal_loads = max(waits) - min(waits) < 1e-6
     # Scores within a hundredth are equal: then any of them is the warmest.
     mine = choice.load_s + choice.prefill_s
     record.picked_warmest = all(mine <= other * 1.01 for other in costs)
+
+
+def _terms(choice: router_pb2.Choice) -> dict[str, object]:
+    names = ("node", "draining", "seconds", "wait_s", "load_s", "prefill_s", "why")
+    return {name: getattr(choice, name) for name in names}
 
 
 def _started(record: Record, started: worker_pb2.Started) -> None:

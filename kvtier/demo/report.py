@@ -94,5 +94,6 @@ def show_verdict(
         f"       ({len(answered)} answers compared, {exact} with bit-identical logits; "
         f"largest difference of a logit {worst:.2g})",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"\n{seconds:.0f} s in all", highlight=False)

@@ -37,12 +37,15 @@ Say = Callable[[str], None]
 def config(
     folder: Path, model: str, layout: BlockLayout, conversation_tokens: int, redis_url: str
 ) -> Config:
-    """Budgets so small that conversations push each other out of VRAM and host memory."""
+    """Budgets so small that conversations push each other out of VRAM and host memory.
+
+    VRAM holds one and a half of them, host memory two and a half, the disk all.
+    """
     conversation = -(-conversation_tokens // layout.block_tokens) * layout.nbytes
     return Config(
         node=NodeConfig(socket=str(folder / "{node}.sock"), listen="127.0.0.1:0"),
         # Everything is copied down as soon as it is there: a kill may come at any moment.
-        host=HostConfig(bytes=conversation * 3 // 2, drain_at=0.0),
+        host=HostConfig(bytes=conversation * 5 // 2, drain_at=0.0),
         disk=DiskConfig(path=str(folder / "disk-{node}"), bytes=conversation * 12, drain_at=0.0),
         redis=RedisConfig(url=redis_url, prefix=f"kvtier-demo-{os.getpid()}", ttl_s=3600),
         worker=WorkerConfig(
@@ -182,7 +185,10 @@ class Stage:
         _, address = (await self.agents())[node, "node"]
         async with self._channel(address) as channel:
             stub = node_pb2_grpc.NodeStub(channel)
-            return await stub.Status(node_pb2.NodeStatusRequest(), timeout=10)
+            status: node_pb2.NodeStatus = await stub.Status(
+                node_pb2.NodeStatusRequest(), timeout=10
+            )
+            return status
 
     async def drain(self, node: str) -> None:
         """Take a node out of service: its daemon saves what is left, routers avoid it."""
@@ -193,7 +199,9 @@ class Stage:
 
     async def explain(self, prompt: router_pb2.Prompt) -> router_pb2.ExplainResponse:
         """What the router thinks of every node for this prompt."""
-        return await self.router.Explain(router_pb2.RouteRequest(prompt=prompt), timeout=30)
+        request = router_pb2.RouteRequest(prompt=prompt)
+        answer: router_pb2.ExplainResponse = await self.router.Explain(request, timeout=30)
+        return answer
 
     @staticmethod
     def _channel(address: str) -> grpc.aio.Channel:
@@ -212,7 +220,9 @@ def _running(seen: Status | None) -> dict[tuple[str, str], tuple[int, str]]:
 @asynccontextmanager
 async def staged(settings: Config, router: str, say: Say) -> AsyncIterator[Stage]:
     """Place daemons and workers by Ray on two nodes of this machine, and follow them."""
-    code = await asyncio.to_thread(launch.up, settings, say=say, routers=[router], deadline_s=DEADLINE_S)
+    code = await asyncio.to_thread(
+        launch.up, settings, say=say, routers=[router], deadline_s=DEADLINE_S
+    )
     if code != 0:
         raise KVTierError("the cluster did not come up; the lines above say what is missing")
     options = [("grpc.max_receive_message_length", MAX_MESSAGE)]

@@ -7,6 +7,7 @@ its own, so who else is running never changes a request's numbers.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Final, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from kvtier.errors import RequestError
 RESTORE_BLOCKS: Final = 64  # asked of the lower tiers at once: bounds what is evicted for a miss
 SAVE_BLOCKS: Final = 4  # of an answer, gathered before they are handed down
 _RATE_TOKENS: Final = 64  # prefill steps smaller than this say nothing about speed
-_SMOOTHING: Final = 0.3  # weight of the newest measurement
+_RATES: Final = 16  # newest measurements that count
 
 
 class LowerTiers(Protocol):
@@ -91,6 +92,7 @@ class Scheduler:
         self._prefilling: deque[Running] = deque()
         self._decoding: deque[Running] = deque()
         self.prefill_tokens_per_s = 0.0  # measured; 0: not known yet
+        self._rates: deque[float] = deque(maxlen=_RATES)
 
     @property
     def running(self) -> list[Running]:
@@ -271,8 +273,9 @@ class Scheduler:
 
     def _measure(self, tokens: int, seconds: float) -> None:
         if tokens >= _RATE_TOKENS and seconds > 0:
-            rate, known = tokens / seconds, self.prefill_tokens_per_s
-            self.prefill_tokens_per_s = known + _SMOOTHING * (rate - known) if known else rate
+            self._rates.append(tokens / seconds)
+            # Not the mean: other work on the machine makes a few steps very slow.
+            self.prefill_tokens_per_s = median(self._rates)
 
     # --- keeping what was computed --------------------------------------------------------
 

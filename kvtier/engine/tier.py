@@ -3,9 +3,11 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from statistics import median
 from typing import Final, TypeVar
 
 from kvtier import metrics
@@ -19,7 +21,7 @@ RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
 SAVE_BLOCKS: Final = 32  # leased at once
-_SMOOTHING: Final = 0.3  # weight of the newest measurement
+_RATES: Final = 8  # newest measurements of a tier's speed that count
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +57,8 @@ class EngineTier:
         self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = None
         self._retry_at = 0.0
         self._away = False
-        self._bytes_per_s: dict[Tier, float] = {}
+        self._speeds: dict[Tier, deque[float]] = {}
+        self._bytes_per_s: dict[Tier, float] = {}  # read by other threads as well
 
     def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
         """The keys of the prompt's full blocks.
@@ -187,9 +190,10 @@ class EngineTier:
         if len(lease.sources) < 2 or len(set(lease.sources)) != 1 or seconds <= 0:
             return
         tier = lease.sources[0]
-        speed = len(lease.sources) * self._layout.nbytes / seconds
-        known = self._bytes_per_s.get(tier, speed)
-        self._bytes_per_s[tier] = known + _SMOOTHING * (speed - known)
+        speeds = self._speeds.setdefault(tier, deque(maxlen=_RATES))
+        speeds.append(len(lease.sources) * self._layout.nbytes / seconds)
+        # Not the mean: other work on the machine makes a few restores very slow.
+        self._bytes_per_s[tier] = median(speeds)
 
     def _save(
         self, client: TierClient, path: Sequence[BlockKey], first: int, block_ids: Sequence[int]

@@ -22,8 +22,8 @@ from kvtier.engine.sequence import (
     Started,
     Tokens,
 )
-from kvtier.engine.transformers import Engine, Handle, MakeTiers
-from kvtier.errors import InvalidRequest, RequestError, UnknownModel
+from kvtier.engine.transformers import STOPPING, Engine, Handle, MakeTiers
+from kvtier.errors import InvalidRequest, RequestError, UnknownModel, WorkerLost
 from kvtier.wire.feed import TO_WIRE, FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
@@ -120,6 +120,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 return
 
     def _submit(self, request: worker_pb2.WorkerRequest, events: asyncio.Queue[Event]) -> Handle:
+        if self.draining:
+            raise WorkerLost(STOPPING)
         if len(request.request_id) > MAX_REQUEST_ID:
             raise InvalidRequest(
                 f"request_id has {len(request.request_id)} characters, limit {MAX_REQUEST_ID}"

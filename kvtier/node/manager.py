@@ -130,14 +130,16 @@ class TierManager:
         return dropped
 
     async def drain(self, deadline_s: float) -> int:
-        """Copy down what has no lower copy; how many blocks were left at the deadline."""
-        self._ledger.drain_all()
+        """Copy down what has no lower copy; how many blocks were left at the deadline.
+
+        Ends before it where nothing more can be copied: the tiers below are full, or away.
+        """
+        self._ledger.drain_all(on=True)
         self._carry_out()
         deadline = self._loop.time() + deadline_s
-        while self._ledger.undrained() and self._loop.time() < deadline:
-            if all(self._ledger.paused(tier) for tier in range(1, len(self.specs))):
-                break
+        while self._ledger.moves and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
+        self._ledger.drain_all(on=False)
         return self._ledger.undrained()
 
     def held(self) -> Iterator[tuple[BlockKey, Tier]]:
@@ -268,8 +270,11 @@ class TierManager:
     def _moved(self, outcome: Outcome) -> None:
         if outcome.unavailable is not None:
             self._pause(outcome.unavailable)
-        for move, ok, nbytes in outcome.moved:
+        for move, ok, nbytes, source_lost in outcome.moved:
             self._ledger.moved(move, ok, nbytes)
+            if source_lost:
+                self._ledger.lost(move.source, [move.key])
+                self._movers.forget(move.source, [move.key])
         self._carry_out()
 
     def _pause(self, tier: int) -> None:

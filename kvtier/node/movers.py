@@ -36,11 +36,15 @@ class LowerTier:
 
 
 class Moved(NamedTuple):
-    """How one move ended; `nbytes` is the frame's size in the target tier."""
+    """How one move ended; `nbytes` is the frame's size in the target tier.
+
+    `source_lost`: a lower tier had no such frame to copy on, or a corrupt one.
+    """
 
     move: Move
     ok: bool
     nbytes: int
+    source_lost: bool = False
 
 
 class Outcome(NamedTuple):
@@ -188,7 +192,9 @@ class Movers:
         kept = dict(zip((key for key, _ in frames), written, strict=True))
         sizes = {key: frame.frame_nbytes(parts) for key, parts in frames}
         return [
-            Moved(move, kept.get(move.key, False), sizes[move.key] if kept.get(move.key) else 0)
+            Moved(move, kept[move.key], sizes[move.key] if kept[move.key] else 0)
+            if move.key in kept
+            else Moved(move, ok=False, nbytes=0, source_lost=True)
             for move in batch
         ]
 

@@ -1,6 +1,7 @@
 """One address that the router follows: a worker's, or a node daemon's."""
 
 import asyncio
+import math
 import logging
 import random
 from collections.abc import Callable
@@ -95,13 +96,13 @@ class Link:
 
     @property
     def rates(self) -> Rates:
-        """What the worker has measured; 0 where it doesn't know yet."""
+        """What the worker has measured; 0 where it doesn't know yet, or says what cannot be."""
         load = self.heartbeat.load
         return Rates(
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            host_bytes_per_s=load.host_bytes_per_s,
-            disk_bytes_per_s=load.disk_bytes_per_s,
-            shared_bytes_per_s=load.shared_bytes_per_s,
+            prefill_tokens_per_s=_rate(load.prefill_tokens_per_s),
+            host_bytes_per_s=_rate(load.host_bytes_per_s),
+            disk_bytes_per_s=_rate(load.disk_bytes_per_s),
+            shared_bytes_per_s=_rate(load.shared_bytes_per_s),
         )
 
     async def stop(self, grace_s: float) -> None:
@@ -246,3 +247,7 @@ def _line(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return str(error)
+
+
+def _rate(said: float) -> float:
+    return said if 0 <= said < math.inf else 0.0

@@ -71,7 +71,7 @@ class Ranked:
         return router_pb2.Choice(
             worker_id=self.info.worker_id, node=self.link.node, address=self.link.address,
             warm=warm, seconds=choice.seconds, wait_s=choice.wait_s, load_s=choice.load_s,
-            prefill_s=choice.prefill_s, why=score.why(choice),
+            prefill_s=choice.prefill_s, why=score.why(choice), draining=self.draining,
         )  # fmt: skip
 
 

@@ -291,7 +291,7 @@ class _Node(World):
             self.ledger.disconnect(client)
         self.leases.clear()
         self.settled.clear()
-        self.ledger.drain_all()
+        self.ledger.drain_all(on=True)
         self._be_quiet()
         self.check()
         last = len(self.specs) - 1

@@ -120,8 +120,8 @@ BUGS = [
     ),
     bug(
         "a move starts of what is moving already",
-        "block.slot is not None or block.move is not None",
-        "block.slot is not None",
+        "if block.slot is None and block.move is None:",
+        "if block.slot is None:",
     ),
     bug("a failed load frees no slot", "self._free_slot(block)\n            source", "source"),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),

@@ -212,6 +212,7 @@ def test_loaded_blocks_are_as_warm_as_one_prompt():
     node.ledger.release(lease.id)
     node.save(prompt("n"))
     assert node.held(prompt("abc")) == (2, 1)
+    assert node.held(prompt("ab")) == (2, 0)
 
 
 def test_two_readers_share_one_load():
@@ -306,7 +307,7 @@ def test_the_beginning_of_a_prompt_takes_the_slots_of_its_end():
 def test_a_block_on_its_way_between_two_lower_tiers_is_a_miss_for_now():
     node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
     node.ledger.found(DISK, [(prompt("a")[0], NBYTES)])
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     assert [move[1:3] for move in node.moves] == [(1, 2)]
     assert node.ledger.read(1, prompt("a")).keys == []
@@ -386,7 +387,7 @@ def test_what_a_read_could_not_take_is_not_held():
     """The root is between two lower tiers, so the read ends before the block in host."""
     node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
     node.save(prompt("ab"))
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     node.end_moves()  # to the disk, and on
     node.rest()

@@ -129,7 +129,7 @@ def test_what_a_tier_drops_is_forgotten_in_its_store():
 def test_blocks_do_not_move_in_a_circle_when_a_lower_tier_is_smaller():
     node = with_disk(host=4, disk=2)
     node.save(prompt("abcd"))
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     copies = Counter[BlockKey]()
     while node.moves:
@@ -172,18 +172,25 @@ def test_what_is_found_above_the_mark_is_copied_on():
 
 
 def test_a_drop_from_a_warmer_tier_does_not_make_a_block_warm():
-    node = Node(spec(Tier.HOST, 2, 2), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
-    for name in "ab":
-        lowered(node, prompt(name))
-        node.touch(prompt(name))
-        node.rest()
-    node.ledger.clear(HOST)
-    node.touch(prompt("c"))
+    node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
     node.ledger.found(DISK, [(prompt(name)[0], NBYTES) for name in "ab"])
-    node.save(prompt("x"))
-    node.ledger.drain_all()
+    node.touch(prompt("a"))
+    node.rest()
+    node.ledger.release(node.ledger.write(1, prompt("b")).id)  # now a is colder
+    assert node.ledger.clear(HOST) == 1
+    node.ledger.drain_all(on=True)
     node.effects()
-    assert [move.key for move in node.moves if move.target == 2] == [b"a", b"b"]
+    assert [move.key for move in node.moves] == [b"a", b"b"]
+
+
+def test_what_is_lost_below_is_undrained_even_while_it_loads():
+    node = three_tiers()
+    lowered(node, prompt("a"))
+    node.ledger.read(1, prompt("a"))
+    assert node.ledger.undrained() == 0
+    node.ledger.lost(2, prompt("a"))
+    node.effects()
+    assert node.ledger.undrained() == 1
 
 
 def test_a_block_that_is_being_loaded_does_not_hold_up_the_others():
@@ -201,7 +208,7 @@ def test_what_loads_while_all_is_drained_is_drained_after_it():
     node = Node(spec(Tier.HOST, 4), spec(Tier.DISK, 8, drain_at=8), spec(Tier.SHARED, 8))
     node.ledger.found(DISK, [(prompt("a")[0], NBYTES)])
     node.ledger.read(1, prompt("a"))
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     assert [move[1:3] for move in node.moves] == [(DISK, HOST)]
     node.end_moves()
@@ -214,7 +221,7 @@ def test_what_lies_in_host_too_can_be_drained_past_a_paused_tier():
     node.touch(prompt("b"))
     node.rest()
     node.ledger.pause(DISK)
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     assert [(move.key, *move[1:3]) for move in node.moves] == [(b"b", HOST, 2)]
 
@@ -225,7 +232,7 @@ def test_draining_all_leaves_nothing_behind():
     )
     node.save(prompt("abcd"))
     assert node.ledger.undrained() == 4
-    node.ledger.drain_all()
+    node.ledger.drain_all(on=True)
     node.effects()
     assert node.ledger.undrained() == 4  # those that are moving included
     node.rest()
@@ -432,3 +439,18 @@ def test_usage_counts_slots_that_are_being_filled():
     node = with_disk(host=4, disk=8)
     node.ledger.write(1, prompt("ab"))
     assert node.ledger.usage() == [TierUsage(2, 200), TierUsage(0, 0)]
+
+
+def test_a_store_that_refuses_gives_up_its_coldest_block_for_the_next_try():
+    node = Node(spec(Tier.HOST, 8), spec(Tier.DISK, 8))
+    for name in "ab":
+        node.save(prompt(name))
+        node.end_moves()
+    assert node.ledger.clear(HOST) == 2
+    node.save(prompt("c"))
+    effects = node.end_moves(ok=False)  # the disk is full of others' files, say
+    assert Forget(prompt("a")[0], DISK) in effects
+    assert node.held(prompt("b")) == (0, 1)
+    assert not node.moves, "a refusal does not lead to the next try by itself"
+    node.save(prompt("d"))
+    assert {move.key for move in node.moves} == {b"c", b"d"}

@@ -91,7 +91,7 @@ def test_a_prompt_larger_than_the_arena_is_served_in_pieces(tmp_path: Path, engi
         saved = 0
         while saved < 300:  # a full arena refuses at once; the disk takes some time
             saved += engine.save(tokens)
-        assert len(engine.restore(tokens)) == 300
+        wait_for("what is still on its way down", lambda: len(engine.restore(tokens)) == 300)
 
 
 def test_other_namespaces_never_see_each_others_blocks(tmp_path: Path, engine: Engine) -> None:

@@ -76,7 +76,7 @@ class StubSource(feed_pb2_grpc.FeedServicer):
         self.watched = 0  # streams begun
         self.answering = asyncio.Event()  # a new stream waits for it
         self.answering.set()
-        self._watchers: list[asyncio.Queue[feed_pb2.FeedMessage]] = []
+        self._watchers: list[asyncio.Queue[feed_pb2.FeedMessage | None]] = []
         self._server: grpc.aio.Server | None = None
         self.address = ""
 
@@ -119,7 +119,8 @@ class StubSource(feed_pb2_grpc.FeedServicer):
         if not lost:
             self.send(feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, delta=delta))
 
-    def send(self, message: feed_pb2.FeedMessage) -> None:
+    def send(self, message: feed_pb2.FeedMessage | None) -> None:
+        """To every stream; None ends them as those of a watcher that is too slow."""
         for queue in self._watchers:
             queue.put_nowait(message)
 
@@ -132,17 +133,21 @@ class StubSource(feed_pb2_grpc.FeedServicer):
     ) -> AsyncIterator[feed_pb2.FeedMessage]:
         self.watched += 1
         await self.answering.wait()
-        queue: asyncio.Queue[feed_pb2.FeedMessage] = asyncio.Queue()
+        queue: asyncio.Queue[feed_pb2.FeedMessage | None] = asyncio.Queue()
         self._watchers.append(queue)
         try:
             for message in self._snapshot():
                 yield message
             while True:
                 try:
-                    yield await asyncio.wait_for(queue.get(), 0.1)
+                    message = await asyncio.wait_for(queue.get(), 0.1)
                 except TimeoutError:
                     if self.beating:
                         self.beat()
+                    continue
+                if message is None:
+                    await context.abort(grpc.StatusCode.ABORTED, "too far behind")
+                yield message
         finally:
             self._watchers.remove(queue)
 

@@ -1,5 +1,4 @@
 import pytest
-from stub_engine import tier_keys
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.directory import Directory
@@ -8,6 +7,7 @@ from kvtier.errors import RemoteProtocolError
 from kvtier.router import feed
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.wire.pb import feed_pb2
+from tests.router.stub_engine import tier_keys
 
 KEYS = [BlockKey(bytes([i]) * 16) for i in range(8)]
 DAEMON = (Tier.HOST, Tier.DISK, Tier.SHARED)

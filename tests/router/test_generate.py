@@ -5,8 +5,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import PATIENCE_S, eventually, generate_request, refused
-from stub_engine import (
+
+from kvtier import metrics
+from kvtier.wire.pb import router_pb2, worker_pb2
+from tests.router.stub_engine import (
     StubWorker,
     aborts,
     done,
@@ -17,13 +19,12 @@ from stub_engine import (
     started,
     tokens,
 )
-
-from kvtier import metrics
-from kvtier.wire.pb import router_pb2, worker_pb2
+from tests.router.support import PATIENCE_S, eventually, generate_request, refused
 
 PROMPT = "a prompt of eight and more blocks"
 KEYS = keys(PROMPT)
 Status = grpc.StatusCode
+ROOT = Path(__file__).parents[2]
 
 
 async def collect(call) -> list[router_pb2.GenerateResponse]:
@@ -51,11 +52,11 @@ class Process:
     """A stub worker in a process of its own, that can be killed."""
 
     def __init__(self, name: str, after: int, prompt: str) -> None:
-        self._command = [str(Path(__file__).with_name("stub_engine.py")), name, str(after), prompt]
+        self._command = ["-m", "tests.router.stub_engine", name, str(after), prompt]
 
     async def __aenter__(self) -> "Process":
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *self._command, stdout=asyncio.subprocess.PIPE
+            sys.executable, *self._command, cwd=ROOT, stdout=asyncio.subprocess.PIPE
         )
         async with asyncio.timeout(PATIENCE_S):
             self.address = (await self._process.stdout.readline()).decode().strip()

@@ -3,12 +3,12 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from conftest import eventually, refused, route_request
-from stub_engine import StubSource, StubWorker, keys, tier_keys
 
 from kvtier import metrics
 from kvtier.core.tiers import Tier
 from kvtier.wire.pb import feed_pb2, router_pb2
+from tests.router.stub_engine import StubSource, StubWorker, keys, tier_keys
+from tests.router.support import eventually, refused, route_request
 
 PROMPT = "a prompt of eight and more blocks"
 KEYS = keys(PROMPT)
@@ -43,14 +43,19 @@ async def test_a_gap_in_a_feed_is_watched_anew(engines, routers, lost_last):
     assert worker.watched == 2
 
 
-async def test_a_gap_does_not_take_the_worker_out_of_use(engines, routers):
+@pytest.mark.parametrize("too_slow", [False, True])
+async def test_a_gap_does_not_take_the_worker_out_of_use(engines, routers, too_slow):
     worker = await engines(StubWorker("a"))
     router = await routers(worker)
     states = []
     call = router.stub.Watch(router_pb2.WatchMembersRequest())
     follow = asyncio.create_task(collect(call, states))
-    worker.tell(added={Tier.VRAM: KEYS}, lost=True)
-    await router.until_warmth(PROMPT, lambda w: w["a"] == {VRAM: 32})  # or NOT_FOUND, UNAVAILABLE
+    if too_slow:
+        worker.held = {Tier.VRAM: KEYS}
+        worker.send(None)
+    else:
+        worker.tell(added={Tier.VRAM: KEYS}, lost=True)
+    await router.until_warmth(PROMPT, lambda w: w["a"] == {VRAM: 32})
     call.cancel()
     await asyncio.gather(follow, return_exceptions=True)
     assert set(states) == {"ready"}

@@ -4,15 +4,15 @@ import urllib.request
 
 import grpc
 import pytest
-from conftest import PATIENCE_S, RunningRouter, eventually, generate_request, refused
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from stub_engine import StubWorker, done, hangs, ids, started, tokens
 
 from kvtier.config import Config, MemberConfig, RouterConfig
 from kvtier.errors import ConfigError
 from kvtier.router.server import serve
 from kvtier.wire.pb import router_pb2
+from tests.router.stub_engine import StubWorker, done, hangs, ids, started, tokens
+from tests.router.support import PATIENCE_S, RunningRouter, eventually, generate_request, refused
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

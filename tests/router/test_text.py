@@ -3,7 +3,6 @@ import random
 from datetime import UTC, datetime
 
 import pytest
-from stub_engine import files, ids, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from kvtier.errors import InvalidRequest, RemoteProtocolError
@@ -17,6 +16,7 @@ from kvtier.router.text import (
     check_chat,
     check_text,
 )
+from tests.router.stub_engine import files, ids, tokenizer
 
 WORDS = "naïve café 😀👩‍👩‍👧 日本語 Привет, how are you? "
 

@@ -64,7 +64,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Choice(_message.Message):
-    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why")
+    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why", "draining")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Choice(_message.Message):
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node: str
     address: str
@@ -83,7 +84,8 @@ class Choice(_message.Message):
     load_s: float
     prefill_s: float
     why: str
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
+    draining: bool
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits")
