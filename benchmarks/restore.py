@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
-from benchmarks.common import Bar, scratch, server, summary
 
+from benchmarks.common import Bar, scratch, server, summary
 from kvtier.core.tiers import Tier
 from kvtier.demo.workload import conversations
 from kvtier.router.text import Text
@@ -157,9 +157,7 @@ def _measure(nodes: list[_Node], rounds: int, tokens: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _check(
-    steps: dict[str, tuple[float, dict[int, int]]], tokens: int, block_tokens: int
-) -> None:
+def _check(steps: dict[str, tuple[float, dict[int, int]]], tokens: int, block_tokens: int) -> None:
     """The hit must be whole and from the tier that is measured, or the time says nothing."""
     whole = (tokens - 1) // block_tokens * block_tokens
     expected = {

@@ -7,7 +7,8 @@ from kvtier.engine.copier import BlockTensor
 from kvtier.engine.embedded import node
 from kvtier.engine.tier import EngineTier
 
-layout = BlockLayout((LayerGroup(Attention.FULL, layers=16, kv_heads=8, head_dim=64),), 16, "bfloat16")
+layers = LayerGroup(Attention.FULL, layers=16, kv_heads=8, head_dim=64)
+layout = BlockLayout((layers,), block_tokens=16, dtype="bfloat16")
 kv = torch.randint(0, 255, (8, layout.nbytes), dtype=torch.uint8)  # this engine's 8 blocks
 before = kv.clone()
 token_ids = range(1000, 1000 + 8 * 16)

@@ -120,6 +120,9 @@ def _add_cluster(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     up.add_argument(
         "--router", action="append", default=[], metavar="HOST:PORT", help="tell this router"
     )
+    up.add_argument(
+        "--local", type=int, default=0, metavar="N", help="on a new Ray cluster of N nodes here"
+    )
     up.add_argument("--everywhere", action="store_true", help="also where no `kvtier` resource is")
     up.add_argument("--no-workers", action="store_true", help="daemons only")
     up.add_argument("--worker-gpus", type=float, default=0.0, metavar="N", help="of each worker")
@@ -133,8 +136,13 @@ def _add_cluster(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    from kvtier.cluster import launch
     from kvtier.cluster.settings import ClusterSettings
+
+    if options.action == "up" and options.local:
+        from kvtier.cluster import local
+
+        local.prepare_environment()  # before anything imports ray
+    from kvtier.cluster import launch
 
     if options.action != "up":
         action = launch.status if options.action == "status" else launch.down
@@ -144,8 +152,20 @@ def _cluster(options: argparse.Namespace) -> int:
         workers=not options.no_workers,
         worker_gpus=options.worker_gpus,
     )
+    config = configuration.load(options.config)
+    if options.local:
+        print("up until interrupted (Ctrl-C)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+        return local.up(
+            config,
+            nodes=options.local,
+            say=print,
+            wait=signal.pause,
+            routers=options.router,
+            settings=settings,
+        )
     return launch.up(
-        configuration.load(options.config),
+        config,
         say=print,
         routers=options.router,
         settings=settings,

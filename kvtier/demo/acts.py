@@ -117,9 +117,7 @@ class Play:
         other = next(each for each in NODES if each != node)
         self._begin(f"5. node {node} is drained; node {other} has never kept this", "shared")
         await self._stage.settled()
-        await self._stage.clear(
-            other, feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST, feed_pb2.TIER_DISK
-        )
+        await self._stage.clear(other, feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST, feed_pb2.TIER_DISK)
         await self._stage.drain(node)
         message, _ = prompt(self._text, talk.ask())
 

@@ -19,13 +19,25 @@ from kvtier.cluster import launch
 from kvtier.cluster.coordinator import Status
 from kvtier.cluster.local import LocalCluster
 from kvtier.config import (
-    Config, DiskConfig, HostConfig, NodeConfig, RedisConfig, RouterConfig, WorkerConfig,
+    Config,
+    DiskConfig,
+    HostConfig,
+    NodeConfig,
+    RedisConfig,
+    RouterConfig,
+    WorkerConfig,
 )  # fmt: skip
 from kvtier.core.blocks import BlockLayout
 from kvtier.errors import KVTierError
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.pb import (
-    feed_pb2, node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc,
+    feed_pb2,
+    node_pb2,
+    node_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
 )  # fmt: skip
 from kvtier.wire.rpc import MAX_MESSAGE
 

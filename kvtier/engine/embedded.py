@@ -166,13 +166,9 @@ class Model:
         self.close()
 
 
-def attach(
-    config: WorkerConfig, namespace: Namespace, storage: torch.Tensor
-) -> EngineTier | None:
+def attach(config: WorkerConfig, namespace: Namespace, storage: torch.Tensor) -> EngineTier | None:
     """The tiers under a pool of blocks, reached through the daemon that `config` names, if any."""
     if not config.socket:
         return None
     paged = BlockTensor(namespace.layout, storage)
-    return EngineTier(
-        config.socket, namespace, paged, wait_s=config.wait_s, pin=storage.is_cuda
-    )
+    return EngineTier(config.socket, namespace, paged, wait_s=config.wait_s, pin=storage.is_cuda)

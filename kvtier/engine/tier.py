@@ -54,9 +54,11 @@ class EngineTier:
         self._clock = clock
         self._client: TierClient | None = None
         self._arena: ArenaTensor | None = None
-        self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = None
         self._retry_at = 0.0
         self._away = False
+        # At once: by the time of the first request the arena is there.
+        self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = _beside(self._attach)
+        self._began = clock()
         self._speeds: dict[Tier, deque[float]] = {}
         self._bytes_per_s: dict[Tier, float] = {}  # read by other threads as well
 
@@ -147,10 +149,15 @@ class EngineTier:
             self.close()
         if self._client is not None:
             return self._client
+        now = self._clock()
+        if self._attaching is not None and now > self._began + RECONNECT_S:
+            failed = self._attaching.done() and self._attaching.exception() is not None
+            if failed:  # long ago: the daemon may be there by now
+                self._attaching = None
         if self._attaching is None:
-            if self._clock() < self._retry_at:
+            if now < self._retry_at:
                 return None
-            self._attaching = _beside(self._attach)
+            self._attaching, self._began = _beside(self._attach), now
         try:
             self._client, self._arena = self._attaching.result(ATTACH_S)
         except TimeoutError:

@@ -9,6 +9,7 @@ Everything here runs on the daemon's one loop, so there is no lock. Only `Movers
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Final
@@ -59,6 +60,7 @@ class TierManager:
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._carrying = False
+        self._at_rest = asyncio.Event()  # set when the last move under way has ended
 
     async def start(self) -> None:
         """Learn what the lower tiers still hold from an earlier life."""
@@ -134,11 +136,13 @@ class TierManager:
 
         Ends before it where nothing more can be copied: the tiers below are full, or away.
         """
+        self._at_rest.clear()
         self._ledger.drain_all(on=True)
         self._carry_out()
-        deadline = self._loop.time() + deadline_s
-        while self._ledger.moves and self._loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        if self._ledger.moves:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await self._at_rest.wait()
         self._ledger.drain_all(on=False)
         return self._ledger.undrained()
 
@@ -276,6 +280,8 @@ class TierManager:
                 self._ledger.lost(move.source, [move.key])
                 self._movers.forget(move.source, [move.key])
         self._carry_out()
+        if not self._ledger.moves:
+            self._at_rest.set()
 
     def _pause(self, tier: int) -> None:
         """A store gave no answer: leave it alone, and ask again after a while."""

@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class _NoAnswer(Exception):  # noqa: N818 - not an error: how a batch can end
+class _NoAnswer(Exception):
     """A store gave no answer; says which tier's."""
 
     def __init__(self, tier: int) -> None:

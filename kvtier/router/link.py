@@ -1,8 +1,8 @@
 """One address that the router follows: a worker's, or a node daemon's."""
 
 import asyncio
-import math
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

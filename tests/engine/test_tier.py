@@ -60,19 +60,29 @@ def prompt(seed: int, blocks: int) -> list[int]:
     return [random.Random(seed).randrange(50_000) for _ in range(16 * blocks)]
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = Engine(tmp_path)
-    yield engine
-    engine.tier.close()
+_engines: list[Engine] = []
+
+
+def attach(folder: Path, namespace: Namespace = NAMESPACE) -> Engine:
+    """An engine that hangs up at the end of the test."""
+    _engines.append(Engine(folder, namespace))
+    return _engines[-1]
+
+
+@pytest.fixture(autouse=True)
+def hang_up() -> Iterator[None]:
+    yield
+    while _engines:
+        _engines.pop().tier.close()
 
 
 def failures(operation: str) -> float:
     return metrics.TIER_FAILURES.labels(operation)._value.get()
 
 
-def test_blocks_come_back_byte_for_byte(tmp_path: Path, engine: Engine) -> None:
+def test_blocks_come_back_byte_for_byte(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path):
+        engine = attach(tmp_path)
         tokens = prompt(1, 20)
         assert engine.save(tokens) == 20
         assert engine.tier.match(engine.tier.keys(tokens)) == 20
@@ -84,9 +94,10 @@ def test_blocks_come_back_byte_for_byte(tmp_path: Path, engine: Engine) -> None:
         assert engine.tier.bytes_per_s()[Tier.HOST] > 0
 
 
-def test_a_prompt_larger_than_the_arena_is_served_in_pieces(tmp_path: Path, engine: Engine) -> None:
+def test_a_prompt_larger_than_the_arena_is_served_in_pieces(tmp_path: Path) -> None:
     toml = node_toml(tmp_path, host="1MiB", more=disk_toml(tmp_path))  # 128 blocks
     with Process("node", toml, tmp_path):
+        engine = attach(tmp_path)
         tokens = prompt(3, 300)
         saved = 0
         while saved < 300:  # a full arena refuses at once; the disk takes some time
@@ -94,8 +105,9 @@ def test_a_prompt_larger_than_the_arena_is_served_in_pieces(tmp_path: Path, engi
         wait_for("what is still on its way down", lambda: len(engine.restore(tokens)) == 300)
 
 
-def test_other_namespaces_never_see_each_others_blocks(tmp_path: Path, engine: Engine) -> None:
+def test_other_namespaces_never_see_each_others_blocks(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path):
+        engine = attach(tmp_path)
         tokens = prompt(4, 5)
         engine.save(tokens)
         for other in (
@@ -104,15 +116,12 @@ def test_other_namespaces_never_see_each_others_blocks(tmp_path: Path, engine: E
             Namespace("model", "weights", LAYOUT, adapter="lora"),
             Namespace("model", "weights", LAYOUT, tenant="t", tenant_secret=b"s"),
         ):
-            stranger = Engine(tmp_path, other)
-            assert stranger.restore(tokens) == []
-            stranger.tier.close()
+            assert attach(tmp_path, other).restore(tokens) == []
 
 
-def test_no_daemon_is_a_miss_with_a_counter_and_it_is_found_when_it_comes(
-    tmp_path: Path, engine: Engine
-) -> None:
+def test_no_daemon_is_a_miss_with_a_counter_and_it_is_found_when_it_comes(tmp_path: Path) -> None:
     before = failures("restore")
+    engine = attach(tmp_path)
     tokens = prompt(5, 4)
     assert engine.save(tokens) == 0
     assert engine.tier.match(engine.tier.keys(tokens)) == 0
@@ -123,11 +132,10 @@ def test_no_daemon_is_a_miss_with_a_counter_and_it_is_found_when_it_comes(
     assert failures("restore") == before + 1
 
 
-def test_a_restarted_daemon_is_found_again_without_a_failure(
-    tmp_path: Path, engine: Engine
-) -> None:
+def test_a_restarted_daemon_is_found_again_without_a_failure(tmp_path: Path) -> None:
     toml = node_toml(tmp_path, more=disk_toml(tmp_path))
     with Process("node", toml, tmp_path) as node:
+        engine = attach(tmp_path)
         tokens = prompt(6, 8)
         assert engine.save(tokens) == 8
         assert node.terminate() == 0
@@ -137,10 +145,9 @@ def test_a_restarted_daemon_is_found_again_without_a_failure(
         assert failures("restore") == before
 
 
-def test_a_daemon_that_is_killed_during_a_lease_costs_no_wrong_byte(
-    tmp_path: Path, engine: Engine
-) -> None:
+def test_a_daemon_that_is_killed_during_a_lease_costs_no_wrong_byte(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path) as node:
+        engine = attach(tmp_path)
         tokens = prompt(7, 8)
         engine.save(tokens)
         client = engine.tier._client
@@ -154,8 +161,9 @@ def test_a_daemon_that_is_killed_during_a_lease_costs_no_wrong_byte(
         assert engine.restore(tokens) == []
 
 
-def test_a_daemon_that_hangs_costs_one_bounded_wait(tmp_path: Path, engine: Engine) -> None:
+def test_a_daemon_that_hangs_costs_one_bounded_wait(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path) as node:
+        engine = attach(tmp_path)
         tokens = prompt(8, 4)
         engine.save(tokens)
         os.kill(node.pid, signal.SIGSTOP)

@@ -1,0 +1,43 @@
+"""The main job, whole: two Ray nodes, the real model, kills, and every answer checked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.model
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "demo.json"
+    scratch = tmp_path / "t"
+    scratch.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtier.cli", "demo", "--json", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert all(result["verdicts"].values())
+    assert {tier for tier, row in result["by_kind"].items() if row["hit_tokens"]} == {
+        "vram", "host", "disk", "shared",
+    }  # fmt: skip
+    requests = result["requests"]
+    assert all(each["identical"] for each in requests if each["ids"])
+    cut = [each for each in requests if each["error"]]
+    assert [each["act"] for each in cut] == ["kill"]
+    assert cut[0]["error"].startswith("UNAVAILABLE: worker")
+    after = requests[requests.index(cut[0]) + 1]
+    assert after["node"] != cut[0]["node"], "served at once, by the other node"
+    assert after["restored"].keys() == {"shared"}
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(scratch.glob("kvtier-*")), "sockets and folders are gone"
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(scratch) not in left, "no process of the demo is left"

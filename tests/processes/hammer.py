@@ -1,0 +1,127 @@
+"""An engine's process for the storm: restores and saves until its input ends, checks every byte.
+
+Started with one argument of JSON: the daemon's socket and a seed. Writes a line of JSON now and
+then, with all counts so far; the last one says so. Ends with status 1 at the first wrong byte.
+"""
+
+import json
+import os
+import random
+import select
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Namespace
+from kvtier.engine.copier import BlockTensor
+from kvtier.engine.paged import Done
+from kvtier.engine.tier import EngineTier
+
+LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 32),), 16, "float16")
+NAMESPACE = Namespace("storm", "weights", LAYOUT)
+CONVERSATIONS = 80
+SYSTEM_PROMPTS, SYSTEM_BLOCKS = 4, 3  # what conversations share
+DEEPEST = 24  # blocks of a prompt
+REPORT_S = 0.1
+
+
+def content(key: BlockKey) -> np.ndarray:
+    """The bytes that belong to a key, other ones at each place; half as many once compressed."""
+    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    pieces = draw.integers(0, 256, (LAYOUT.nbytes // 128, 1, 64), dtype=np.uint8)
+    return pieces.repeat(2, axis=1).reshape(-1)
+
+
+def prompt(rng: random.Random) -> list[int]:
+    """A turn of some conversation, popular ones more often; earlier turns begin later ones."""
+    conversation = int(CONVERSATIONS * rng.random() ** 2)
+    system = conversation % SYSTEM_PROMPTS
+    blocks = rng.randint(1, DEEPEST)
+    starts = [system if i < SYSTEM_BLOCKS else 100 + conversation for i in range(blocks)]
+    return [token for start in starts for token in range(start, start + LAYOUT.block_tokens)]
+
+
+class SlowKV:
+    """A pool that is copied in two parts with a pause: whoever gets at a leased slot is seen."""
+
+    def __init__(self, pool: torch.Tensor, rng: random.Random) -> None:
+        self.layout = LAYOUT
+        self._blocks = BlockTensor(LAYOUT, pool)
+        self._rng = rng
+
+    def gather(self, block_ids: Sequence[int], out: Sequence[torch.Tensor]) -> Done:
+        return self._slowly(self._blocks.gather, block_ids, out)
+
+    def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> Done:
+        return self._slowly(self._blocks.scatter, block_ids, source)
+
+    def _slowly(
+        self,
+        copy: Callable[[Sequence[int], Sequence[torch.Tensor]], Done],
+        block_ids: Sequence[int],
+        rows: Sequence[torch.Tensor],
+    ) -> Done:
+        half = len(block_ids) // 2
+        copy(block_ids[:half], rows[:half]).wait()
+        time.sleep(self._rng.uniform(0, 0.01))
+        return copy(block_ids[half:], rows[half:])
+
+
+class Engine:
+    """Prompts one after the other: restore what is held, check it, save the rest."""
+
+    def __init__(self, socket: str, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._pool = torch.zeros(DEEPEST, LAYOUT.nbytes, dtype=torch.uint8)
+        paged = SlowKV(self._pool, self._rng)
+        self.tier = EngineTier(socket, NAMESPACE, paged, wait_s=1.0)
+        self.counts: Counter[str] = Counter()
+        self.wrong = 0
+
+    def turn(self) -> None:
+        keys = self.tier.keys(prompt(self._rng))
+        places = self._rng.sample(range(DEEPEST), len(keys))
+        self._pool.zero_()
+        assert 0 <= self.tier.match(keys) <= len(keys)
+        sources = self.tier.restore(keys, 0, places)
+        for key, place, source in zip(keys, places, sources, strict=False):
+            self.wrong += not np.array_equal(self._pool[place].numpy(), content(key))
+            self.counts[source.label] += 1
+        held = len(sources)
+        for key, place in zip(keys[held:], places[held:], strict=True):
+            self._pool[place].copy_(torch.from_numpy(content(key)))
+        if held < len(keys):
+            self.counts["saved"] += self.tier.save(keys, held, places[held:])
+        self.counts["turns"] += 1
+        if self._rng.random() < 0.03:
+            self.tier.close()  # the next turn attaches anew
+            self.counts["hung up"] += 1
+
+    def report(self, *, last: bool = False) -> None:
+        mine = {"fds": len(os.listdir("/proc/self/fd")), "wrong": self.wrong, "last": last}
+        maps = Path("/proc/self/maps").read_text()
+        mine["arenas"] = maps.count("kvtier-arena")
+        print(json.dumps({**self.counts, **mine}), flush=True)
+
+
+def main() -> int:
+    engine = Engine(**json.loads(sys.argv[1]))
+    reported = 0.0
+    while not engine.wrong and not select.select([sys.stdin], [], [], 0)[0]:
+        engine.turn()
+        if time.monotonic() >= reported + REPORT_S:
+            engine.report()
+            reported = time.monotonic()
+    engine.tier.close()
+    engine.report(last=True)
+    return 1 if engine.wrong else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    raise SystemExit(main())
