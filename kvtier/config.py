@@ -174,7 +174,7 @@ def load(path: str | Path | None) -> Config:
             return from_dict(tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not TOML: {error}") from None
 
 

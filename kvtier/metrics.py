@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from kvtier.errors import ConfigError
+
 REGISTRY = CollectorRegistry()
 
 
@@ -36,7 +38,15 @@ FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch
 MEMBERS = _gauge("members", "Workers known, by state", "state")
 
 
-def serve(port: int) -> None:
-    """Serve the metrics page on all interfaces at `port`; 0 means don't."""
-    if port:
+def serve(port: int, name: str) -> None:
+    """Serve the metrics page on all interfaces at `port`; 0 means don't.
+
+    Raises:
+        ConfigError: The port cannot be had; the message begins with `name`.
+    """
+    if not port:
+        return
+    try:
         start_http_server(port, registry=REGISTRY)
+    except OSError as error:
+        raise ConfigError(f"{name} is {port}: {error.strerror}") from None

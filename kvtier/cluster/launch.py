@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol, cast
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,6 +30,7 @@ from kvtier.errors import ConfigError, KVTierError
 Say = Callable[[str], None]
 
 _ANSWER_S: Final = 10.0
+_CONNECT_S: Final = 5.0
 
 
 class _Remote(Protocol):
@@ -49,6 +52,7 @@ def connected(address: str = "auto") -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_there(address)
     try:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
@@ -63,6 +67,27 @@ def connected(address: str = "auto") -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would go on trying it for minutes.
+
+    "auto" is what Ray would take: RAY_ADDRESS, or what the last `ray start` on this machine left
+    behind, which may be gone since.
+    """
+    try:
+        found = canonicalize_bootstrap_address(address) if address == "auto" else address
+    except (ConnectionError, ValueError):
+        found = None
+    if found is None:
+        raise KVTierError("no Ray cluster on this machine; see `ray start`, or name one by --ray")
+    host, _, port = found.rpartition(":")
+    if "://" in found or not port.isdigit():
+        return  # a client address or another form: Ray's own to judge
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise KVTierError(f"no Ray cluster at {found}: {error}") from None
 
 
 def up(

@@ -156,6 +156,10 @@ class Ledger(Residency):
             lease.keys.append(key)
             lease.slots.append(slot)
             lease.indexes.append(index)
+        # In order, so that neighbours in the path are neighbours in the arena, and copied as one.
+        lease.slots.sort()
+        for key, slot in zip(lease.keys, lease.slots, strict=True):
+            self._blocks[key].slot = slot
         self._unpin(pinned)
         return lease
 

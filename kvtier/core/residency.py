@@ -153,7 +153,10 @@ class Residency:
         return None
 
     def _lies_below(self, key: BlockKey, tier: int) -> bool:
-        return any(key in copies for copies in self._tiers[tier + 1 :])
+        for copies in self._tiers[tier + 1 :]:  # not any(): this is on every write's path
+            if key in copies.sizes:
+                return True
+        return False
 
     def _place(self, key: BlockKey, tier: int, nbytes: int) -> None:
         self._tiers[tier].add(key, nbytes)
@@ -186,7 +189,10 @@ class Residency:
     def _sort(self, key: BlockKey) -> None:
         """Put `key` at the warm end of the undrained order that it now belongs to, if any."""
         block = self._blocks[key]
-        lowest = max((t for t, copies in enumerate(self._tiers) if key in copies), default=None)
+        lowest = None
+        for tier, copies in enumerate(self._tiers):
+            if key in copies.sizes:
+                lowest = tier
         if lowest is None and block.slot is None:
             assert block.move is None
             wanted = None

@@ -54,13 +54,15 @@ class BlockTensor:
 
     def gather(self, block_ids: Sequence[int], out: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.gather`."""
-        rows = [self._storage[block] for block in block_ids]
-        return self._copy(rows, [each.view(self._unit) for each in out])
+        return self._copy(*_merged(self._rows(block_ids), [each.view(self._unit) for each in out]))
 
     def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.scatter`."""
-        rows = [self._storage[block] for block in block_ids]
-        return self._copy([each.view(self._unit) for each in source], rows)
+        wide = [each.view(self._unit) for each in source]
+        return self._copy(*_merged(wide, self._rows(block_ids)))
+
+    def _rows(self, block_ids: Sequence[int]) -> list[torch.Tensor]:
+        return [self._storage[block] for block in block_ids]
 
     def _copy(
         self, source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
@@ -75,6 +77,29 @@ class BlockTensor:
             for there, here in zip(target, source, strict=True):
                 there.copy_(here, non_blocking=True)
         return _OnStream(self._stream)
+
+
+def _merged(
+    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same copies with neighbours on both sides taken together: fewer, larger ones."""
+    sources: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    ends = (0, 0)
+    for here, there in zip(source, target, strict=True):
+        starts = here.data_ptr(), there.data_ptr()
+        if starts == ends:
+            sources[-1], targets[-1] = _longer(sources[-1], here), _longer(targets[-1], there)
+        else:
+            sources.append(here)
+            targets.append(there)
+        ends = starts[0] + here.nbytes, starts[1] + there.nbytes
+    return sources, targets
+
+
+def _longer(run: torch.Tensor, neighbour: torch.Tensor) -> torch.Tensor:
+    """A view of `run` and of what follows it in the same memory."""
+    return run.as_strided((run.numel() + neighbour.numel(),), (1,), run.storage_offset())
 
 
 class ArenaTensor:

@@ -233,6 +233,7 @@ async def serve(
         try:
             await asyncio.to_thread(servicer.engine.close, drain_s)
         finally:
+            servicer.feed.close()
             await server.stop(1.0)
 
 

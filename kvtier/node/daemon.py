@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
-from kvtier.config import Config, memory_available, node_name, redis_url
+from kvtier.config import Config, RedisConfig, memory_available, node_name, redis_url
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
@@ -130,13 +131,7 @@ class NodeDaemon:
             codec = codecs.by_name(disk.codec)
             tiers.append((spec, LowerTier(Tier.DISK, store, codec, disk.threads, 1.0)))
         if redis := self._config.redis:
-            shared = RedisStore(
-                redis_url(redis),
-                prefix=redis.prefix,
-                layout_id=layout.id,
-                ttl_s=redis.ttl_s,
-                timeout_s=redis.timeout_s,
-            )
+            shared = _redis_store(redis, layout.id)
             spec = TierSpec(
                 tier=Tier.SHARED,
                 capacity=redis.bytes // share,
@@ -181,6 +176,36 @@ class NodeDaemon:
             await manager.close()
 
 
+def _redis_store(redis: RedisConfig, layout_id: str) -> RedisStore:
+    return RedisStore(
+        redis_url(redis),
+        prefix=redis.prefix,
+        layout_id=layout_id,
+        ttl_s=redis.ttl_s,
+        timeout_s=redis.timeout_s,
+    )
+
+
+def _check_lower_tiers(config: Config) -> None:
+    """Refuse at the start what would else be seen only when the first engine comes.
+
+    Raises:
+        ConfigError: The disk's folder cannot be written, or the URL of Redis is none.
+    """
+    if config.disk:
+        folder = Path(config.disk.path)
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"disk.path {folder}: not a folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"disk.path {folder}: {error.strerror}") from None
+    if config.redis:
+        _redis_store(config.redis, layout_id="").close()  # connects at its first use only
+
+
 def _layout_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*/{LAYOUT_FILE}"))
 
@@ -195,8 +220,9 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     server = Server(config.node.listen, "node.listen", ["kvtier.v1.Node", "kvtier.v1.Feed"])
     node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)
     feed_pb2_grpc.add_FeedServicer_to_server(daemon.feed, server.grpc)
-    metrics.serve(config.node.metrics_port)
+    metrics.serve(config.node.metrics_port, "node.metrics_port")
     try:
+        await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()
         await daemon.local.start()
         address = await server.start()
@@ -207,4 +233,5 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     finally:
         await server.healthy(False)
         await daemon.close(DRAIN_S)
+        daemon.feed.close()
         await server.stop(1.0)

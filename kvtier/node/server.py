@@ -20,6 +20,7 @@ from kvtier.wire.local import Op, Value
 
 HELLO_S: Final = 5.0  # an engine must have said hello by then
 MAX_WAIT_S: Final = 60.0
+LINGER_S: Final = 1.0  # for a refused engine to read why
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Connection(asyncio.Protocol):
         self._hello_due: asyncio.TimerHandle
         self._leases: set[int] = set()
         self._writes: set[int] = set()
+        self._refused = False
         self.name = "?"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -81,7 +83,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
-        if self._transport.is_closing():
+        if self._refused or self._transport.is_closing():
             return
         try:
             for message in self._decoder.feed(data):
@@ -105,11 +107,18 @@ class Connection(asyncio.Protocol):
             self._refuse(f"no HELLO within {HELLO_S:g} s")
 
     def _refuse(self, text: str) -> None:
-        """Say why, once, and hang up."""
-        if not self._transport.is_closing():
-            log.warning("engine %s refused: %s", self.name, text)
-            self._transport.write(local.encode(False, text[:1000]))
-            self._transport.close()
+        """Say why, once, and hang up.
+
+        What the engine may still send is read and dropped for a moment: closing on unread bytes
+        would reset the connection, and the words with it.
+        """
+        if self._refused or self._transport.is_closing():
+            return
+        self._refused = True
+        log.warning("engine %s refused: %s", self.name, text)
+        self._transport.write(local.encode(False, text[:1000]))
+        self._transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
 
     def _reply(self, *values: Value) -> None:
         self._transport.write(local.encode(True, *values))
@@ -134,15 +143,15 @@ class Connection(asyncio.Protocol):
                 if lease not in self._writes:
                     raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
                 self._writes.discard(lease)
+                self._reply()  # what follows is no affair of the engine's any more
                 self.manager.commit(lease, filled)
-                self._reply()
             case Op.RELEASE, [int(lease)]:
                 if lease not in self._leases | self._writes:
                     raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
                 self._leases.discard(lease)
                 self._writes.discard(lease)
-                self.manager.release(lease)
                 self._reply()
+                self.manager.release(lease)
 
     async def _hello(self, *arguments: Value) -> None:
         version, text, name = arguments
@@ -271,6 +280,8 @@ class LocalServer:
 
     def _take_over(self) -> None:
         """A socket that nobody answers was left by a daemon that was killed."""
+        if not self._path.is_socket():
+            raise ConfigError(f"node.socket: {self._path} is there already and is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
             try:

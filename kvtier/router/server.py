@@ -8,7 +8,6 @@ from typing import Final
 from kvtier import metrics
 from kvtier.config import Config
 from kvtier.core.directory import Directory
-from kvtier.errors import ConfigError
 from kvtier.router.members import Members
 from kvtier.router.placement import Placement
 from kvtier.router.service import RouterService
@@ -38,7 +37,7 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         placement = Placement(settings, members, directory, loop.time)
         service = RouterService(settings, members, placement, texts, rng)
         router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
-        _serve_metrics(settings.metrics_port)
+        metrics.serve(settings.metrics_port, "router.metrics_port")
         await server.healthy(False)
         started(await server.start())
         await _run(server, members, stop)
@@ -67,10 +66,3 @@ async def _run(server: Server, members: Members, stop: asyncio.Event) -> None:
 async def _follow_health(server: Server, members: Members) -> None:
     async for _ in members.changes():
         await server.healthy(members.any_ready())
-
-
-def _serve_metrics(port: int) -> None:
-    try:
-        metrics.serve(port)
-    except OSError as error:
-        raise ConfigError(f"router.metrics_port is {port}: {error.strerror}") from None

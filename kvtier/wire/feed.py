@@ -46,6 +46,7 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
         self._changes: dict[tuple[Tier, BlockKey], bool] = {}
         self._watchers: set[asyncio.Queue[feed_pb2.FeedMessage | None]] = set()
         self._flush_due: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def changed(self, changes: Iterable[tuple[Tier, BlockKey, bool]]) -> None:
         """Blocks came (True) or went (False); told to the watchers within FLUSH_S."""
@@ -77,6 +78,12 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             else:
                 queue.put_nowait(message)
 
+    def close(self) -> None:
+        """End every stream. To be called before the server stops, which would cut them off."""
+        self._closed = True
+        for queue in self._watchers:
+            queue.put_nowait(None)
+
     async def Watch(  # noqa: N802 - gRPC's name
         self, request: feed_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[feed_pb2.FeedMessage]:
@@ -95,7 +102,7 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             yield self._beat(seq)
             clock = asyncio.get_running_loop().time
             next_beat = clock() + HEARTBEAT_S
-            while True:
+            while not self._closed:
                 if clock() >= next_beat:
                     yield self._beat(seq)
                     next_beat = clock() + HEARTBEAT_S
@@ -105,10 +112,11 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
                 except TimeoutError:
                     continue
                 if message is None:
-                    await context.abort(grpc.StatusCode.ABORTED, "feed: too far behind, watch anew")
-                    return
+                    break
                 seq = message.seq
                 yield message
+            if not self._closed:
+                await context.abort(grpc.StatusCode.ABORTED, "feed: too far behind, watch anew")
         finally:
             self._watchers.discard(queue)
 

@@ -1,6 +1,7 @@
 """What every gRPC server of kvtier has: a port of its own, limits, health, reflection."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable
 from typing import Final, NoReturn
 
@@ -22,12 +23,19 @@ OPTIONS: Final = (
 
 
 class Server:
-    """A grpc.aio server with health (of "" and of each service) and reflection."""
+    """A grpc.aio server with health (of "" and of each service) and reflection.
+
+    Raises:
+        ConfigError: The address `listen`, which the setting `name` gives, is taken or not this
+            machine's; said before anything that takes long.
+    """
 
     def __init__(self, listen: str, name: str, services: Iterable[str]) -> None:
-        self.grpc = grpc.aio.server(options=OPTIONS)
+        self._host, self._port = parse_address(listen, name)
         self.address = listen
         self._name = name
+        self._probe()
+        self.grpc = grpc.aio.server(options=OPTIONS)
         self._services = ["", *services]
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -38,16 +46,15 @@ class Server:
         """Bind and serve (not yet healthy); the address that was bound.
 
         Raises:
-            ConfigError: The address is taken or not this machine's.
+            ConfigError: The address was taken since.
         """
-        host, port = parse_address(self.address, self._name)
         try:
             bound = self.grpc.add_insecure_port(self.address)
         except RuntimeError:
             bound = 0
-        if not bound or (port and bound != port):
+        if not bound or (self._port and bound != self._port):
             raise ConfigError(f"{self._name}: cannot listen on {self.address}: in use, or not ours")
-        self.address = f"{host}:{bound}"
+        self.address = f"{self._host}:{bound}"
         await self.grpc.start()
         return self.address
 
@@ -61,6 +68,23 @@ class Server:
         """No new calls; those under way have `grace_s` to end."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace_s)
+
+    def _probe(self) -> None:
+        """Bind as gRPC will; it would write lines of its own about a failure, with no reason."""
+        host = self._host.strip("[]")
+        if host == "::":
+            return  # gRPC takes all of IPv4 where there is no IPv6
+        try:
+            family, kind, _, _, at = socket.getaddrinfo(
+                host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(at)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._name}: cannot listen on {self.address}: {error.strerror}"
+            ) from None
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:

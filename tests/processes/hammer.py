@@ -5,7 +5,6 @@ then, with all counts so far; the last one says so. Ends with status 1 at the fi
 """
 
 import json
-import os
 import random
 import select
 import sys
@@ -22,7 +21,7 @@ from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
 from kvtier.engine.tier import EngineTier
 
-LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 32),), 16, "float16")
+LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 4, 32),), 16, "float16")  # 16 KiB
 NAMESPACE = Namespace("storm", "weights", LAYOUT)
 CONVERSATIONS = 80
 SYSTEM_PROMPTS, SYSTEM_BLOCKS = 4, 3  # what conversations share
@@ -68,7 +67,7 @@ class SlowKV:
     ) -> Done:
         half = len(block_ids) // 2
         copy(block_ids[:half], rows[:half]).wait()
-        time.sleep(self._rng.uniform(0, 0.01))
+        time.sleep(0.1 * self._rng.random() ** 6)  # mostly short; now and then others get far
         return copy(block_ids[half:], rows[half:])
 
 
@@ -103,7 +102,7 @@ class Engine:
             self.counts["hung up"] += 1
 
     def report(self, *, last: bool = False) -> None:
-        mine = {"fds": len(os.listdir("/proc/self/fd")), "wrong": self.wrong, "last": last}
+        mine = {"fds": len([*Path("/proc/self/fd").iterdir()]), "wrong": self.wrong, "last": last}
         maps = Path("/proc/self/maps").read_text()
         mine["arenas"] = maps.count("kvtier-arena")
         print(json.dumps({**self.counts, **mine}), flush=True)
