@@ -153,7 +153,7 @@ class Residency:
         return None
 
     def _lies_below(self, key: BlockKey, tier: int) -> bool:
-        for copies in self._tiers[tier + 1 :]:  # not any(): this is on every write's path
+        for copies in self._tiers[tier + 1 :]:  # noqa: SIM110 - on every write's path
             if key in copies.sizes:
                 return True
         return False

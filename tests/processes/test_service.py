@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import grpc
@@ -70,14 +71,22 @@ class Log:
 
 
 def questions(folder: Path) -> list[Question]:
-    """Prompts of 100 to 300 tokens in three families that begin alike."""
+    """Prompts of 100 to 300 tokens in three families that begin alike.
+
+    The same passages, a block each, come after different beginnings: their KV is not the same.
+    """
     loaded = load(WorkerConfig(model=str(folder), device="cpu", block_tokens=16))
     rng = random.Random(5)
-    families = [[rng.randrange(3, VOCAB) for _ in range(96)] for _ in range(3)]
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(3, VOCAB) for _ in range(count)]
+
+    families = [words(96) for _ in range(3)]
+    passages = [words(16) for _ in range(6)]
     found = []
     for number in range(PROMPTS):
-        tail = [rng.randrange(3, VOCAB) for _ in range(rng.randint(4, 204))]
-        prompt = families[number % 3] + tail
+        middle = rng.choices(passages, k=rng.randint(0, 11))
+        prompt = [*families[number % 3], *chain(*middle), *words(rng.randint(4, 20))]
         reference = Reference(loaded.model, PREFILL_TOKENS)
         logits, answer = reference.next_token_logits_and_greedy(prompt, 0, MAX_TOKENS)
         found.append(Question(prompt, logits.numpy(), answer))
