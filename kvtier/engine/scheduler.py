@@ -1,24 +1,29 @@
 """What the engine does next: prefill in steps, decode in turn, keep full blocks in the pool.
 
 No thread and no queue here: whoever calls `step` does the work. Each request is a forward pass of
-its own, so who else is running never changes a request's numbers.
+its own, so who else is running never changes a request's numbers. What the lower tiers do for one
+request happens beside, and the others compute meanwhile.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from statistics import median
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
 from kvtier import metrics
 from kvtier.config import WorkerConfig
-from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.blocks import block_keys
 from kvtier.core.tiers import Tier
+from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import WorkingKV
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool
+from kvtier.engine.saving import Saver, save_runs
 from kvtier.engine.sequence import (
     Done,
     Failed,
@@ -31,32 +36,18 @@ from kvtier.engine.sequence import (
 from kvtier.errors import RequestError
 
 RESTORE_BLOCKS: Final = 64  # asked of the lower tiers at once: bounds what is evicted for a miss
-SAVE_BLOCKS: Final = 4  # of an answer, gathered before they are handed down
 _RATE_TOKENS: Final = 64  # prefill steps smaller than this say nothing about speed
 _RATES: Final = 16  # newest measurements that count
 
 
-class LowerTiers(Protocol):
-    """What lies under the pool, as `engine.tier.EngineTier` offers it. No method raises.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Blocks that the lower tiers are filling for a request; loose until that has ended."""
 
-    Block ids are rows of the pool's storage; keys are whole paths from the root.
-    """
-
-    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
-        """Fill `block_ids` with keys[first:], from the first on; where each filled one was."""
-        ...
-
-    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
-        """Hand keys[first:], which lie in `block_ids`, down; how many were taken."""
-        ...
-
-    def bytes_per_s(self) -> dict[Tier, float]:
-        """How fast restores from each tier have been."""
-        ...
-
-    def close(self) -> None:
-        """Hang up."""
-        ...
+    sequence: Running  # may have ended meanwhile
+    first: int  # of its keys
+    ids: list[int]
+    sources: "Future[list[Tier]]"
 
 
 class Scheduler:
@@ -67,7 +58,7 @@ class Scheduler:
         pool: Which block holds what.
         storage: uint8 [pool.capacity, layout.nbytes] on the model's device.
         tiers: Below the pool, or None.
-        config: Its save and prefill_tokens are used.
+        config: Its save, prefill_tokens and max_running are used.
         clock: Seconds; only for measurements.
     """
 
@@ -76,7 +67,7 @@ class Scheduler:
         loaded: LoadedModel,
         pool: BlockPool,
         storage: torch.Tensor,
-        tiers: LowerTiers | None,
+        tiers: Beside | None,
         config: WorkerConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,29 +77,50 @@ class Scheduler:
         self._pool = pool
         self._storage = storage
         self._tiers = tiers
-        self._save_when = config.save
+        self._saver = Saver(pool, tiers, config, loaded.layout.block_tokens)
         self._prefill_tokens = config.prefill_tokens
         self._clock = clock
+        self._restoring: deque[Running] = deque()  # each is asked one piece for, in turn
         self._prefilling: deque[Running] = deque()
         self._decoding: deque[Running] = deque()
+        self._ending: deque[Running] = deque()  # all is told, the last blocks are being saved
+        self._piece: _Piece | None = None
         self.prefill_tokens_per_s = 0.0  # measured; 0: not known yet
         self._rates: deque[float] = deque(maxlen=_RATES)
 
     @property
     def running(self) -> list[Running]:
         """Requests that were admitted and have not ended."""
-        return [*self._prefilling, *self._decoding]
+        return [*self._restoring, *self._prefilling, *self._decoding, *self._ending]
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something for `step`; if not, there may be when the tiers are done."""
+        return bool(
+            self._prefilling
+            or self._decoding
+            or (self._piece is not None and self._piece.sources.done())
+            or self._saver.ready
+            or any(sequence.cancelled for sequence in (*self._restoring, *self._ending))
+        )
 
     @torch.inference_mode()
     def admit(self, sequence: Running) -> None:
-        """Begin a request: find what is cached of it and load that."""
-        self._prefilling.append(sequence)
+        """Begin a request: find what is cached of it and load that; `step` goes on with it."""
+        self._restoring.append(sequence)
         self._guarded(self._begin, sequence)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Compute one prefill step of one request and one token of every other that is ready."""
+        """Compute one prefill step of one request and one token of every other that is ready.
+
+        Never waits for the lower tiers, but for what save "evict" must hand down before a block
+        is written.
+        """
         self._drop_cancelled()
+        self._settle()
+        while self._restoring and self._piece is None:
+            self._guarded(self._restore, self._restoring[0])
         if self._prefilling:
             sequence = self._prefilling[0]
             self._prefilling.rotate(-1)
@@ -117,9 +129,19 @@ class Scheduler:
             self._guarded(self._decode, sequence)
 
     def fail_all(self, error: RequestError) -> None:
-        """End every running request with `error`."""
-        for sequence in self.running:
+        """End every running request with `error`; return when no copy is under way any more."""
+        self._drop_cancelled()
+        for sequence in (*self._restoring, *self._prefilling, *self._decoding):
             self._fail(sequence, error)
+        try:
+            if self._piece is not None:
+                wait([self._piece.sources])
+                self._settle()
+            while self._saver.wait():
+                self._settle()
+        finally:  # none is left there, unless a bug came between
+            for sequence in list(self._ending):
+                self._fail(sequence, error)
 
     def _guarded(self, work: Callable[[Running], None], sequence: Running) -> None:
         """Do `work`; what torch cannot do, above all for want of memory, fails this request."""
@@ -133,13 +155,26 @@ class Scheduler:
         self._release(sequence)
         sequence.deliver(Failed(error))
 
+    def _settle(self) -> None:
+        """Take in what the lower tiers have done."""
+        piece = self._piece
+        if piece is not None and piece.sources.done():
+            self._piece = None
+            if piece.sequence in self._restoring:
+                self._guarded(lambda _: self._arrived(piece), piece.sequence)
+            else:
+                self._pool.free(piece.ids)
+        self._saver.settle()
+        for sequence in list(self._ending):
+            self._end(sequence)
+
     def _drop_cancelled(self) -> None:
         for sequence in self.running:
             if sequence.cancelled:
                 self._release(sequence)
 
     def _release(self, sequence: Running) -> None:
-        for queue in (self._prefilling, self._decoding):
+        for queue in (self._restoring, self._prefilling, self._decoding, self._ending):
             if sequence in queue:
                 queue.remove(sequence)
         self._pool.unpin(sequence.keys[: sequence.pinned])
@@ -157,14 +192,23 @@ class Scheduler:
         sequence.keys = block_keys(self._root, sequence.tokens, self._layout.block_tokens)
         sequence.kv = WorkingKV(self._layout, sequence.limit, self._loaded.device)
         self._take_from_pool(sequence, sequence.kv)
-        if self._tiers is not None:
-            self._restore(sequence, sequence.kv, self._tiers)
+        if self._tiers is None or self._lacking(sequence, sequence.kv) <= 0:
+            self._restored(sequence)
+
+    def _restored(self, sequence: Running) -> None:
+        """The rest has to be computed."""
+        self._restoring.remove(sequence)
+        self._prefilling.append(sequence)
         sequence.admitted_s = self._clock()
-        sequence.restore_s = sequence.admitted_s - start
+        sequence.restore_s = sequence.admitted_s - sequence.submitted_s - sequence.queue_s
 
     def _reusable(self, sequence: Running) -> int:
         """Blocks that may come from a cache: the last prompt token is always computed."""
         return (sequence.prompt_length - 1) // self._layout.block_tokens
+
+    def _lacking(self, sequence: Running, kv: WorkingKV) -> int:
+        """Blocks that the lower tiers may have yet."""
+        return self._reusable(sequence) - kv.length // self._layout.block_tokens
 
     def _take_from_pool(self, sequence: Running, kv: WorkingKV) -> None:
         """Load what the pool holds beyond what is there; others may have just computed it."""
@@ -179,26 +223,46 @@ class Scheduler:
         self._count_restored(sequence, Tier.VRAM, kv.length - before)
         metrics.RESTORED_TOKENS.labels(Tier.VRAM.label).inc(kv.length - before)
 
-    def _restore(self, sequence: Running, kv: WorkingKV, tiers: LowerTiers) -> None:
-        """Load what the lower tiers hold after that, by way of the pool."""
-        size, end = self._layout.block_tokens, self._reusable(sequence)
-        while (first := kv.length // size) < end:
-            ids = self._allocate(min(RESTORE_BLOCKS, end - first))
-            path = sequence.keys[: first + len(ids)]
-            sources = tiers.restore(path, first, ids) if ids else []
-            self._pool.free(ids[len(sources) :])
-            if not sources:
-                break
-            path = path[: first + len(sources)]
-            self._pool.insert(path, ids[: len(sources)])
+    def _restore(self, sequence: Running) -> None:
+        """Ask the lower tiers for the next piece, or go on to computing."""
+        kv = sequence.kv
+        assert kv is not None
+        assert self._tiers is not None
+        self._take_from_pool(sequence, kv)
+        first, lacking = kv.length // self._layout.block_tokens, self._lacking(sequence, kv)
+        ids, evicted = self._pool.allocate(max(0, min(RESTORE_BLOCKS, lacking)))
+        if not ids:
+            self._restored(sequence)
+            return
+        path, saved_first = sequence.keys[: first + len(ids)], self._saver.due(evicted)
+
+        def fetch(tiers: LowerTiers) -> list[Tier]:
+            save_runs(tiers, saved_first)
+            return tiers.restore(path, first, ids)
+
+        self._piece = _Piece(sequence, first, ids, self._tiers.submit(fetch))
+
+    def _arrived(self, piece: _Piece) -> None:
+        """Put what came into the pool and load it from there."""
+        sequence, first, ids = piece.sequence, piece.first, piece.ids
+        sources = [] if piece.sources.exception() else piece.sources.result()
+        path, count = sequence.keys[: first + len(sources)], len(sources)
+        there = len(self._pool.match(path)) - first  # others may have computed the same meanwhile
+        self._pool.free([*ids[:there], *ids[count:]])
+        if sources:
+            self._pool.insert(path, ids[there:count])
             self._pool.pin(path, sequence.pinned)
             self._pool.mark_saved(path[first:])
             sequence.pinned = len(path)
-            kv.load_blocks(self._storage, first, ids[: len(sources)])
+            assert sequence.kv is not None
+            sequence.kv.load_blocks(self._storage, first, self._pool.match(path)[first:])
             for tier in sources:
-                self._count_restored(sequence, tier, size)
-            if len(sources) < len(ids):
-                break
+                self._count_restored(sequence, tier, self._layout.block_tokens)
+        piece.sources.result()  # raises what a bug raised
+        if count < len(ids):
+            self._restored(sequence)
+        else:
+            self._restoring.rotate(-1)  # the others' turn
 
     def _count_restored(self, sequence: Running, tier: Tier, tokens: int) -> None:
         sequence.restored[tier] = sequence.restored.get(tier, 0) + tokens
@@ -251,16 +315,28 @@ class Scheduler:
         elif len(sequence.tokens) >= sequence.limit:
             reason = FinishReason.LENGTH
         self._keep(sequence, kv)
-        self._save(sequence, at_once=reason is not None or sequence.produced == 1)
-        if reason is not None:
-            self._release(sequence)
-            sequence.deliver(
-                Done(
-                    finish_reason=reason,
-                    completion_tokens=sequence.produced,
-                    saved_tokens=sequence.saved_tokens,
-                )
+        if reason is None:
+            self._saver.offer(sequence, at_once=sequence.produced == 1)
+            return
+        self._decoding.remove(sequence)
+        self._ending.append(sequence)
+        sequence.finish_reason = reason
+        self._end(sequence)
+
+    def _end(self, sequence: Running) -> None:
+        """Save the last blocks; once that is done, end."""
+        self._saver.offer(sequence, at_once=True)
+        if sequence.saving:
+            return
+        self._release(sequence)
+        assert sequence.finish_reason is not None
+        sequence.deliver(
+            Done(
+                finish_reason=sequence.finish_reason,
+                completion_tokens=sequence.produced,
+                saved_tokens=sequence.saved_tokens,
             )
+        )
 
     def _forward(self, kv: WorkingKV, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits after the last of `token_ids`: float32 [vocab_size] on the CPU."""
@@ -305,23 +381,5 @@ class Scheduler:
     def _allocate(self, count: int) -> list[int]:
         """Loose blocks of the pool; what was evicted for them is saved first where that is due."""
         ids, evicted = self._pool.allocate(count)
-        if self._tiers is not None and self._save_when == "evict":
-            for run in evicted:
-                self._tiers.save(run.path, run.first, run.block_ids)
+        self._saver.save_now(evicted)
         return ids
-
-    def _save(self, sequence: Running, *, at_once: bool) -> None:
-        """Hand blocks down that were not yet, if it is time; in batches where not `at_once`."""
-        if self._tiers is None or self._save_when == "evict":
-            return
-        whole = sequence.pinned if self._save_when == "fill" else sequence.hits
-        path = sequence.keys[:whole]
-        # What this request has handed down already is not tried again before another request.
-        first = self._pool.first_unsaved(path, sequence.handed)
-        if len(path) - first < (1 if at_once else SAVE_BLOCKS):
-            return
-        sequence.handed = len(path)
-        saved = self._tiers.save(path, first, self._pool.match(path)[first:])
-        if saved == len(path) - first:
-            self._pool.mark_saved(path[first:])
-        sequence.saved_tokens += saved * self._layout.block_tokens

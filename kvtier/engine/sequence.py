@@ -121,7 +121,9 @@ class Running:
     queue_s: float = 0.0
     restore_s: float = 0.0
     admitted_s: float = 0.0
+    saving: bool = False  # blocks of it are on their way to the lower tiers
     saved_tokens: int = 0
+    finish_reason: FinishReason | None = None  # where only saving is left to do
     generator: torch.Generator | None = None
 
     @property

@@ -31,8 +31,8 @@ class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
 
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
-    thread calls them, the one that owns the blocks. A daemon that is away is tried again, at most
-    every RECONNECT_S, by whichever call comes next.
+    thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that is
+    away is tried again, at most every RECONNECT_S, by whichever call comes next.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""The engine: one thread that owns a Transformers model and a paged pool of its KV blocks."""
+"""The engine: one thread that owns a Transformers model and a paged pool of its KV blocks.
+
+A second one, `beside`, moves blocks between the pool and what lies under it.
+"""
 
 import queue
 import threading
@@ -14,10 +17,11 @@ import torch
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import Namespace
 from kvtier.core.tiers import Tier
+from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import allocate_storage
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool, Changes
-from kvtier.engine.scheduler import LowerTiers, Scheduler
+from kvtier.engine.scheduler import Scheduler
 from kvtier.engine.sequence import Deliver, Done, Event, Failed, Request, Running
 from kvtier.errors import ConfigError, Overloaded, WorkerLost
 
@@ -56,8 +60,8 @@ class Engine:
         loaded: The model.
         config: Its vram_bytes, save, prefill_tokens, max_running, max_waiting and threads are used.
         make_tiers: Given the namespace and the pool's memory (uint8 [blocks, layout.nbytes] on
-            the model's device, row i is block i), returns what lies under the pool. The engine's
-            thread alone calls it from then on and closes it at the end.
+            the model's device, row i is block i), returns what lies under the pool. One thread,
+            not the one that computes, calls it from then on and closes it at the end.
         on_change: Told on the engine's thread which keys came to the pool and which went.
         clock: Seconds; only for measurements and the drain's deadline.
 
@@ -83,12 +87,13 @@ class Engine:
         self.loaded = loaded
         self.pool = BlockPool(blocks)  # for the engine's thread only
         self._storage = allocate_storage(loaded.layout, blocks, loaded.device)
-        self._tiers = make_tiers(loaded.namespace(), self._storage) if make_tiers else None
+        self._wake = threading.Condition()  # guards all below `_clock`
+        tiers = make_tiers(loaded.namespace(), self._storage) if make_tiers else None
+        self._tiers = None if tiers is None else Beside(tiers, self._look_again)
         self._config = config
         self._scheduler = Scheduler(loaded, self.pool, self._storage, self._tiers, config, clock)
         self._on_change = on_change
         self._clock = clock
-        self._wake = threading.Condition()  # guards all below
         self._waiting: deque[Running] = deque()
         self._active: list[Running] = []
         self._clears: deque[Future[int]] = deque()
@@ -191,6 +196,10 @@ class Engine:
                 self._waiting.remove(sequence)
             self._wake.notify_all()
 
+    def _look_again(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
     # --- on the engine's thread -----------------------------------------------------------
 
     def _run(self) -> None:
@@ -206,24 +215,33 @@ class Engine:
                 self._waiting.clear()
                 self._active = []
             lost = WorkerLost(STOPPING)
-            self._scheduler.fail_all(lost)
             for sequence in waiting:
                 sequence.deliver(Failed(lost))
             for answer in clears:
                 if answer.set_running_or_notify_cancel():
                     answer.set_exception(lost)
-            if self._tiers is not None:
-                self._tiers.close()
+            try:
+                self._scheduler.fail_all(lost)
+            finally:
+                if self._tiers is not None:
+                    self._tiers.close()
 
     def _await_work(self) -> bool:
         """Sleep until there is something to do; False: it is time to end."""
         with self._wake:
-            self._wake.wait_for(
-                lambda: self._closing or self._waiting or self._active or self._clears
-            )
+            self._wake.wait_for(lambda: self._closing or self._to_do())
             if not self._closing:
                 return True
+            # No longer than the drain lasts: what is left may be with the lower tiers.
+            left_s = max(0.0, self._deadline_s - self._clock())
+            self._wake.wait_for(
+                lambda: self._to_do() or not (self._waiting or self._active), left_s
+            )
             return bool(self._waiting or self._active) and self._clock() < self._deadline_s
+
+    def _to_do(self) -> bool:
+        room = len(self._active) < self._config.max_running
+        return bool(self._clears or (self._waiting and room) or self._scheduler.ready)
 
     def _turn(self) -> None:
         with self._wake:

@@ -212,7 +212,8 @@ class TestSave:
             engine.submit(Request(token_ids=prompt, max_tokens=40, ignore_eos=True), deliver)
             assert ended.wait(60)
             answer = ask(engine, prompt, 40)
-        assert told[:3] == ["Started", "Tokens", "save"]
+        assert told.index("save") > 1, "the first token is told before"
+        assert told[:2] == ["Started", "Tokens"]
         assert told[-1] == "Done"
         # 139 tokens have KV: the last of the answer was never computed on.
         assert set(tiers.only.blocks) == set(keys_of(tiny, (prompt + answer.ids)[:139]))
