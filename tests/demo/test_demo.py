@@ -4,18 +4,25 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short path: Ray puts sockets into it."""
+    with tempfile.TemporaryDirectory(prefix="kvt-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.model
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, scratch: Path) -> None:
     out = tmp_path / "demo.json"
-    scratch = tmp_path / "t"
-    scratch.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "kvtier.cli", "demo", "--json", str(out)],
         capture_output=True,
@@ -36,7 +43,7 @@ def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path) -> None:
     assert cut[0]["error"].startswith("UNAVAILABLE: worker")
     after = requests[requests.index(cut[0]) + 1]
     assert after["node"] != cut[0]["node"], "served at once, by the other node"
-    assert after["restored"].keys() == {"shared"}
+    assert sum(after["restored"].values()) > after["computed"], "and not from the start"
     assert "Traceback" not in done.stdout + done.stderr
     assert not list(scratch.glob("kvtier-*")), "sockets and folders are gone"
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
