@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,15 @@ def server(name: str, toml: str, folder: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return once `condition()` holds."""
+    end = time.monotonic() + READY_S
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError("waited in vain")
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from benchmarks.common import Bar, paired_ratio, scratch, server, summary
+from benchmarks.common import Bar, paired_ratio, scratch, server, summary, until
 from kvtier.arena import Arena
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Namespace
 from kvtier.engine.copier import BlockTensor
@@ -43,6 +43,8 @@ def _measure(socket: str, rounds: int, slots: int) -> dict[str, object]:
     plain = Arena.create(LAYOUT.nbytes, slots)
     rows = torch.frombuffer(plain.view, dtype=torch.uint8).view(slots, LAYOUT.nbytes)
     blocks = list(range(BATCH))
+    for tier in (saver, loader):  # attaching goes on beside; the first calls may come too early
+        until(lambda tier=tier: tier.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
     times: dict[str, list[float]] = {"save": [], "restore": [], "copy_in": [], "copy_out": []}
 
     def timed(name: str, start: float) -> None:

@@ -17,6 +17,7 @@ from kvtier.errors import ConfigError, RemoteProtocolError
 
 ALIGNMENT: Final = 4096  # slots start on pages, as direct I/O and CUDA registration want it
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_POPULATE_NBYTES: Final = 16 << 20
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python 3.11 has no name for it
 
 
@@ -104,6 +105,9 @@ class Arena:
 
 
 def _populate(memory: mmap.mmap) -> None:
+    # In pieces, since Python holds its lock during each: an engine's other threads go on between.
     # An older kernel takes the pages at first use instead: slower once, never wrong.
     with contextlib.suppress(OSError):
-        memory.madvise(_MADV_POPULATE_WRITE)
+        for start in range(0, len(memory), _POPULATE_NBYTES):
+            size = min(_POPULATE_NBYTES, len(memory) - start)
+            memory.madvise(_MADV_POPULATE_WRITE, start, size)

@@ -2,11 +2,13 @@
 
 Started with one argument of JSON: the daemon's socket and a seed. Writes a line of JSON now and
 then, with all counts so far; the last one says so. Ends with status 1 at the first wrong byte.
+A line of input makes it stop for ever in the middle of its next save, and say so.
 """
 
 import json
 import random
 import select
+import signal
 import sys
 import time
 from collections import Counter
@@ -46,15 +48,19 @@ def prompt(rng: random.Random) -> list[int]:
 
 
 class SlowKV:
-    """A pool that is copied in two parts with a pause: whoever gets at a leased slot is seen."""
+    """A pool that is copied in two parts with a pause: whoever gets at a leased slot is seen.
+
+    With `hold` set the pause of the next copy into the arena calls it.
+    """
 
     def __init__(self, pool: torch.Tensor, rng: random.Random) -> None:
         self.layout = LAYOUT
+        self.hold: Callable[[], None] | None = None
         self._blocks = BlockTensor(LAYOUT, pool)
         self._rng = rng
 
     def gather(self, block_ids: Sequence[int], out: Sequence[torch.Tensor]) -> Done:
-        return self._slowly(self._blocks.gather, block_ids, out)
+        return self._slowly(self._blocks.gather, block_ids, out, self.hold)
 
     def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> Done:
         return self._slowly(self._blocks.scatter, block_ids, source)
@@ -64,9 +70,12 @@ class SlowKV:
         copy: Callable[[Sequence[int], Sequence[torch.Tensor]], Done],
         block_ids: Sequence[int],
         rows: Sequence[torch.Tensor],
+        hold: Callable[[], None] | None = None,
     ) -> Done:
         half = len(block_ids) // 2
         copy(block_ids[:half], rows[:half]).wait()
+        if hold is not None:
+            hold()
         time.sleep(0.1 * self._rng.random() ** 6)  # mostly short; now and then others get far
         return copy(block_ids[half:], rows[half:])
 
@@ -77,8 +86,8 @@ class Engine:
     def __init__(self, socket: str, seed: int) -> None:
         self._rng = random.Random(seed)
         self._pool = torch.zeros(DEEPEST, LAYOUT.nbytes, dtype=torch.uint8)
-        paged = SlowKV(self._pool, self._rng)
-        self.tier = EngineTier(socket, NAMESPACE, paged, wait_s=1.0)
+        self._paged = SlowKV(self._pool, self._rng)
+        self.tier = EngineTier(socket, NAMESPACE, self._paged, wait_s=1.0)
         self.counts: Counter[str] = Counter()
         self.wrong = 0
 
@@ -101,6 +110,14 @@ class Engine:
             self.tier.close()  # the next turn attaches anew
             self.counts["hung up"] += 1
 
+    def stop_in_a_save(self) -> None:
+        def hold() -> None:
+            self.counts["holding"] += 1
+            self.report()
+            signal.pause()
+
+        self._paged.hold = hold
+
     def report(self, *, last: bool = False) -> None:
         mine = {"fds": len([*Path("/proc/self/fd").iterdir()]), "wrong": self.wrong, "last": last}
         maps = Path("/proc/self/maps").read_text()
@@ -111,7 +128,11 @@ class Engine:
 def main() -> int:
     engine = Engine(**json.loads(sys.argv[1]))
     reported = 0.0
-    while not engine.wrong and not select.select([sys.stdin], [], [], 0)[0]:
+    while not engine.wrong:
+        if select.select([sys.stdin], [], [], 0)[0]:
+            if not sys.stdin.readline():
+                break
+            engine.stop_in_a_save()
         engine.turn()
         if time.monotonic() >= reported + REPORT_S:
             engine.report()

@@ -75,6 +75,12 @@ class Engine:
         assert self.process.poll() is None, f"an engine ended: {self.complaints}"
         assert all(map(EXPECTED.match, self.complaints)), self.complaints
 
+    def stop_in_a_save(self) -> None:
+        """From its next save on it holds a lease on blocks of which it has written half."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
     def kill(self) -> None:
         self.process.kill()
         self._ended()
@@ -132,7 +138,7 @@ class Node:
         self.daemon.restart()
         self.fds = self._quiet_fds()
 
-    def kill_engine(self, which: int) -> None:
+    def restart_engine(self, which: int) -> None:
         self.engines[which].kill()
         self.engines[which] = self._engine()
 
@@ -191,7 +197,11 @@ class Storm:
 
     def kill_engine(self, node: Node) -> None:
         which = self.rng.randrange(2)
-        node.kill_engine(which)
+        node.engines[which].stop_in_a_save()
+        self.wait_for_more([node.engines[which]], "holding")
+        before = node.counter("leases_lost_total")
+        node.restart_engine(which)
+        self.wait_for("its lease to end", lambda: node.counter("leases_lost_total") > before)
         self.wait_for_more([node.engines[which]], "host")
 
     def halt_engine(self) -> None:
