@@ -63,7 +63,7 @@ class Arena:
         return cls(fd, memory, slot_nbytes, slots)
 
     @classmethod
-    def attach(cls, fd: int, slot_nbytes: int, slots: int, *, prefault: bool = True) -> "Arena":
+    def attach(cls, fd: int, slot_nbytes: int, slots: int) -> "Arena":
         """Map an arena whose descriptor came from the daemon; takes over `fd`.
 
         Raises:
@@ -81,9 +81,11 @@ class Arena:
             if isinstance(error, OSError):
                 raise RemoteProtocolError(f"arena: not a memfd: {error.strerror}") from None
             raise
-        if prefault:
-            _populate(memory)
         return cls(fd, memory, slot_nbytes, slots)
+
+    def populate(self) -> None:
+        """Map every page now, so that no first use pays for it; safe beside other uses."""
+        _populate(self._memory)
 
     def slot(self, slot: Slot) -> memoryview:
         """The writable bytes of one slot; valid for as long as the caller's lease on it."""

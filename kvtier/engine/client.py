@@ -132,7 +132,7 @@ class TierClient:
         finally:
             # Where the daemon is lost, so is the lease; the caller hears of it at the next call.
             with suppress(ArenaLost):
-                self._ask(ANSWER_S, Op.RELEASE, lease)
+                self._tell(ANSWER_S, Op.RELEASE, lease)
 
     @contextmanager
     def write(self, keys: Sequence[BlockKey], first: int = 0) -> Iterator[WriteLease]:
@@ -147,8 +147,8 @@ class TierClient:
         try:
             yield granted
         except BaseException:
-            with suppress(ArenaLost, RemoteProtocolError):
-                self._ask(ANSWER_S, Op.RELEASE, lease)
+            with suppress(ArenaLost):
+                self._tell(ANSWER_S, Op.RELEASE, lease)
             raise
         self._ask(ANSWER_S, Op.COMMIT, lease, granted.filled)
 
@@ -171,12 +171,19 @@ class TierClient:
     def _slots(self, raw: bytes) -> list[Slot]:
         return [Slot(each) for each in local.unpack_numbers(raw)]
 
-    def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
-        """One request and its answer."""
+    def _tell(self, timeout_s: float, op: Op, *arguments: Value) -> None:
+        """A request without an answer, or the first half of one with."""
         message = local.encode(op, *arguments)
         try:
             self._socket.settimeout(timeout_s)
             self._socket.sendall(message)
+        except OSError as error:
+            raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
+
+    def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
+        """One request and its answer."""
+        self._tell(timeout_s, op, *arguments)
+        try:
             while True:
                 data = self._socket.recv(1 << 18)
                 if not data:

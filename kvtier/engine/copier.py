@@ -1,6 +1,7 @@
 """Copies between VRAM and the arena: on a side stream where VRAM is a GPU's."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -83,23 +84,25 @@ def _merged(
     source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The same copies with neighbours on both sides taken together: fewer, larger ones."""
-    sources: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
+    starts: list[int] = []  # of runs: positions in `source`
     ends = (0, 0)
-    for here, there in zip(source, target, strict=True):
-        starts = here.data_ptr(), there.data_ptr()
-        if starts == ends:
-            sources[-1], targets[-1] = _longer(sources[-1], here), _longer(targets[-1], there)
-        else:
-            sources.append(here)
-            targets.append(there)
-        ends = starts[0] + here.nbytes, starts[1] + there.nbytes
-    return sources, targets
+    for at, (here, there) in enumerate(zip(source, target, strict=True)):
+        begins = here.data_ptr(), there.data_ptr()
+        if begins != ends:
+            starts.append(at)
+        ends = begins[0] + here.nbytes, begins[1] + there.nbytes
+    runs = list(pairwise([*starts, len(source)]))
+    return (
+        [_run(source[start], end - start) for start, end in runs],
+        [_run(target[start], end - start) for start, end in runs],
+    )
 
 
-def _longer(run: torch.Tensor, neighbour: torch.Tensor) -> torch.Tensor:
-    """A view of `run` and of what follows it in the same memory."""
-    return run.as_strided((run.numel() + neighbour.numel(),), (1,), run.storage_offset())
+def _run(first: torch.Tensor, count: int) -> torch.Tensor:
+    """A view of `count` neighbours of one size in the same memory, from `first` on."""
+    if count == 1:
+        return first
+    return first.as_strided((first.numel() * count,), (1,), first.storage_offset())
 
 
 class ArenaTensor:

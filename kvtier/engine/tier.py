@@ -176,7 +176,9 @@ class EngineTier:
 
     def _attach(self) -> tuple[TierClient, ArenaTensor]:
         client = TierClient(self._socket, self._layout)
-        return client, ArenaTensor(client.arena, pin=self._pin)
+        arena = ArenaTensor(client.arena, pin=self._pin)
+        threading.Thread(target=client.arena.populate, name="kvtier-map", daemon=True).start()
+        return client, arena
 
     def _restore(
         self, client: TierClient, path: Sequence[BlockKey], block_ids: Sequence[int]

@@ -176,6 +176,21 @@ class Movers:
             raise _NoAnswer(source) from None
 
     def _drain(self, batch: list[Move]) -> list[Moved]:
+        there = self._there(batch)
+        moved = [Moved(move, ok=True, nbytes=self._layout.nbytes) for move in batch[:there]]
+        return moved + self._copy_down(batch[there:]) if there < len(batch) else moved
+
+    def _there(self, batch: list[Move]) -> int:
+        """How many, from the first on, another node or an earlier life has put there already."""
+        target = batch[0].target
+        if self._tiers[target - 1].tier is not Tier.SHARED:
+            return 0
+        try:
+            return self._tiers[target - 1].store.count([move.key for move in batch])
+        except StoreUnavailable:
+            raise _NoAnswer(target) from None
+
+    def _copy_down(self, batch: list[Move]) -> list[Moved]:
         target = self._tiers[batch[0].target - 1]
         if batch[0].source == HOST:
             frames: list[tuple[BlockKey, Parts]] = []

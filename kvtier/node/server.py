@@ -150,7 +150,6 @@ class Connection(asyncio.Protocol):
                     raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
                 self._leases.discard(lease)
                 self._writes.discard(lease)
-                self._reply()
                 self.manager.release(lease)
 
     async def _hello(self, *arguments: Value) -> None:

@@ -4,9 +4,9 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
     request   [op, *arguments]          reply   [True, *values]  or  [False, text]
 
-An engine has one request under way at a time. HELLO comes first; its reply carries the arena's
-descriptor (SCM_RIGHTS). Leases end with the connection. Keys travel as one string of 16 bytes
-each, slots and indexes as little-endian u32, source tiers as one byte each.
+RELEASE has no reply; of all others an engine has one under way at a time. HELLO comes first; its
+reply carries the arena's descriptor (SCM_RIGHTS). Leases end with the connection. Keys travel as
+one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as one byte each.
 """
 
 import struct
@@ -38,7 +38,7 @@ class Op(IntEnum):
     READ = 3  # keys, first, wait in ms -> lease, slots, sources
     WRITE = 4  # keys, first -> lease, indexes, slots
     COMMIT = 5  # lease, filled ->
-    RELEASE = 6  # lease ->
+    RELEASE = 6  # lease; no reply
 
 
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {

@@ -1,0 +1,40 @@
+"""Copies between a pool of blocks and host memory, whatever lies beside what."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.arena import Arena
+from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Slot
+from kvtier.engine.copier import ArenaTensor, BlockTensor
+
+POOL = 12
+PAGES = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 64),), 32, "uint8")  # slots without gaps
+GAPS = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 3),), 5, "uint8")  # gaps, and odd sizes
+orders = st.lists(st.integers(0, POOL - 1), unique=True, max_size=POOL)
+
+
+@pytest.mark.parametrize("layout", [PAGES, GAPS], ids=["pages", "gaps"])
+@given(blocks=orders, slots=orders)
+def test_every_block_goes_to_its_own_place(
+    layout: BlockLayout, blocks: list[int], slots: list[int]
+) -> None:
+    count = min(len(blocks), len(slots))
+    blocks, slots = blocks[:count], slots[:count]
+    pool = torch.randint(0, 256, (POOL, layout.nbytes), dtype=torch.uint8)
+    arena = Arena.create(layout.nbytes, POOL, prefault=False)
+    rows = ArenaTensor(arena, pin=False).rows([Slot(slot) for slot in slots])
+    BlockTensor(layout, pool).gather(blocks, rows).wait()
+    for slot in range(POOL):
+        expected = bytes(layout.nbytes)
+        if slot in slots:
+            expected = pool[blocks[slots.index(slot)]].numpy().tobytes()
+        assert bytes(arena.slot(Slot(slot))) == expected
+    back = torch.zeros_like(pool)
+    BlockTensor(layout, back).scatter(blocks, rows).wait()
+    for block in range(POOL):
+        assert torch.equal(
+            back[block], pool[block] if block in blocks else torch.zeros_like(back[0])
+        )
+    arena.close()
