@@ -67,6 +67,7 @@ class Lease:
     sources: list[int] = field(default_factory=list)
     indexes: list[int] = field(default_factory=list)
     loading: set[BlockKey] = field(default_factory=set)
+    refused: int = 0  # of a write: blocks from the first one on that found no slot
 
 
 class Ledger(Residency):
@@ -150,6 +151,7 @@ class Ledger(Residency):
                 continue
             slot = self._take_slot()
             if slot is None:
+                lease.refused = len(keys) - index
                 break
             block = self._blocks.setdefault(key, Block())
             block.phase, block.slot, block.pins = Phase.FILLING, slot, 1

@@ -221,7 +221,6 @@ class Scheduler:
         sequence.pinned = sequence.hits = len(ids)
         kv.load_blocks(self._storage, first, ids[first:])
         self._count_restored(sequence, Tier.VRAM, kv.length - before)
-        metrics.RESTORED_TOKENS.labels(Tier.VRAM.label).inc(kv.length - before)
 
     def _restore(self, sequence: Running) -> None:
         """Ask the lower tiers for the next piece, or go on to computing."""
@@ -266,6 +265,7 @@ class Scheduler:
 
     def _count_restored(self, sequence: Running, tier: Tier, tokens: int) -> None:
         sequence.restored[tier] = sequence.restored.get(tier, 0) + tokens
+        metrics.RESTORED_TOKENS.labels(tier.label).inc(tokens)
 
     # --- computing ------------------------------------------------------------------------
 

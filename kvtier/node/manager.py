@@ -103,6 +103,7 @@ class TierManager:
     def write(self, client: int, keys: Sequence[BlockKey], first: int) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
         lease = self._ledger.write(client, keys, first)
+        metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
 

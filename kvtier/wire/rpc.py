@@ -1,8 +1,7 @@
 """What every gRPC server of kvtier has: a port of its own, limits, health, reflection."""
 
-import asyncio
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final, NoReturn
 
 import grpc
@@ -91,9 +90,3 @@ async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoRe
     """End a call with the error's status and its one line."""
     await context.abort(grpc.StatusCode[error.grpc_status], str(error))
     raise AssertionError("abort returned")
-
-
-async def run_until(stop: asyncio.Event, started: Callable[[str], None], address: str) -> None:
-    """Tell that the server listens at `address`, then wait for `stop`."""
-    started(address)
-    await stop.wait()

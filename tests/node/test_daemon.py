@@ -111,6 +111,7 @@ with client.write(new_keys(1000)) as lease:
         assert engine.stdout.readline() == "32\n", "the whole arena is leased"
         client = connect(tmp_path)
         assert save(client, new_keys(1)) == 0, "full: refused at once, never waited for"
+        assert status(node).counters["kvtier_refused_blocks_total"] == 1000 - 32 + 1
         engine.kill()
         engine.wait()
         engine.stdin.close()
