@@ -17,7 +17,7 @@ PACKAGE = Path(kvtier.__path__[0])
 # The only places where any failure of ours becomes a miss, a counter, or an answer to a client.
 SHELLS = {"engine/tier.py", "node/movers.py", "node/server.py"}
 # `cluster/local.py` sets what Ray takes from the environment and in no other way.
-USES_ENVIRONMENT = {"config.py", "cluster/local.py"}
+USES_ENVIRONMENT = {"config/host.py", "cluster/local.py"}
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 PICKLES = {"pickle", "cloudpickle", "dill"}
@@ -138,7 +138,7 @@ def test_what_is_untidy_is_seen(text: str, fault: str):
         ("node/movers.py", "try: f()\nexcept Exception: pass"),
         ("core/x.py", "try: f()\nexcept OSError: pass"),
         ("core/x.py", "try: f()\nexcept BaseException:\n  g()\n  raise"),
-        ("config.py", "import os\nx = os.environ['A']"),
+        ("config/host.py", "import os\nx = os.environ['A']"),
         ("core/x.py", "x = 1\n" * 400),
         ("core/x.py", "def f():\n" + "    x = 1\n" * 59),
         ("core/x.py", "class A:\n" + "".join(f"    def f{n}(self): ...\n" for n in range(15))),

@@ -1,0 +1,53 @@
+"""The command line: one module of this package a command.
+
+Each has `add(commands)`, which adds its parser and sets `run`, a function from the parsed options
+to an exit status. What a command needs is imported when it runs, so that a node daemon never
+loads torch and `kvtier --help` loads nothing.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import kvtier
+from kvtier.cli import cluster, demo, inspect, serve
+from kvtier.errors import KVTierError
+
+_COMMANDS = (serve, cluster, demo, inspect)
+_EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it did what it was asked, 2 for a mistake of the caller."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return cast("int", options.run(options))
+    except KVTierError as error:
+        print(f"kvtier: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        print(f"kvtier: {error.name} is missing: pip install 'kvtier[{extra}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvtier", description=kvtier.__doc__)
+    parser.add_argument("--version", action="version", version=f"kvtier {kvtier.__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log more, to stderr")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser

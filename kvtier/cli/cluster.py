@@ -1,0 +1,69 @@
+"""`kvtier cluster up | status | down`: daemons and workers on a Ray cluster."""
+
+import argparse
+import signal
+
+from kvtier import config as configuration
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parser of `kvtier cluster`."""
+    text = "place daemons and workers on the nodes of a Ray cluster"
+    cluster = commands.add_parser("cluster", help=text, description=text)
+    actions = cluster.add_subparsers(required=True, metavar="ACTION", dest="action")
+    up = actions.add_parser("up", help="start and keep up a daemon and a worker on each node")
+    up.add_argument("--config", metavar="FILE", help="a TOML file for all nodes")
+    up.add_argument(
+        "--router", action="append", default=[], metavar="HOST:PORT", help="tell this router"
+    )
+    up.add_argument(
+        "--local", type=int, default=0, metavar="N", help="on a new Ray cluster of N nodes here"
+    )
+    up.add_argument("--everywhere", action="store_true", help="also where no `kvtier` resource is")
+    up.add_argument("--no-workers", action="store_true", help="daemons only")
+    up.add_argument("--worker-gpus", type=float, default=0.0, metavar="N", help="of each worker")
+    for action in (
+        up,
+        actions.add_parser("status", help="show nodes, agents and routers"),
+        actions.add_parser("down", help="stop all that `up` started"),
+    ):
+        action.add_argument("--ray", default="auto", metavar="ADDRESS", help="default: this host's")
+    cluster.set_defaults(run=_cluster)
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    from kvtier.cluster.settings import ClusterSettings
+
+    if options.action == "up" and options.local:
+        from kvtier.cluster import local
+
+        local.prepare_environment()  # before anything imports ray
+    from kvtier.cluster import launch
+
+    if options.action != "up":
+        action = launch.status if options.action == "status" else launch.down
+        return action(say=print, ray_address=options.ray)
+    settings = ClusterSettings(
+        everywhere=options.everywhere,
+        workers=not options.no_workers,
+        worker_gpus=options.worker_gpus,
+    )
+    config = configuration.load(options.config)
+    if options.local:
+        print("up until interrupted (Ctrl-C)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+        return local.up(
+            config,
+            nodes=options.local,
+            say=print,
+            wait=signal.pause,
+            routers=options.router,
+            settings=settings,
+        )
+    return launch.up(
+        config,
+        say=print,
+        routers=options.router,
+        settings=settings,
+        ray_address=options.ray,
+    )

@@ -1,0 +1,70 @@
+"""`kvtier node | worker | router`: the servers."""
+
+import argparse
+import asyncio
+import importlib
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Protocol, cast
+
+from kvtier import config as configuration
+from kvtier.config import Config
+
+# What runs under each name: loaded only when asked for, so that a node daemon never loads torch.
+_SERVERS = {
+    "node": "kvtier.node.daemon",
+    "worker": "kvtier.engine.run",
+    "router": "kvtier.router.server",
+}
+_TEXTS = {
+    "node": "run the node daemon of this host",
+    "worker": "run an engine with a model, attached to this host's daemon",
+    "router": "run the gRPC router",
+}
+
+
+class _Serve(Protocol):
+    def __call__(
+        self, config: Config, *, started: Callable[[str], None], stop: asyncio.Event
+    ) -> Coroutine[None, None, None]: ...
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the servers' parsers."""
+    for name, text in _TEXTS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", metavar="FILE", help="a TOML file; see docs/config.md")
+        command.add_argument(
+            "--until-eof", action="store_true", help="also stop when standard input ends"
+        )
+        command.set_defaults(run=_serve, server=name)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config)
+    module = importlib.import_module(_SERVERS[options.server])
+    serve = cast("_Serve", module.serve)
+    asyncio.run(_until_told(serve, config, options.server, until_eof=options.until_eof))
+    return 0
+
+
+async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bool) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if until_eof:
+        # A parent that dies, in whatever way, closes its end: nothing of it stays behind.
+        loop.add_reader(0, lambda: None if os.read(0, 4096) else _ended(stop))
+
+    def started(address: str) -> None:
+        print(f"kvtier {name}: ready at {address}", flush=True)
+
+    await serve(config, started=started, stop=stop)
+    print(f"kvtier {name}: stopped", flush=True)
+
+
+def _ended(stop: asyncio.Event) -> None:
+    asyncio.get_running_loop().remove_reader(0)
+    stop.set()

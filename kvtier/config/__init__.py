@@ -1,0 +1,79 @@
+"""Every setting, its default and its limits: one TOML file, read here and nowhere else.
+
+A table that is absent keeps its defaults; `[disk]` and `[redis]` that are absent mean no such
+tier. Sizes are bytes or text such as "512MiB". Unknown keys and bad values are refused in one
+line that names the key, the value and the limit.
+"""
+
+import tomllib
+from pathlib import Path
+
+from kvtier.config.host import cache_dir, memory_available, node_name, redis_url
+from kvtier.config.settings import (
+    Config,
+    DiskConfig,
+    HostConfig,
+    MemberConfig,
+    NodeConfig,
+    RedisConfig,
+    RouterConfig,
+    WorkerConfig,
+)
+from kvtier.config.values import Size, build, limits, one_of, parse_address, parse_size
+from kvtier.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "DiskConfig",
+    "HostConfig",
+    "MemberConfig",
+    "NodeConfig",
+    "RedisConfig",
+    "RouterConfig",
+    "Size",
+    "WorkerConfig",
+    "cache_dir",
+    "from_dict",
+    "limits",
+    "load",
+    "memory_available",
+    "node_name",
+    "one_of",
+    "parse_address",
+    "parse_size",
+    "redis_url",
+]
+
+
+def load(path: str | Path | None) -> Config:
+    """The settings of the TOML file at `path`; None: all defaults.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML, or holds an unknown key or bad value.
+    """
+    if path is None:
+        return Config()
+    try:
+        with Path(path).open("rb") as file:
+            return from_dict(tomllib.load(file))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: not TOML: {error}") from None
+
+
+def from_dict(tables: dict[str, object]) -> Config:
+    """The settings of a parsed file.
+
+    Raises:
+        ConfigError: An unknown key or a bad value.
+    """
+    config = build(Config, tables, "")
+    sockets = (("node.socket", config.node.socket), ("worker.socket", config.worker.socket))
+    for name, where in sockets:
+        if len(where) > 100:  # sockaddr_un holds 107
+            raise ConfigError(f"{name} is {len(where)} characters long, limit 100: {where}")
+    for name, at in (("node", config.node.listen), ("worker", config.worker.listen),
+                     ("router", config.router.listen)):  # fmt: skip
+        parse_address(at, f"{name}.listen")
+    return config

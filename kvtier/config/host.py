@@ -1,0 +1,52 @@
+"""What this host says of itself: its name, memory, cache folder, and secrets in files."""
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from kvtier.config.settings import RedisConfig
+from kvtier.errors import ConfigError
+
+
+def node_name(configured: str) -> str:
+    """The configured name, or the host's."""
+    return configured or socket.gethostname()
+
+
+def memory_available() -> int:
+    """Bytes that the kernel could give without swapping; a very large number if it won't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**63
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else 2**63
+
+
+def redis_url(redis: RedisConfig) -> str:
+    """The URL with the password that `password_file` holds, read anew at each call.
+
+    Raises:
+        ConfigError: The file cannot be read, or the URL has a password already.
+    """
+    if not redis.password_file:
+        return redis.url
+    url = urlsplit(redis.url)
+    if url.password:
+        raise ConfigError("redis.password_file is set, and redis.url has a password in it too")
+    try:
+        password = Path(redis.password_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"redis.password_file: {error}") from None
+    user, _, host = url.netloc.rpartition("@")
+    netloc = f"{user}:{quote(password, safe='')}@{host}"
+    return urlunsplit(url._replace(netloc=netloc))
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $KVTIER_CACHE, else kvtier in the user's cache folder."""
+    if given := os.environ.get("KVTIER_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvtier"

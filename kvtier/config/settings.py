@@ -1,0 +1,114 @@
+"""Every setting with its default and its limits; docs/config.md says more about each."""
+
+from dataclasses import dataclass, field
+
+from kvtier.config.values import Size, limits, one_of
+
+_GIB = 2**30
+_PORTS = limits(0, 65535)
+_SHARE = limits(0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """`[node]`: the daemon of one host."""
+
+    name: str = ""  # empty: the host's name
+    socket: str = "/run/kvtier/kvtier.sock"  # where engines attach; at most 100 characters
+    listen: str = "127.0.0.1:7460"  # gRPC: feed, status, admin
+    max_clients: int = field(default=64, metadata=limits(1, 4096))
+    max_layouts: int = field(default=1, metadata=limits(1, 16))  # share the host tier evenly
+    allow_uids: tuple[int, ...] = ()  # besides the daemon's own
+    metrics_port: int = field(default=0, metadata=_PORTS)  # 0: no metrics page
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """`[host]`: tier 0, the arena of pinned memory."""
+
+    bytes: Size = field(default=1 * _GIB, metadata=limits(2**20, 2**46))
+    drain_at: float = field(default=0.5, metadata=_SHARE)  # used share above which copies go down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskConfig:
+    """`[disk]`: a folder on a local disk."""
+
+    path: str
+    bytes: Size = field(default=10 * _GIB, metadata=limits(2**20, 2**50))
+    drain_at: float = field(default=0.8, metadata=_SHARE)
+    codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
+    threads: int = field(default=2, metadata=limits(1, 64))
+    queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisConfig:
+    """`[redis]`: one Redis or Valkey, shared by all nodes. Its own limits decide what it keeps."""
+
+    url: str
+    password_file: str = ""  # what it holds becomes the password of `url`, see redis_url()
+    prefix: str = "kvtier"
+    bytes: Size = field(default=64 * _GIB, metadata=limits(2**20, 2**50))  # tracked by this node
+    ttl_s: int = field(default=86_400, metadata=limits(1, 10**8))
+    timeout_s: float = field(default=1.0, metadata=limits(0.01, 60))  # of any one answer
+    retry_s: float = field(default=1.0, metadata=limits(0.05, 600))  # after no answer
+    codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
+    threads: int = field(default=2, metadata=limits(1, 64))
+    queue: int = field(default=64, metadata=limits(1, 4096))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """`[worker]`: one engine with one model."""
+
+    model: str = "smollm2"  # a folder of a Transformers causal LM, or smollm2 for the built-in one
+    name: str = ""  # what requests call the model; empty: the folder's name
+    node: str = ""  # empty: the host's name
+    socket: str = "/run/kvtier/kvtier.sock"  # the node daemon; empty: no lower tiers
+    listen: str = "127.0.0.1:7470"
+    device: str = field(default="auto", metadata=one_of("auto", "cpu", "cuda"))
+    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16", "float16"))
+    block_tokens: int = field(default=32, metadata=limits(1, 4096))
+    vram_bytes: Size = field(default=512 * 2**20, metadata=limits(2**20, 2**46))
+    save: str = field(default="fill", metadata=one_of("fill", "second-use", "evict"))
+    prefill_tokens: int = field(default=512, metadata=limits(16, 65536))  # in one step
+    max_running: int = field(default=4, metadata=limits(1, 256))
+    max_waiting: int = field(default=64, metadata=limits(0, 65536))
+    wait_s: float = field(default=2.0, metadata=limits(0.0, 60))  # for a load from lower tiers
+    threads: int = field(default=0, metadata=limits(0, 1024))  # 0: torch decides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberConfig:
+    """One entry of `router.members`: a node's daemon, its worker, or both."""
+
+    node: str
+    daemon: str = ""  # host:port
+    worker: str = ""  # host:port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """`[router]`: the gRPC front."""
+
+    listen: str = "127.0.0.1:7450"
+    members: tuple[MemberConfig, ...] = ()  # besides those that the cluster announces
+    behind: float = field(default=2.0, metadata=limits(0, 100))  # lambda of the score
+    max_requests: int = field(default=256, metadata=limits(1, 65536))  # under way at once
+    max_attempts: int = field(default=3, metadata=limits(1, 16))
+    timeout_s: float = field(default=300.0, metadata=limits(0.1, 86400))  # where a caller set none
+    stale_s: float = field(default=3.0, metadata=limits(0.2, 3600))  # silence that means trouble
+    metrics_port: int = field(default=0, metadata=_PORTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole file."""
+
+    node: NodeConfig = field(default_factory=NodeConfig)
+    host: HostConfig = field(default_factory=HostConfig)
+    disk: DiskConfig | None = None
+    redis: RedisConfig | None = None
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
