@@ -17,7 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"kvtier {kvtier.__version__}\n"
     text = run("--help").stdout
-    for command in ("node", "worker", "router", "cluster", "demo", "inspect"):
+    for command in ("node", "worker", "router", "cluster", "demo", "inspect", "plan"):
         assert f"\n    {command} " in text
 
 

@@ -1,0 +1,192 @@
+"""`kvtier plan`: what tiers of given sizes would do for a model and its traffic."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtier.config import parse_size
+from kvtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvtier.sim.plan import Outcome, TierSize
+    from kvtier.sim.shapes import Shape
+    from kvtier.sim.trace import Request
+
+_MORE = 100 * 10**9  # bytes: the step that "what would more memory buy" is answered for
+_TEXT = """how many tokens each tier would hold, what it would save, and what more would buy
+
+Sizes are of one node, and of Redis as a whole. The traffic is a trace in Mooncake's format
+(`kvtier trace record` and `kvtier trace generate` write it)."""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parser of `kvtier plan`."""
+    plan = commands.add_parser(
+        "plan",
+        help="size the tiers for a model and its traffic",
+        description=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("--model", required=True, metavar="NAME|FILE|DIR", help="see `--model list`")
+    plan.add_argument("--trace", metavar="FILE", help="requests to replay")
+    plan.add_argument("--block-tokens", type=int, metavar="N", help="of the trace; default 512")
+    plan.add_argument("--gpu", default="80GB", metavar="SIZE", help="memory of one GPU")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of one engine (TP ranks)")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="with one engine each")
+    for tier in ("host", "disk", "redis"):
+        plan.add_argument(f"--{tier}", default="0", metavar="SIZE", help=f"{tier} tier")
+    plan.add_argument("--kv", default="fp16", metavar="TYPE", help="fp16, bf16, fp8, int8 or int4")
+    plan.add_argument("--weights", type=int, default=16, metavar="BITS", help="of one parameter")
+    plan.add_argument("--utilization", type=float, default=0.9, help="share of GPU memory used")
+    plan.add_argument("--tflops", type=float, default=400.0, help="that prefill reaches on one GPU")
+    for tier, speed in (("host", 40.0), ("disk", 5.0), ("redis", 2.5)):
+        plan.add_argument(
+            f"--{tier}-gbs", type=float, default=speed, metavar="GB/s", help="from there to VRAM"
+        )
+    plan.add_argument("--json", metavar="FILE", help="write every figure there")
+    plan.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from kvtier.sim import plan, shapes
+
+    if options.model == "list":
+        print("\n".join(shapes.known()))
+        return 0
+    _check(options)
+    shape = shapes.load(options.model)
+    bits = shapes.KV_BITS[options.kv]
+    token_nbytes = float(shape.token_nbytes(bits)) * plan.replication(shape, options.gpus)
+    try:
+        tiers = _tiers(options, shape)
+    except ValueError as error:
+        raise ConfigError(f"--gpus: {error}") from None
+    requests = _requests(options)
+    machine = plan.Machine(options.tflops * 1e12 * options.gpus)
+
+    def outcome(tiers: "list[TierSize]") -> "Outcome | None":
+        if not requests:
+            return None
+        return plan.replay(requests, tiers, shape, token_nbytes, machine)
+
+    present = outcome(tiers)
+    more = {
+        tier.name: outcome([*tiers[:n], _larger(tier), *tiers[n + 1 :]])
+        for n, tier in enumerate(tiers)
+        if n and present
+    }
+    result = _figures(options, shape, token_nbytes, tiers, present, more)
+    if options.json:
+        _write(options.json, result)
+    from kvtier.cli import plan_report
+
+    plan_report.show(shape, token_nbytes, tiers, present, more)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    from kvtier.sim.shapes import KV_BITS
+
+    if options.kv not in KV_BITS:
+        raise ConfigError(f"--kv is {options.kv!r}, must be one of {', '.join(KV_BITS)}")
+    for name, low, high in (
+        ("gpus", 1, 1024),
+        ("nodes", 1, 100_000),
+        ("weights", 1, 32),
+        ("utilization", 0.01, 1.0),
+        ("tflops", 1e-6, 1e9),
+        ("host_gbs", 1e-6, 1e6),
+        ("disk_gbs", 1e-6, 1e6),
+        ("redis_gbs", 1e-6, 1e6),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be {low} to {high}")
+
+
+def _size(options: argparse.Namespace, name: str) -> int:
+    try:
+        return parse_size(getattr(options, name))
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}") from None
+
+
+def _tiers(options: argparse.Namespace, shape: "Shape") -> "list[TierSize]":
+    from kvtier.sim.plan import TierSize, vram_nbytes
+
+    vram = vram_nbytes(
+        shape, _size(options, "gpu"), options.gpus, options.weights, options.utilization
+    )
+    return [
+        TierSize("vram", vram * options.nodes, 0.0),
+        TierSize("host", _size(options, "host") * options.nodes, options.host_gbs * 1e9),
+        TierSize("disk", _size(options, "disk") * options.nodes, options.disk_gbs * 1e9),
+        TierSize("redis", _size(options, "redis"), options.redis_gbs * 1e9),
+    ]
+
+
+def _larger(tier: "TierSize") -> "TierSize":
+    from kvtier.sim.plan import TierSize
+
+    return TierSize(tier.name, tier.nbytes + _MORE, tier.bytes_per_s)
+
+
+def _requests(options: argparse.Namespace) -> "list[Request]":
+    if not options.trace:
+        return []
+    from kvtier.sim.trace import read_trace
+
+    requests = [*read_trace(options.trace, options.block_tokens)]
+    if not requests:
+        raise ConfigError(f"trace {options.trace}: no requests in it")
+    return requests
+
+
+def _figures(
+    options: argparse.Namespace,
+    shape: "Shape",
+    token_nbytes: float,
+    tiers: "list[TierSize]",
+    present: "Outcome | None",
+    more: "dict[str, Outcome | None]",
+) -> dict[str, object]:
+    hits = present.hits if present else [None] * len(tiers)
+    return {
+        "model": shape.name,
+        "kv": options.kv,
+        "kv_bytes_per_token": token_nbytes,
+        "weights": shape.weights,
+        "tiers": [
+            {
+                "tier": tier.name,
+                "bytes": tier.nbytes,
+                "tokens": int(tier.nbytes / token_nbytes),
+                "token_hit_ratio": ratio,
+            }
+            for tier, ratio in zip(tiers, hits, strict=True)
+        ],
+        "traffic": _times(present),
+        "plus_100_gb": {name: _times(outcome) for name, outcome in more.items()},
+    }
+
+
+def _times(outcome: "Outcome | None") -> dict[str, object] | None:
+    if outcome is None:
+        return None
+    return {
+        "requests": outcome.requests,
+        "prompt_tokens": outcome.tokens,
+        "token_hit_ratio": outcome.hit_ratio,
+        "ttft_cold_s": {
+            "mean": outcome.cold_mean_s, "p50": outcome.cold_p50_s, "p99": outcome.cold_p99_s
+        },
+        "ttft_s": {"mean": outcome.mean_s, "p50": outcome.p50_s, "p99": outcome.p99_s},
+    }  # fmt: skip
+
+
+def _write(path: str, result: dict[str, object]) -> None:
+    try:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror}") from None

@@ -1,0 +1,164 @@
+"""Request traces: who asked when, with which prefix blocks. No text is in them.
+
+The format is that of Mooncake (FAST'25, github.com/kvcache-ai/Mooncake, FAST25-release/traces):
+JSON, one object a line, of which these fields are read:
+
+    timestamp      milliseconds since any moment, not before the line above
+    input_length   tokens of the prompt
+    output_length  tokens generated; absent: 0
+    hash_ids       one integer a block of the prompt; equal ids mean equal prompts up to there
+    block_size     tokens a block; absent: as in the line above, at first 512
+
+A line with a `block_size` and nothing else that is known here is a heading: it says the size for
+the lines that follow. Only full blocks can be cached: the partly filled last one never is.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+from kvtier.errors import ConfigError
+
+BLOCK_TOKENS = 512  # of Mooncake's own traces
+_MAX_LINE = 64 * 2**20  # bytes
+_MAX_TOKENS = 2**31
+_MAX_MS = 2**53
+_MAX_BLOCK = 2**20
+
+
+class Request(NamedTuple):
+    """One request of a trace. `blocks` has an id for each block, the partly filled last included.
+
+    `at_s` is in seconds, on the trace's own clock.
+    """
+
+    at_s: float
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...]
+    block_tokens: int = BLOCK_TOKENS
+
+    @property
+    def full_blocks(self) -> tuple[int, ...]:
+        """The ids of the full blocks: all that a cache can hold of this prompt."""
+        return self.blocks[: self.input_tokens // self.block_tokens]
+
+
+def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Request]:
+    """The requests of a trace file, one by one; `.gz` is unpacked on the way.
+
+    `block_tokens` is the size of a block where the trace names none. A time that lies before
+    that of the line above counts as that time.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line breaks the format: names file, line, field.
+    """
+    size, last = block_tokens or BLOCK_TOKENS, 0.0
+    number, first = 0, True
+    with _opened(Path(path)) as file:
+        while line := file.readline(_MAX_LINE + 1):
+            number += 1
+            where = f"trace {path}, line {number}"
+            if len(line) > _MAX_LINE:
+                raise ConfigError(f"{where}: longer than {_MAX_LINE} bytes")
+            if line.isspace():
+                continue
+            fields = _object(line, where)
+            if "block_size" in fields:
+                size = _integer(fields, "block_size", where, 1, _MAX_BLOCK)
+                if "hash_ids" not in fields and "input_length" not in fields:
+                    continue
+            request = _request(fields, where, size)
+            last = request.at_s if first else max(last, request.at_s)
+            first = False
+            yield request._replace(at_s=last)
+
+
+def write_trace(path: str | Path, requests: Iterable[Request]) -> int:
+    """Write a trace file, packed if its name ends in `.gz`; how many requests it has.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    path, count = Path(path), 0
+    packed = path.suffix == ".gz"
+    try:
+        with gzip.open(path, "wb") if packed else path.open("wb") as file:
+            size = BLOCK_TOKENS
+            for request in requests:
+                fields: dict[str, object] = {
+                    "timestamp": round(request.at_s * 1000, 3),
+                    "input_length": request.input_tokens,
+                    "output_length": request.output_tokens,
+                    "hash_ids": request.blocks,
+                }
+                if request.block_tokens != size:
+                    fields["block_size"] = size = request.block_tokens
+                file.write(json.dumps(fields).encode() + b"\n")
+                count += 1
+    except OSError as error:
+        raise ConfigError(f"trace {path}: {error.strerror or error}") from None
+    return count
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with cast(
+            "IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+        ) as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:  # the latter two: of a torn .gz
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"trace {path}: {reason}") from None
+
+
+def _object(line: bytes, where: str) -> dict[str, object]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{where}: not JSON: {line[:60]!r}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where}: must be a JSON object: {line[:60]!r}")
+    return fields
+
+
+def _request(fields: dict[str, object], where: str, size: int) -> Request:
+    at = fields.get("timestamp")
+    if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) <= _MAX_MS:
+        raise ConfigError(f"{where}: timestamp is {at!r}, must be a number of milliseconds")
+    tokens = _integer(fields, "input_length", where, 0, _MAX_TOKENS)
+    output = _integer(fields, "output_length", where, 0, _MAX_TOKENS, default=0)
+    ids = fields.get("hash_ids")
+    if not isinstance(ids, list):
+        raise ConfigError(f"{where}: hash_ids is {ids!r:.60}, must be a list of integers")
+    if not all(type(each) is int for each in ids):
+        wrong = next(each for each in ids if type(each) is not int)
+        raise ConfigError(f"{where}: hash_ids holds {wrong!r:.60}, must be a list of integers")
+    most = -(-tokens // size)
+    if len(ids) > most:
+        raise ConfigError(
+            f"{where}: hash_ids has {len(ids)} blocks, but {tokens} tokens are at most {most} "
+            f"blocks of {size}; give the trace's own block size"
+        )
+    return Request(at / 1000, tokens, output, tuple(ids), size)
+
+
+def _integer(
+    fields: dict[str, object],
+    name: str,
+    where: str,
+    low: int,
+    high: int,
+    default: int | None = None,
+) -> int:
+    value = fields.get(name, default)
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(
+            f"{where}: {name} is {value!r:.60}, must be an integer of {low} to {high}"
+        )
+    return value
