@@ -35,6 +35,7 @@ SAVED_BLOCKS = _counter("saved_blocks", "Blocks copied from VRAM to the host tie
 REQUESTS = _counter("requests", "Requests ended", "status")
 RETRIES = _counter("retries", "Requests sent to another worker after one was lost")
 FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
+RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")
 MEMBERS = _gauge("members", "Workers known, by state", "state")
 
 

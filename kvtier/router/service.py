@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
@@ -16,6 +17,7 @@ from kvtier.router.generate import Job, generate, some
 from kvtier.router.link import Link
 from kvtier.router.members import Member, Members
 from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.record import Recorder
 from kvtier.router.text import Message, Text, TextPool, check_chat, check_text
 from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2
 from kvtier.wire.rpc import refuse
@@ -40,6 +42,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._placement = placement
         self._texts = texts
         self._rng = rng
+        self._recorder = Recorder()
         self._running = 0
         self._watchers = 0
 
@@ -52,6 +55,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             prompt, ranked = await self._ranked(request, self._rng.random)
             best, *others = ranked
             self._placement.sent(prompt, best, followed=False)
+            self._recorder.tell(prompt, best.info, time.time(), 0)
             return router_pb2.RouteResponse(
                 choice=best.proto(), fallbacks=[each.proto() for each in others],
                 prompt_tokens=len(prompt.ids),
@@ -88,7 +92,13 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
             job = Job(request, prompt, candidates, deadline)
             attempts = self._config.max_attempts
-            await generate(job, self._placement, attempts, self._rng, context.write)
+            with self._recorder.recorded(prompt, links[0].info) as seen:
+
+                async def write(response: router_pb2.GenerateResponse) -> None:
+                    seen(len(response.chunk.ids))
+                    await context.write(response)
+
+                await generate(job, self._placement, attempts, self._rng, write)
 
         await self._answer(context, work)
 
@@ -104,6 +114,17 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 yield self._members.table()
         finally:
             self._watchers -= 1
+
+    async def Record(  # noqa: N802
+        self, request: router_pb2.RecordRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.RecordedRequest]:
+        """See router.proto."""
+        await context.send_initial_metadata(())  # the reader knows that nothing is missed now
+        try:
+            async for each in self._recorder.requests():
+                yield each
+        except Overloaded as error:
+            await refuse(context, error)
 
     async def SetMembers(  # noqa: N802
         self, request: router_pb2.Members, context: grpc.aio.ServicerContext

@@ -168,3 +168,23 @@ class SetMembersResponse(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     applied: bool
     def __init__(self, applied: _Optional[bool] = ...) -> None: ...
+
+class RecordRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RecordedRequest(_message.Message):
+    __slots__ = ("at_s", "input_tokens", "output_tokens", "block_tokens", "keys", "dropped")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    input_tokens: int
+    output_tokens: int
+    block_tokens: int
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    dropped: int
+    def __init__(self, at_s: _Optional[float] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., dropped: _Optional[int] = ...) -> None: ...

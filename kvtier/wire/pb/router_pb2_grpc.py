@@ -60,6 +60,11 @@ class RouterStub:
                 request_serializer=kvtier_dot_v1_dot_router__pb2.Members.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_router__pb2.SetMembersResponse.FromString,
                 _registered_method=True)
+        self.Record = channel.unary_stream(
+                '/kvtier.v1.Router/Record',
+                request_serializer=kvtier_dot_v1_dot_router__pb2.RecordRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_router__pb2.RecordedRequest.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -102,6 +107,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Record(self, request, context):
+        """Every request that ends from now on, as a trace needs it: lengths and block keys, no text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +141,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.SetMembers,
                     request_deserializer=kvtier_dot_v1_dot_router__pb2.Members.FromString,
                     response_serializer=kvtier_dot_v1_dot_router__pb2.SetMembersResponse.SerializeToString,
+            ),
+            'Record': grpc.unary_stream_rpc_method_handler(
+                    servicer.Record,
+                    request_deserializer=kvtier_dot_v1_dot_router__pb2.RecordRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_router__pb2.RecordedRequest.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +284,33 @@ class Router:
             '/kvtier.v1.Router/SetMembers',
             kvtier_dot_v1_dot_router__pb2.Members.SerializeToString,
             kvtier_dot_v1_dot_router__pb2.SetMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Record(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvtier.v1.Router/Record',
+            kvtier_dot_v1_dot_router__pb2.RecordRequest.SerializeToString,
+            kvtier_dot_v1_dot_router__pb2.RecordedRequest.FromString,
             options,
             channel_credentials,
             insecure,

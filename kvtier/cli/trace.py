@@ -1,0 +1,13 @@
+"""`kvtier trace`: traces of requests."""
+
+import argparse
+
+from kvtier.cli import trace_record
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parsers of `kvtier trace`."""
+    text = "record traces of requests"
+    trace = commands.add_parser("trace", help=text, description=text)
+    actions = trace.add_subparsers(required=True, metavar="ACTION")
+    trace_record.add(actions)

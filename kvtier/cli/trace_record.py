@@ -1,0 +1,113 @@
+"""`kvtier trace record`: the requests of a running router, as a trace without any text."""
+
+import argparse
+import heapq
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from kvtier import config as configuration
+from kvtier.errors import ConfigError
+from kvtier.sim.record import Numbering
+from kvtier.sim.trace import Request, write_trace
+
+# Requests are told of when they end, and a trace is in the order in which they came.
+_HELD_S = 600.0  # so long a request is held back for one that came before it and runs longer
+_HELD = 1 << 16  # and so many of them
+
+
+def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parser of `kvtier trace record`."""
+    text = "write down a router's requests: lengths and numbered blocks, no text"
+    record = actions.add_parser("record", help=text, description=text)
+    record.add_argument("router", metavar="HOST:PORT", help="the router's gRPC address")
+    record.add_argument("--out", required=True, metavar="FILE", help="a .gz is packed")
+    record.add_argument("--requests", type=int, default=0, metavar="N", help="stop after so many")
+    record.add_argument(
+        "--seconds", type=float, default=0.0, metavar="S", help="stop then; default: at Ctrl-C"
+    )
+    record.add_argument(
+        "--block-tokens", type=int, default=0, metavar="N", help="default: as the workers"
+    )
+    record.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    configuration.parse_address(options.router, "router")
+    for name in ("requests", "seconds", "block_tokens"):
+        if getattr(options, name) < 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(options, name)}, must be at least 0")
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {out.parent}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    count = write_trace(out, in_order(_requests(options)))
+    print(f"{count} requests in {out}")
+    return 0
+
+
+def in_order(requests: Iterable[Request]) -> Iterator[Request]:
+    """`requests` sorted by time as far as _HELD_S and _HELD reach, on a clock from 0 on."""
+    held: list[Request] = []
+    first = last = 0.0
+
+    def popped() -> Request:
+        nonlocal first, last
+        request = heapq.heappop(held)
+        first = first or request.at_s
+        last = max(last, request.at_s - first)
+        return request._replace(at_s=last)
+
+    for request in requests:
+        heapq.heappush(held, request)
+        while held[0].at_s < request.at_s - _HELD_S or len(held) > _HELD:
+            yield popped()
+    while held:
+        yield popped()
+
+
+def _requests(options: argparse.Namespace) -> Iterator[Request]:
+    """What ends until one of the limits, the router's end, or a signal to stop.
+
+    Raises:
+        ConfigError: There is no router, or it refuses.
+    """
+    import grpc
+
+    from kvtier.wire.pb import router_pb2, router_pb2_grpc
+
+    numbering, count = Numbering(options.block_tokens), 0
+    with grpc.insecure_channel(options.router) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        call = stub.Record(router_pb2.RecordRequest(), timeout=options.seconds or None)
+        try:
+            call.initial_metadata()  # comes at once: from here on nothing is missed
+            print(f"recording {options.router}; Ctrl-C ends it", file=sys.stderr, flush=True)
+            for message in call:
+                if message.dropped:
+                    print(f"kvtier: {message.dropped} requests lost so far", file=sys.stderr)
+                tokens = message.input_tokens, message.output_tokens
+                keys = list(message.keys)
+                yield numbering.request(message.at_s, tokens, keys, message.block_tokens)
+                count += 1
+                if count == options.requests:
+                    return
+        except KeyboardInterrupt:
+            return
+        except grpc.RpcError as error:
+            _ended(options.router, error.code(), error.details(), count)
+        finally:
+            call.cancel()
+
+
+def _ended(router: str, code: object, details: object, count: int) -> None:
+    """What the call's end means: time is up, or the router is gone."""
+    import grpc
+
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return
+    if not count:
+        raise ConfigError(f"no recording from {router}: {details}")
+    print(f"kvtier: the router has gone: {details}", file=sys.stderr)
