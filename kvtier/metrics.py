@@ -20,6 +20,12 @@ MOVED_BLOCKS = _counter("moved_blocks", "Blocks copied between tiers", "source",
 MOVED_BYTES = _counter("moved_bytes", "Frame bytes copied between tiers", "source", "target")
 CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check and were dropped", "tier")
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
+DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
+DISK_WRITTEN_BYTES = _counter(
+    "disk_written_bytes", "Bytes written to the disk: by accepted bytes, the write amplification"
+)
+DISK_REFUSED = _counter("disk_refused", "Frames that the disk tier refused", "reason")
+DISK_UNREADABLE = _counter("disk_unreadable", "Frames that the disk could not read")
 REFUSED_BLOCKS = _counter("refused_blocks", "Blocks that found no free slot at a write")
 LEASES_LOST = _counter("leases_lost", "Leases ended because their engine's socket closed")
 PROTOCOL_ERRORS = _counter("protocol_errors", "Messages refused by the node's socket")

@@ -40,6 +40,8 @@ class DiskConfig:
     codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
     threads: int = field(default=2, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
+    requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
+    write_bytes_per_day: Size = field(default=0, metadata=limits(0, 2**60))  # 0: no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

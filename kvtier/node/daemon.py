@@ -10,6 +10,7 @@ from typing import Final
 from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
+from kvtier.codec.frame import max_frame_nbytes
 from kvtier.config import Config, RedisConfig, memory_available, node_name, redis_url
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.tiers import Tier, TierSpec
@@ -120,15 +121,26 @@ class NodeDaemon:
         if disk := self._config.disk:
             capacity = disk.bytes // share
             path = Path(disk.path) / layout.id
-            store = DiskStore(path, capacity)
+            store = DiskStore(
+                path,
+                capacity,
+                requests=disk.requests,
+                write_bytes_per_day=disk.write_bytes_per_day // share,
+            )
+            codec = codecs.by_name(disk.codec)
+            # Smaller frames lose more to whole pages: count on a codec that saves half.
+            most = max_frame_nbytes(layout)
+            usable = store.usable(most if codec is codecs.RAW else most // 2)
+            if usable < most:
+                store.close()
+                raise ConfigError(f"disk.bytes is {capacity}: one block of {most} does not fit")
             (path / LAYOUT_FILE).write_text(layout.describe())
             spec = TierSpec(
                 tier=Tier.DISK,
-                capacity=capacity,
-                drain_at=int(capacity * disk.drain_at),
+                capacity=usable,
+                drain_at=int(usable * disk.drain_at),
                 queue=disk.queue,
             )
-            codec = codecs.by_name(disk.codec)
             tiers.append((spec, LowerTier(Tier.DISK, store, codec, disk.threads, 1.0)))
         if redis := self._config.redis:
             shared = _redis_store(redis, layout.id)

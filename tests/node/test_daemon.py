@@ -143,13 +143,10 @@ def test_a_flipped_bit_on_disk_is_a_miss(tmp_path: Path) -> None:
         wait_for_blocks(node, Tier.DISK, 8)
         client.close()
         node.terminate()
-        files = [
-            p for p in (tmp_path / "disk").rglob("*") if p.is_file() and keys[5].hex() in p.name
-        ]
-        assert len(files) == 1
-        raw = bytearray(files[0].read_bytes())
-        raw[len(raw) // 2] ^= 1
-        files[0].write_bytes(raw)
+        (file,) = (p for p in (tmp_path / "disk").rglob("*.seg") if keys[5] in p.read_bytes())
+        raw = bytearray(file.read_bytes())
+        raw[raw.index(keys[5]) + 5000] ^= 1
+        file.write_bytes(raw)
         node.restart()
         client = connect(tmp_path)
         assert restore(client, keys) == [Tier.DISK] * 5, "up to the bad one, and no wrong byte"

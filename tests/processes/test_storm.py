@@ -239,7 +239,7 @@ class Storm:
         names = ("corrupt_frames_total_disk", "corrupt_frames_total_shared")
         before = [[node.counter(name) for node in self.nodes] for name in names]
         for node in self.nodes:
-            for path in (node.folder / "disk").rglob("blocks/*/*"):
+            for path in (node.folder / "disk").rglob("*.seg"):
                 flip_file(path, self.rng)
         with redis.Redis.from_url(self.valkey.url) as client:
             for name in client.scan_iter(count=1000):

@@ -1,0 +1,137 @@
+"""Records to and from their slots: layout in memory, checks, no bookkeeping and no lock."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple, TypeVar
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from kvtier import metrics
+from kvtier.core.blocks import BlockKey
+from kvtier.stores.disk.buffers import BufferPool, aligned
+from kvtier.stores.disk.files import Buffers
+from kvtier.stores.disk.record import HEADER_NBYTES, PAGE, Header, pages, record_nbytes, unpack
+from kvtier.stores.disk.space import Place, Record, Segment
+
+_MOST_PARTS: Final = 512  # of one pwritev; the kernel's limit is 1024
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def at_once(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """`work` on all items, as many at once as `pool` has threads; it must not raise."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    return list(pool.map(work, items))
+
+
+class Write(NamedTuple):
+    """A frame with the slot that it goes to."""
+
+    key: BlockKey
+    views: list[memoryview]
+    nbytes: int
+    sequence: int
+    place: Place
+
+
+class Transfer:
+    """Reads and writes records. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._buffers = BufferPool()
+
+    def put(self, write: Write) -> Record:
+        """Write a record, from where its frame lies if it is aligned.
+
+        Raises:
+            OSError: As the system says it; the slot may hold anything then.
+        """
+        segment, slot = write.place
+        start = self._start_in_place(write.views)
+        header = Header(
+            segment=segment.shape.number,
+            slot=slot,
+            start=start or HEADER_NBYTES,
+            sequence=write.sequence,
+            key=write.key,
+            nbytes=write.nbytes,
+            check=_checksum(write.views),
+        )
+        total = record_nbytes(write.nbytes)
+        buffer = self._buffers.take(PAGE if start else total)
+        try:
+            if start:
+                buffer[:PAGE] = bytes(PAGE)
+                buffer[start:PAGE] = write.views[0]
+                buffers: Buffers = [memoryview(buffer)[:PAGE], *write.views[1:]]
+            else:
+                at = HEADER_NBYTES
+                for view in write.views:
+                    buffer[at : at + view.nbytes] = view
+                    at += view.nbytes
+                buffer[at:total] = bytes(total - at)
+                buffers = [memoryview(buffer)[:total]]
+            buffer[:HEADER_NBYTES] = header.pack()
+            segment.file.write(slot, buffers)
+        finally:
+            self._buffers.give(buffer)
+        metrics.DISK_WRITTEN_BYTES.inc(total)
+        return Record(header, write.place)
+
+    def fetch(self, record: Record) -> memoryview | None:
+        """The frame of a record; None where what is there is not what was written.
+
+        The memory is the caller's until the last view on it is gone.
+
+        Raises:
+            OSError: As the system says it.
+        """
+        segment, slot = record.place
+        start, end = record.header.start, record.header.start + record.header.nbytes
+        buffer = self._buffers.take(pages(end))
+        view = memoryview(buffer)[: pages(end)]
+        try:
+            whole = segment.file.read(slot, view) >= end
+        except OSError:
+            self._buffers.give(buffer)
+            raise
+        found = unpack(view, segment.shape.number, slot, segment.shape.slot_nbytes)
+        whole = whole and found == record.header
+        if whole and xxh3_64_intdigest(view[start:end]) == record.header.check:
+            return self._buffers.lend(buffer, start, end)
+        self._buffers.give(buffer)
+        return None
+
+    def headers(self, segment: Segment) -> list[Record]:
+        """The records of a segment by their headers; one that cannot be read is left out."""
+        records: list[Record] = []
+        buffer = self._buffers.take(PAGE)
+        page = memoryview(buffer)[:PAGE]
+        number, slot_nbytes, slots = segment.shape
+        for slot in range(slots):
+            try:
+                whole = segment.file.read(slot, page) >= HEADER_NBYTES
+            except OSError:
+                continue
+            header = unpack(page, number, slot, slot_nbytes) if whole else None
+            if header is not None:
+                records.append(Record(header, Place(segment, slot)))
+        self._buffers.give(buffer)
+        return records
+
+    def _start_in_place(self, views: Sequence[memoryview]) -> int:
+        """Where a frame starts that is written as it lies in memory; 0: it must be copied."""
+        if not 2 <= len(views) <= _MOST_PARTS or not 0 < views[0].nbytes <= PAGE - HEADER_NBYTES:
+            return 0
+        if not all(aligned(view) for view in views[1:]):
+            return 0
+        return PAGE - views[0].nbytes
+
+
+def _checksum(views: Sequence[memoryview]) -> int:
+    hasher = xxh3_64()
+    for view in views:
+        hasher.update(view)
+    return hasher.intdigest()
