@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import kvtier
-from kvtier.cli import cluster, demo, inspect, serve
+from kvtier.cli import cluster, demo, inspect, purge, serve
 from kvtier.errors import KVTierError
 
-_COMMANDS = (serve, cluster, demo, inspect)
+_COMMANDS = (serve, cluster, demo, inspect, purge)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster"}
 
 
