@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import kvtier
-from kvtier.cli import cluster, demo, inspect, plan, serve, trace
+from kvtier.cli import cluster, demo, inspect, plan, purge, serve, trace
 from kvtier.errors import KVTierError
 
-_COMMANDS = (serve, cluster, demo, inspect, plan, trace)
+_COMMANDS = (serve, cluster, demo, inspect, plan, purge, trace)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster"}
 
 

@@ -8,7 +8,7 @@ line that names the key, the value and the limit.
 import tomllib
 from pathlib import Path
 
-from kvtier.config.host import cache_dir, memory_available, node_name, redis_url
+from kvtier.config.host import cache_dir, memory_available, node_name, redis_url, sentinel_password
 from kvtier.config.settings import (
     Config,
     DiskConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "parse_address",
     "parse_size",
     "redis_url",
+    "sentinel_password",
 ]
 
 

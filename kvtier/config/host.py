@@ -35,13 +35,28 @@ def redis_url(redis: RedisConfig) -> str:
     url = urlsplit(redis.url)
     if url.password:
         raise ConfigError("redis.password_file is set, and redis.url has a password in it too")
-    try:
-        password = Path(redis.password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"redis.password_file: {error}") from None
+    password = _secret(redis.password_file, "redis.password_file")
     user, _, host = url.netloc.rpartition("@")
     netloc = f"{user}:{quote(password, safe='')}@{host}"
     return urlunsplit(url._replace(netloc=netloc))
+
+
+def sentinel_password(redis: RedisConfig) -> str:
+    """What `sentinel_password_file` holds, read anew at each call; empty without one.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if not redis.sentinel_password_file:
+        return ""
+    return _secret(redis.sentinel_password_file, "redis.sentinel_password_file")
+
+
+def _secret(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def cache_dir() -> Path:

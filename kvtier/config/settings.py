@@ -46,14 +46,20 @@ class DiskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisConfig:
-    """`[redis]`: one Redis or Valkey, shared by all nodes. Its own limits decide what it keeps."""
+    """`[redis]`: Redis or Valkey, shared by all nodes. Its own limits decide what it keeps."""
 
-    url: str
+    url: str  # one server, a cluster's, or Sentinels: see docs/redis.md
     password_file: str = ""  # what it holds becomes the password of `url`, see redis_url()
-    prefix: str = "kvtier"
+    sentinel_user: str = ""
+    sentinel_password_file: str = ""
+    ca_file: str = ""  # of rediss://; empty: the host's own
+    cert_file: str = ""  # the client's, where the server asks for one
+    key_file: str = ""
+    prefix: str = "kvtier"  # of every key
+    namespace: str = "main"  # nodes of one namespace share blocks
     bytes: Size = field(default=64 * _GIB, metadata=limits(2**20, 2**50))  # tracked by this node
     ttl_s: int = field(default=86_400, metadata=limits(1, 10**8))
-    timeout_s: float = field(default=1.0, metadata=limits(0.01, 60))  # of any one answer
+    timeout_s: float = field(default=1.0, metadata=limits(0.01, 60))  # of a call, for each 8 MiB
     retry_s: float = field(default=1.0, metadata=limits(0.05, 600))  # after no answer
     codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
     threads: int = field(default=2, metadata=limits(1, 64))

@@ -11,7 +11,7 @@ from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
 from kvtier.codec.frame import max_frame_nbytes
-from kvtier.config import Config, RedisConfig, memory_available, node_name, redis_url
+from kvtier.config import Config, memory_available, node_name
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
@@ -143,7 +143,7 @@ class NodeDaemon:
             )
             tiers.append((spec, LowerTier(Tier.DISK, store, codec, disk.threads, 1.0)))
         if redis := self._config.redis:
-            shared = _redis_store(redis, layout.id)
+            shared = RedisStore(redis, layout.id)
             spec = TierSpec(
                 tier=Tier.SHARED,
                 capacity=redis.bytes // share,
@@ -188,16 +188,6 @@ class NodeDaemon:
             await manager.close()
 
 
-def _redis_store(redis: RedisConfig, layout_id: str) -> RedisStore:
-    return RedisStore(
-        redis_url(redis),
-        prefix=redis.prefix,
-        layout_id=layout_id,
-        ttl_s=redis.ttl_s,
-        timeout_s=redis.timeout_s,
-    )
-
-
 def _check_lower_tiers(config: Config) -> None:
     """Refuse at the start what would else be seen only when the first engine comes.
 
@@ -215,7 +205,7 @@ def _check_lower_tiers(config: Config) -> None:
         except OSError as error:
             raise ConfigError(f"disk.path {folder}: {error.strerror}") from None
     if config.redis:
-        _redis_store(config.redis, layout_id="").close()  # connects at its first use only
+        RedisStore(config.redis, "").close()  # connects at its first use only
 
 
 def _layout_files(folder: Path) -> list[Path]:

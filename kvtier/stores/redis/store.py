@@ -1,0 +1,230 @@
+"""Frames on servers that all nodes share. See `Store`."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from kvtier import metrics
+from kvtier.config import RedisConfig, redis_url, sentinel_password
+from kvtier.core.blocks import BlockKey
+from kvtier.core.tiers import Tier
+from kvtier.errors import ConfigError, StoreUnavailable
+from kvtier.stores.base import Parts
+from kvtier.stores.redis.address import Login, parse, tls_context
+from kvtier.stores.redis.connection import Ask, Deadline, Options
+from kvtier.stores.redis.parts import (
+    MAX_FRAME_NBYTES,
+    PART_NBYTES,
+    TAG_NBYTES,
+    Assembly,
+    Part,
+    PartSink,
+    names,
+    parts_of,
+    split,
+)
+from kvtier.stores.redis.resp import ENVELOPE_NBYTES, ReplyError, room
+from kvtier.stores.redis.servers import Servers
+
+FORMAT: Final = 2  # of the keys and of what lies under them
+ROUND_NBYTES: Final = 8 * 2**20  # that may take `timeout_s`
+_FIRST_COUNT: Final = 16  # keys asked for in the first round trip of `count`
+_MOST_COUNT: Final = 1024
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RedisStore:
+    """Frames under "PREFIX:2:NAMESPACE:LAYOUT:{KEY IN HEX}" on the servers of `config.url`.
+
+    A refused write (False) is the server's "out of memory". Up to MAX_CONNECTIONS threads at once
+    for each server. A call takes at most `timeout_s`, for each 8 MiB that it moves. A server that
+    failed a few times in a row is left alone, up to `retry_s` at a time. The password appears in
+    no message. Nothing is connected before the first call.
+
+    Raises:
+        ConfigError: `config` says what no client can use.
+    """
+
+    def __init__(self, config: RedisConfig, layout_id: str) -> None:
+        self._target = parse(redis_url(config))
+        self._servers = connect(config)
+        self._root = f"{root(config, config.namespace)}{layout_id}:".encode()
+        self._ttl = b"%d" % config.ttl_s
+        self._timeout_s = config.timeout_s
+        room(0)  # loads what it needs now, and not at the first read
+        # Frames of one layout are alike: the last one tells what to expect of the next.
+        self._frame_nbytes = PART_NBYTES
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {self._target} {self._root.decode()}*>"
+
+    def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
+        """See `Store.write`; no copy is made. False also for a frame over MAX_FRAME_NBYTES."""
+        heads: dict[int, Ask] = {}
+        tails: dict[int, list[Ask]] = {}
+        nbytes = 0
+        for index, (key, frame) in enumerate(frames):
+            size = sum(memoryview(part).nbytes for part in frame)
+            if size > MAX_FRAME_NBYTES:
+                continue
+            parts = split(frame, os.urandom(TAG_NBYTES))
+            heads[index], *tails[index] = [
+                self._set(name, part)
+                for name, part in zip(names(self._name(key), len(parts)), parts, strict=True)
+            ]
+            nbytes += size
+        deadline = self._deadline(nbytes)
+        # The head last: where it is, the whole frame is.
+        self._servers.run([ask for each in tails.values() for ask in each], deadline)
+        whole = [index for index in heads if all(self._kept(ask) for ask in tails[index])]
+        self._servers.run([heads[index] for index in whole], deadline)
+        kept = {index for index in whole if self._kept(heads[index])}
+        self._refused([index for index in heads if index not in kept], tails, deadline)
+        return [index in kept for index in range(len(frames))]
+
+    def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
+        """See `Store.read`; a frame that is there lives `ttl_s` longer."""
+        expected = self._frame_nbytes
+        guessed = -(-expected // PART_NBYTES)
+        deadline = self._deadline(len(keys) * expected)
+        found = [Assembly() for _ in keys]
+        heads: list[Ask] = []
+        asks: list[Ask] = []
+        for key, assembly in zip(keys, found, strict=True):
+            asked = self._gets(key, assembly, 0, max(guessed, 1), -(-expected // max(guessed, 1)))
+            heads.append(asked[0])
+            asks += asked
+        self._servers.run(asks, deadline)
+        more: list[Ask] = []
+        for key, assembly in zip(keys, found, strict=True):
+            if assembly.count > guessed:
+                deadline.extend(self._timeout_s * assembly.nbytes / ROUND_NBYTES)
+                size = -(-assembly.nbytes // assembly.count)
+                more += self._gets(key, assembly, guessed, assembly.count, size)
+        self._servers.run(more, deadline)
+        for ask in (*asks, *more):
+            if isinstance(ask.reply, ReplyError) and ask.reply.code != "WRONGTYPE":
+                raise self._unavailable(ask.reply)
+        whole = [assembly.frame() for assembly in found]
+        broken = [
+            key
+            for key, head, frame in zip(keys, heads, whole, strict=True)
+            if frame is None and isinstance(head.reply, bytes)
+        ]
+        if broken:
+            metrics.REDIS_INCOMPLETE.inc(len(broken))
+            self.delete(broken)  # or nobody would ever write them again
+        self._frame_nbytes = max((each.nbytes for each in found), default=0) or expected
+        return [*whole]
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        """See `Store.count`; asks for few keys first, as most chains end early."""
+        counted, step = 0, _FIRST_COUNT
+        deadline = self._deadline(0)
+        while counted < len(keys):
+            wanted = [self._name(key) for key in keys[counted : counted + step]]
+            asks = [Ask(name, [b"EXISTS", name]) for name in wanted]
+            self._servers.run(asks, deadline)
+            for ask in asks:
+                if isinstance(ask.reply, ReplyError):
+                    raise self._unavailable(ask.reply)
+                if ask.reply != 1:
+                    return counted
+                counted += 1
+            step = min(4 * step, _MOST_COUNT)
+        return counted
+
+    def delete(self, keys: Sequence[BlockKey]) -> None:
+        """See `Store.delete`. For all nodes: a node asks for it only where a frame is corrupt."""
+        deadline = self._deadline(0)
+        last = b"%d" % (ENVELOPE_NBYTES - 1)
+        heads = [self._name(key) for key in keys]
+        looks = [Ask(name, [b"GETRANGE", name, b"0", last]) for name in heads]
+        self._servers.run(looks, deadline)
+        counts = [parts_of(ask.reply) if isinstance(ask.reply, bytes) else 1 for ask in looks]
+        asks = [
+            Ask(name, [b"UNLINK", *names(name, count)])
+            for name, count in zip(heads, counts, strict=True)
+        ]
+        self._servers.run(asks, deadline)
+        for ask in asks:
+            if isinstance(ask.reply, ReplyError):
+                raise self._unavailable(ask.reply)
+
+    def scan(self) -> Iterator[tuple[BlockKey, int]]:
+        """See `Store.scan`: nothing, as the servers are shared."""
+        return iter(())
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._servers.close()
+
+    def _name(self, key: BlockKey) -> bytes:
+        return b"%b{%b}" % (self._root, key.hex().encode())
+
+    def _deadline(self, nbytes: int) -> Deadline:
+        return Deadline(self._timeout_s * max(1.0, nbytes / ROUND_NBYTES))
+
+    def _set(self, name: bytes, part: Part) -> Ask:
+        return Ask(name, [b"SET", name, part.value, b"EX", self._ttl], sends=part.nbytes)
+
+    def _gets(
+        self, key: BlockKey, assembly: Assembly, first: int, end: int, size: int
+    ) -> list[Ask]:
+        """Asks for the parts from `first` up to `end`, each of about `size` bytes."""
+        asked = names(self._name(key), end)[first:]
+        return [
+            Ask(
+                name,
+                [b"GETEX", name, b"EX", self._ttl],
+                receives=size,
+                sink=PartSink(assembly, index),
+            )
+            for index, name in enumerate(asked, start=first)
+        ]
+
+    def _kept(self, ask: Ask) -> bool:
+        if isinstance(ask.reply, ReplyError) and ask.reply.code != "OOM":
+            raise self._unavailable(ask.reply)
+        return not isinstance(ask.reply, ReplyError)
+
+    def _refused(
+        self, indices: Sequence[int], tails: dict[int, list[Ask]], deadline: Deadline
+    ) -> None:
+        """Count them, and take back the parts that found room: nobody could ever read them."""
+        if not indices:
+            return
+        metrics.STORE_REFUSED.labels(Tier.SHARED.label).inc(len(indices))
+        left = [ask.name for index in indices for ask in tails[index] if self._kept(ask)]
+        self._servers.run([Ask(name, [b"UNLINK", name]) for name in left], deadline)
+
+    def _unavailable(self, reply: ReplyError) -> StoreUnavailable:
+        return StoreUnavailable(f"{self._target}: {reply}")
+
+
+def connect(config: RedisConfig) -> Servers:
+    """A client of the servers that `config` names; it connects at its first use.
+
+    Raises:
+        ConfigError: `config` says what no client can use.
+    """
+    target = parse(redis_url(config))
+    tls = tls_context(config.ca_file, config.cert_file, config.key_file) if target.tls else None
+    options = Options(target.login, tls, config.timeout_s, config.retry_s)
+    sentinel = Login(config.sentinel_user, sentinel_password(config))
+    return Servers(target, options, sentinel)
+
+
+def root(config: RedisConfig, namespace: str) -> str:
+    """What the keys of a namespace begin with.
+
+    Raises:
+        ConfigError: A name has characters that keys and patterns give a meaning to.
+    """
+    for setting, name in (("prefix", config.prefix), ("namespace", namespace)):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"redis.{setting} is {name!r}, must be 1 to 64 of letters, digits, '.', '_', '-'"
+            )
+    return f"{config.prefix}:{FORMAT}:{namespace}:"
