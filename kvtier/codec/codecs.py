@@ -1,14 +1,18 @@
 """Every codec, by the name that a setting uses and by the id that a frame carries."""
 
 from kvtier.codec.base import Codec
+from kvtier.codec.bits import BitsLZ4
 from kvtier.codec.lz4 import LZ4
+from kvtier.codec.nibble import Nibbles
 from kvtier.codec.raw import Raw
+from kvtier.codec.zstd import PlanesZstd
 from kvtier.errors import ConfigError, CorruptFrame
 
 RAW = Raw()
+PLANES_ZSTD = PlanesZstd()
 
 # An id stays with its format for good: frames outlive the release that wrote them.
-CODECS: tuple[Codec, ...] = (RAW, LZ4())
+CODECS: tuple[Codec, ...] = (RAW, LZ4(), PLANES_ZSTD, Nibbles(), BitsLZ4())
 
 _BY_NAME = {codec.name: codec for codec in CODECS}
 _BY_ID = {codec.id: codec for codec in CODECS}

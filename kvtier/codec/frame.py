@@ -4,7 +4,7 @@
          0      4  magic "KVTF"
          4      1  version of this header, 1
          5      1  codec id
-         6      1  fidelity: 0 = decodes to the exact bytes that were saved
+         6      1  fidelity: see core/fidelity.py; 0 = the exact bytes that were computed
          7      1  0
          8      8  id of the block's layout
         16     16  block key
@@ -26,13 +26,13 @@ from typing import NamedTuple
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from kvtier.codec.base import Codec
-from kvtier.codec.codecs import RAW, by_id
+from kvtier.codec.codecs import PLANES_ZSTD, RAW, by_id
 from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.fidelity import Fidelity
 from kvtier.errors import CorruptFrame
 
 MAGIC = b"KVTF"
 VERSION = 1
-EXACT = 0
 
 _FIELDS = struct.Struct("<4sBBBx8s16sQQQ")
 _CHECK = struct.Struct("<Q")
@@ -40,6 +40,7 @@ HEADER_NBYTES = _FIELDS.size + _CHECK.size
 
 # A codec that saves less than 1/64 of a block costs more time than its bytes are worth.
 _LEAST_SAVED = 64
+_MOST_FIDELITY = Fidelity.CODED | Fidelity.DERIVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class FrameInfo:
     """What a frame's header says; sizes in bytes."""
 
     codec_id: int
-    fidelity: int
+    fidelity: Fidelity
     layout_id: str
     raw_nbytes: int
     payload_nbytes: int
@@ -66,34 +67,68 @@ class _Header(NamedTuple):
 
 
 def encode(
-    key: BlockKey, block: memoryview, layout: BlockLayout, codec: Codec
+    key: BlockKey,
+    block: memoryview,
+    layout: BlockLayout,
+    codec: Codec,
+    fidelity: Fidelity = Fidelity.EXACT,
 ) -> list[bytes | memoryview]:
     """The frame of `block` as the buffers that follow each other in it, header first.
 
-    Falls back to the raw codec where `codec` saves less than 1/64. The buffers may be views into
-    `block`, which must stay unchanged as long as they are used.
+    Falls back to the raw codec where `codec` saves less than 1/64, and to a lossless one where it
+    is lossy and the block cannot or must not be coded so: what went through a lossy codec once
+    keeps its bytes. The buffers may be views into `block`, which must stay unchanged as long as
+    they are used. `fidelity` is what is known of the block before.
     """
     block = block.cast("B")
     assert block.nbytes == layout.nbytes, (block.nbytes, layout.nbytes)
-    payload = codec.encode(block, layout)
+    codec, payload = _encode(block, layout, codec, fidelity)
+    if not codec.exact:
+        fidelity |= Fidelity.CODED
     nbytes = frame_nbytes(payload)
-    if codec is not RAW and (layout.nbytes - nbytes) * _LEAST_SAVED < layout.nbytes:
-        codec, payload, nbytes = RAW, (block,), layout.nbytes
     check = xxh3_64()
     for part in payload:
         check.update(part)
     layout_id = bytes.fromhex(layout.id)
     header = _Header(
-        MAGIC, VERSION, codec.id, EXACT, layout_id, key, layout.nbytes, nbytes, check.intdigest()
+        MAGIC,
+        VERSION,
+        codec.id,
+        int(fidelity),
+        layout_id,
+        key,
+        layout.nbytes,
+        nbytes,
+        check.intdigest(),
     )
     fields = _FIELDS.pack(*header)
     return [fields + _CHECK.pack(xxh3_64_intdigest(fields)), *payload]
 
 
-def decode(key: BlockKey, frame: bytes | memoryview, out: memoryview, layout: BlockLayout) -> None:
+def _encode(
+    block: memoryview, layout: BlockLayout, codec: Codec, fidelity: Fidelity
+) -> tuple[Codec, Sequence[bytes | memoryview]]:
+    """The payload, and the codec that it is of."""
+    tried = [codec] if codec.exact or Fidelity.CODED not in fidelity else []
+    if not codec.exact:
+        tried.append(PLANES_ZSTD)
+    for each in tried:
+        payload = each.encode(block, layout)
+        if payload is None:
+            continue
+        saved = layout.nbytes - frame_nbytes(payload)
+        if each is RAW or saved * _LEAST_SAVED >= layout.nbytes:
+            return each, payload
+    return RAW, (block,)
+
+
+def decode(
+    key: BlockKey, frame: bytes | memoryview, out: memoryview, layout: BlockLayout
+) -> FrameInfo:
     """Fill `out` (layout.nbytes bytes) with the block that `frame` holds.
 
     Everything is checked first; `out` is not touched unless the frame is whole and is `key`'s.
+    What the frame is, is returned; a lossy codec gives bytes that are only near the saved ones.
 
     Raises:
         CorruptFrame: A check failed; the message names it.
@@ -106,6 +141,7 @@ def decode(key: BlockKey, frame: bytes | memoryview, out: memoryview, layout: Bl
             f"frame check raw length: {info.raw_nbytes} bytes, the layout has {layout.nbytes}"
         )
     by_id(info.codec_id).decode(memoryview(frame)[HEADER_NBYTES:], out, layout)
+    return info
 
 
 def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = None) -> FrameInfo:
@@ -128,13 +164,13 @@ def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = Non
         raise CorruptFrame(f"frame check key: {header.key.hex()}, asked for {key.hex()}")
     if layout_id is not None and header.layout.hex() != layout_id:
         raise CorruptFrame(f"frame check layout: {header.layout.hex()}, must be {layout_id}")
-    if header.fidelity != EXACT:
-        raise CorruptFrame(f"frame check fidelity: {header.fidelity}, must be {EXACT}")
+    if header.fidelity > _MOST_FIDELITY:
+        raise CorruptFrame(f"frame check fidelity: {header.fidelity} is above {_MOST_FIDELITY:d}")
     if xxh3_64_intdigest(view[HEADER_NBYTES:]) != header.payload_check:
         raise CorruptFrame("frame check payload checksum: the payload was changed")
     return FrameInfo(
         header.codec_id,
-        header.fidelity,
+        Fidelity(header.fidelity),
         header.layout.hex(),
         header.raw_nbytes,
         header.payload_nbytes,

@@ -17,6 +17,7 @@ class LZ4:
 
     id = 1
     name = "lz4"
+    exact = True
 
     def encode(self, block: memoryview, layout: BlockLayout) -> Sequence[bytes | memoryview]:
         """The compressed block, which floating point KV makes slightly longer than `block`."""

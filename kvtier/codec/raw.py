@@ -11,6 +11,7 @@ class Raw:
 
     id = 0
     name = "raw"
+    exact = True
 
     def encode(self, block: memoryview, layout: BlockLayout) -> Sequence[bytes | memoryview]:
         """A view of `block` itself."""

@@ -7,6 +7,7 @@ from kvtier.config.values import Size, limits, one_of
 _GIB = 2**30
 _PORTS = limits(0, 65535)
 _SHARE = limits(0.0, 1.0)
+_CODECS = ("raw", "lz4", "bs-lz4", "bp4", "bp-zh")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class DiskConfig:
     path: str
     bytes: Size = field(default=10 * _GIB, metadata=limits(2**20, 2**50))
     drain_at: float = field(default=0.8, metadata=_SHARE)
-    codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
+    codec: str = field(default="raw", metadata=one_of(*_CODECS))
     threads: int = field(default=2, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
     requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
@@ -61,7 +62,7 @@ class RedisConfig:
     ttl_s: int = field(default=86_400, metadata=limits(1, 10**8))
     timeout_s: float = field(default=1.0, metadata=limits(0.01, 60))  # of a call, for each 8 MiB
     retry_s: float = field(default=1.0, metadata=limits(0.05, 600))  # after no answer
-    codec: str = field(default="raw", metadata=one_of("raw", "lz4"))
+    codec: str = field(default="raw", metadata=one_of(*_CODECS))
     threads: int = field(default=2, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))
 
