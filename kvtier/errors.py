@@ -12,6 +12,7 @@ KVTierError
     ├── InvalidRequest        the caller's fault: INVALID_ARGUMENT
     ├── UnknownModel          no worker serves that model: NOT_FOUND
     ├── Overloaded            a queue is full: RESOURCE_EXHAUSTED, try again later
+    ├── DeadlinePassed        it was not finished in time: DEADLINE_EXCEEDED
     └── WorkerLost            no worker could finish it: UNAVAILABLE
 
 A miss is a value, never an exception. An AssertionError is a bug of ours.
@@ -69,9 +70,19 @@ class UnknownModel(RequestError):
 
 
 class Overloaded(RequestError):
-    """A bounded queue is full; the same request may succeed later."""
+    """A bounded queue is full; the same request may succeed after `retry_s` seconds."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
+class DeadlinePassed(RequestError):
+    """The request's time was over before its answer was whole."""
+
+    grpc_status = "DEADLINE_EXCEEDED"
 
 
 class WorkerLost(RequestError):

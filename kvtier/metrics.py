@@ -43,6 +43,11 @@ SAVED_BLOCKS = _counter("saved_blocks", "Blocks copied from VRAM to the host tie
 
 # Router
 REQUESTS = _counter("requests", "Requests ended", "status")
+RUNNING = _gauge("requests_running", "Requests under way")
+WAITING = _gauge("requests_waiting", "Requests that wait for a place")
+SHED = _counter("requests_shed", "Requests refused because too many were under way or waiting")
+RESUMES = _counter("resumes", "Answers that another worker went on with")
+PICKS = _counter("picks", "Endpoints picked for a gateway, by how the prompt was read", "by")
 RETRIES = _counter("retries", "Requests sent to another worker after one was lost")
 FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
 RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")

@@ -16,7 +16,8 @@ from kvtier.cli import cluster, demo, inspect, plan, purge, serve, trace
 from kvtier.errors import KVTierError
 
 _COMMANDS = (serve, cluster, demo, inspect, plan, purge, trace)
-_EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster"}
+_EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
+           "starlette": "http", "uvicorn": "http"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

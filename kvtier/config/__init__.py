@@ -77,4 +77,7 @@ def from_dict(tables: dict[str, object]) -> Config:
     for name, at in (("node", config.node.listen), ("worker", config.worker.listen),
                      ("router", config.router.listen)):  # fmt: skip
         parse_address(at, f"{name}.listen")
+    for name, at in (("http", config.router.http), ("epp", config.router.epp)):
+        if at:
+            parse_address(at, f"router.{name}")
     return config

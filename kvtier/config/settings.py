@@ -95,16 +95,20 @@ class MemberConfig:
     node: str
     daemon: str = ""  # host:port
     worker: str = ""  # host:port
+    http: str = ""  # host:port of the engine's own OpenAI API, for the endpoint picker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """`[router]`: the gRPC front."""
+    """`[router]`: the gRPC front, and those beside it."""
 
     listen: str = "127.0.0.1:7450"
+    http: str = ""  # host:port of the OpenAI-compatible API; empty: none
+    epp: str = ""  # host:port of the endpoint picker for Envoy and gateways; empty: none
     members: tuple[MemberConfig, ...] = ()  # besides those that the cluster announces
     behind: float = field(default=2.0, metadata=limits(0, 100))  # lambda of the score
-    max_requests: int = field(default=256, metadata=limits(1, 65536))  # under way at once
+    max_requests: int = field(default=1024, metadata=limits(1, 65536))  # under way at once
+    max_waiting: int = field(default=1024, metadata=limits(0, 65536))  # for one of those places
     max_attempts: int = field(default=3, metadata=limits(1, 16))
     timeout_s: float = field(default=300.0, metadata=limits(0.1, 86400))  # where a caller set none
     stale_s: float = field(default=3.0, metadata=limits(0.2, 3600))  # silence that means trouble

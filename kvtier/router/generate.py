@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -13,11 +13,13 @@ from kvtier import metrics
 from kvtier.errors import Overloaded, RequestError, WorkerLost
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.prompts import some
+from kvtier.router.text import Decoder
 from kvtier.wire.pb import router_pb2, worker_pb2, worker_pb2_grpc
 
 MAX_LINE: Final = 1000  # characters of an error; what gRPC carries of them is limited
 SLACK_S: Final = 1.0  # that a worker gets more than the router, whose words then end the request
-_NAMED: Final = 8  # of a list in an error
+DEFAULT_TOKENS: Final = 128  # of an answer whose request gives no max_tokens, see worker.proto
 
 Write = Callable[[router_pb2.GenerateResponse], Awaitable[object]]
 
@@ -55,8 +57,20 @@ class Job:
 
     request: router_pb2.GenerateRequest
     prompt: Prompt
-    candidates: Callable[[], list[Link]]  # at the moment of the call
+    candidates: Callable[[Prompt], list[Link]]  # at the moment of the call
     deadline: float  # on the loop's clock
+    fill: bool = False  # without max_tokens: all the room that the model has
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the caller has of the answer so far, whichever workers gave it."""
+
+    ids: list[int] = field(default_factory=list)  # kept only where it may have to be resumed
+    tokens: int = 0
+    started: bool = False
+    saved: int = 0
+    decoder: Decoder | None = None
 
 
 async def generate(
@@ -65,7 +79,7 @@ async def generate(
     """Write Routed, Started, Chunks and the end to `write`, trying worker after worker.
 
     A worker lost before its first token is replaced, at most `max_attempts` being lost; a full
-    one is passed over.
+    one is passed over. One lost later is replaced where the request says `resume`.
 
     Raises:
         WorkerLost: No worker is left, or the last was lost in mid-answer.
@@ -73,65 +87,86 @@ async def generate(
         Relayed: A worker refused the request.
     """
     avoided: dict[str, Outcome] = {}  # by address
+    answer = _Answer()
     lost = 0
     while lost < max_attempts:
-        links = [link for link in job.candidates() if link.address not in avoided]
+        prompt = _with_answer(job.prompt, answer.ids)
+        links = [link for link in job.candidates(prompt) if link.address not in avoided]
         if not links:
             break
-        ranked = placement.rank(job.prompt, links, rng.random)
+        ranked = placement.rank(prompt, links, rng.random)
         best = ranked[0]
-        attempt = _Attempt(job, best, write)
+        attempt = _Attempt(job, prompt, answer, best, write)
         routed = router_pb2.Routed(
             choice=best.proto(), others=[each.proto() for each in ranked[1:]],
-            attempt=len(avoided) + 1,
+            attempt=len(avoided) + 1, resumed_tokens=len(answer.ids),
         )  # fmt: skip
         if lost:
-            metrics.RETRIES.inc()
+            (metrics.RESUMES if answer.ids else metrics.RETRIES).inc()
         await write(router_pb2.GenerateResponse(routed=routed))
         outcome = await attempt.run(placement)
         if outcome is Outcome.ANSWERED:
             return
         avoided[best.link.address] = outcome
         lost += outcome is Outcome.LOST
-    _give_up(job.prompt.model, avoided, lost)
+        if (reason := _ended(job, answer, best)) is not None:
+            done = worker_pb2.Done(
+                finish_reason=reason, completion_tokens=answer.tokens, saved_tokens=answer.saved
+            )
+            await write(router_pb2.GenerateResponse(finished=done))
+            return
+    _give_up(job.prompt.model, avoided, lost, answer.tokens)
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _with_answer(prompt: Prompt, answer: Sequence[int]) -> Prompt:
+    return Prompt(prompt.model, [*prompt.ids, *answer]) if answer else prompt
 
 
-def _give_up(model: str, avoided: dict[str, Outcome], lost: int) -> None:
+def _ended(job: Job, answer: _Answer, last: Ranked) -> worker_pb2.FinishReason | None:
+    """How an answer had ended, had its worker lived to say so; None: it goes on."""
+    if not answer.ids:
+        return None
+    if answer.tokens >= (job.request.max_tokens or DEFAULT_TOKENS):
+        return worker_pb2.FINISH_REASON_LENGTH
+    if not job.request.ignore_eos and answer.ids[-1] in last.info.eos_token_ids:
+        return worker_pb2.FINISH_REASON_STOP
+    return None
+
+
+def _give_up(model: str, avoided: dict[str, Outcome], lost: int, tokens: int) -> None:
     told = some([f"{address} {what}" for address, what in avoided.items()])
     if avoided and not lost:
         raise Overloaded(f"every worker of {model!r} is full: {told}")
-    raise WorkerLost(f"no worker of {model!r} could begin: {told or 'none is ready'}")
+    did = f"go on after {tokens} tokens" if tokens else "begin"
+    raise WorkerLost(f"no worker of {model!r} could {did}: {told or 'none is ready'}"[:MAX_LINE])
 
 
 class _Attempt:
     """One call of one worker."""
 
-    def __init__(self, job: Job, to: Ranked, write: Write) -> None:
+    def __init__(self, job: Job, prompt: Prompt, answer: _Answer, to: Ranked, write: Write) -> None:
         self._job = job
+        self._prompt = prompt
+        self._answer = answer
         self._to = to
         self._write = write
-        self._tokens = 0  # passed on
+        self._tokens = 0  # passed on by this worker
         self._started: worker_pb2.Started | None = None
         text = to.link.text
-        self._decoder = text.decoder() if text is not None else None
+        if answer.decoder is None and text is not None:
+            answer.decoder = text.decoder()
 
     async def run(self, placement: Placement) -> Outcome:
-        """Pass on the whole answer; nothing was passed on if the outcome is not ANSWERED.
+        """Pass on the whole answer; without `resume`, all or nothing was passed on.
 
         Raises:
-            WorkerLost: After the first token.
+            WorkerLost: After the first token, and the request is not to be resumed.
             Relayed: The worker refused.
         """
         channel = self._to.link.channel
         if channel is None:  # lost since it was ranked
             return Outcome.LOST
-        sent = placement.sent(self._job.prompt, self._to, followed=True)
+        sent = placement.sent(self._prompt, self._to, followed=True)
         left_s = self._job.deadline - asyncio.get_running_loop().time()
         stub = worker_pb2_grpc.WorkerStub(channel)
         call = stub.Generate(self._request(), timeout=left_s + SLACK_S)
@@ -163,23 +198,31 @@ class _Attempt:
                 await self._send_tokens(message.tokens)
             elif body == "done":
                 await self._send_started()
-                await self._write(router_pb2.GenerateResponse(finished=message.done))
+                done = message.done
+                if self._tokens != self._answer.tokens:  # others had a part in it
+                    done.completion_tokens = self._answer.tokens
+                await self._write(router_pb2.GenerateResponse(finished=done))
                 return Outcome.ANSWERED
 
     async def _send_started(self) -> None:
         started, self._started = self._started, None
-        if started is not None:
+        if started is not None and not self._answer.started:
+            self._answer.started = True
             await self._write(router_pb2.GenerateResponse(started=started))
 
     async def _send_tokens(self, tokens: worker_pb2.Tokens) -> None:
+        answer = self._answer
         self._tokens += len(tokens.ids)
-        text = self._decoder.push(tokens.ids) if self._decoder is not None else ""
+        answer.tokens += len(tokens.ids)
+        if self._job.request.resume:
+            answer.ids.extend(tokens.ids)
+        text = answer.decoder.push(tokens.ids) if answer.decoder is not None else ""
         chunk = router_pb2.Chunk(ids=tokens.ids, text=text)
         await self._write(router_pb2.GenerateResponse(chunk=chunk))
 
     def _judge(self, code: grpc.StatusCode, details: str) -> Outcome:
         """What the call's bad end means; see `run`."""
-        if code in _LOST and self._tokens:
+        if code in _LOST and self._tokens and not self._job.request.resume:
             name = self._to.info.worker_id
             line = f"worker {name} was lost after {self._tokens} tokens: {details}"
             raise WorkerLost(line[:MAX_LINE])
@@ -190,10 +233,14 @@ class _Attempt:
         raise Relayed(code, details)
 
     def _request(self) -> worker_pb2.WorkerRequest:
-        asked = self._job.request
+        asked, ids = self._job.request, self._prompt.ids
+        max_tokens = asked.max_tokens
+        if self._job.fill and not max_tokens:
+            max_tokens = self._to.info.max_tokens - len(ids)
+        elif self._answer.ids:
+            max_tokens = (max_tokens or DEFAULT_TOKENS) - len(self._answer.ids)
         return worker_pb2.WorkerRequest(
-            request_id=asked.request_id, token_ids=self._job.prompt.ids,
-            max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed,
-            ignore_eos=asked.ignore_eos, return_first_logits=asked.return_first_logits,
-            model=self._to.info.model,
+            request_id=asked.request_id, token_ids=ids, max_tokens=max_tokens,
+            temperature=asked.temperature, seed=asked.seed, ignore_eos=asked.ignore_eos,
+            return_first_logits=asked.return_first_logits, model=self._to.info.model,
         )  # fmt: skip

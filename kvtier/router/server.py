@@ -1,15 +1,18 @@
 """The router's process: `serve` is all of it."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from kvtier import metrics
-from kvtier.config import Config
+from kvtier.config import Config, RouterConfig
 from kvtier.core.directory import Directory
+from kvtier.router.front import Front
 from kvtier.router.members import Members
 from kvtier.router.placement import Placement
+from kvtier.router.prompts import Prompts
 from kvtier.router.service import RouterService
 from kvtier.router.text import TextPool
 from kvtier.wire.pb import router_pb2_grpc
@@ -18,11 +21,36 @@ from kvtier.wire.rpc import Server
 GRACE_S: Final = 10.0  # for requests under way when the router is told to stop
 SERVICE: Final = "kvtier.v1.Router"
 
+log = logging.getLogger(__name__)
 
-async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
+
+class _Health(Protocol):
+    async def healthy(self, yes: bool) -> None: ...
+
+
+class _Side(_Health, Protocol):
+    """A server of another protocol in this process."""
+
+    name: str
+    address: str
+
+    async def start(self) -> None: ...
+
+    async def stop(self, grace_s: float) -> None: ...
+
+
+def _log(name: str, address: str) -> None:
+    log.info("%s at %s", name, address)
+
+
+async def serve(
+    config: Config, *, started: Callable[[str], None], stop: asyncio.Event,
+    beside: Callable[[str, str], None] = _log,
+) -> None:  # fmt: skip
     """Route until `stop` is set, then let running requests end for up to GRACE_S.
 
-    `started` is called once with the "host:port" that was bound. Healthy while a worker is ready.
+    `started` is called once with the "host:port" that was bound, and before it `beside` with the
+    name and address of each other server (`http`, `epp`). Healthy while a worker is ready.
 
     Raises:
         ConfigError: An address or port of the config can't be used.
@@ -33,24 +61,43 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     directory, texts = Directory(), TextPool()
     server = Server(settings.listen, "router.listen", [SERVICE])
     members = Members(settings, directory, texts, rng)
+    sides: list[_Side] = []
     try:
         placement = Placement(settings, members, directory, loop.time)
-        service = RouterService(settings, members, placement, texts, rng)
-        router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
+        prompts = Prompts(members, placement, texts)
+        front = Front(settings, placement, prompts, rng, loop.time)
+        sides += _sides(settings, front, members, rng)
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(front, members), server.grpc)
         metrics.serve(settings.metrics_port, "router.metrics_port")
         await server.healthy(False)
-        started(await server.start())
-        await _run(server, members, stop)
+        address = await server.start()
+        for side in sides:
+            await side.start()
+            beside(side.name, side.address)
+        started(address)
+        await _run([server, *sides], members, stop)
     finally:
         members.end_changes()
-        await server.stop(GRACE_S)
+        await asyncio.gather(server.stop(GRACE_S), *(side.stop(GRACE_S) for side in sides))
         await members.close()
         texts.close()
 
 
-async def _run(server: Server, members: Members, stop: asyncio.Event) -> None:
+def _sides(
+    settings: RouterConfig, front: Front, members: Members, rng: random.Random
+) -> list[_Side]:
+    """The servers beside the gRPC service, those that are configured."""
+    sides: list[_Side] = []
+    if settings.http:
+        from kvtier.router.http.server import HttpServer  # needs the extra `http`
+
+        sides.append(HttpServer(settings.http, front, members, rng))
+    return sides
+
+
+async def _run(servers: list[_Health], members: Members, stop: asyncio.Event) -> None:
     """Keep the health up to date until `stop`; a bug of ours in a link ends it with its error."""
-    health = asyncio.ensure_future(_follow_health(server, members))
+    health = asyncio.ensure_future(_follow_health(servers, members))
     stopped = asyncio.ensure_future(stop.wait())
     try:
         waits = (health, stopped, members.failed)
@@ -63,6 +110,7 @@ async def _run(server: Server, members: Members, stop: asyncio.Event) -> None:
         await asyncio.gather(health, stopped, return_exceptions=True)
 
 
-async def _follow_health(server: Server, members: Members) -> None:
+async def _follow_health(servers: list[_Health], members: Members) -> None:
     async for _ in members.changes():
-        await server.healthy(members.any_ready())
+        for server in servers:
+            await server.healthy(members.any_ready())

@@ -12,11 +12,12 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from kvtier.errors import InvalidRequest, RemoteProtocolError
+from kvtier.errors import InvalidRequest, Overloaded, RemoteProtocolError
 
 MAX_TEXT_BYTES: Final = 8 << 20  # of one prompt, and of one chat rendered
 MAX_MESSAGES: Final = 4096  # of one chat
 THREADS: Final = 2
+MAX_JOBS: Final = 512  # that run or wait for a thread
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character
 _KEEP: Final = 8  # tokens of context that decoding the next one needs
 _TRIM_AT: Final = 32  # tokens of context at which the front is dropped
@@ -180,14 +181,24 @@ class TextPool:
         if name in self._texts:
             return self._texts[name]
         # Two workers may bring equal files at the same time; the first to be done is kept.
-        return self._texts.setdefault(name, await self.run(lambda: Text(files)))
+        # Never refused: without it its worker serves nobody, and there is one of it a worker.
+        return self._texts.setdefault(name, await self._run(lambda: Text(files)))
 
     def keep_only(self, digests: set[str]) -> None:
         """Forget the texts that no worker uses any more."""
         self._texts = {name: text for name, text in self._texts.items() if name in digests}
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, run in one of the threads."""
+        """What `work` returns or raises, run in one of the threads.
+
+        Raises:
+            Overloaded: MAX_JOBS wait already.
+        """
+        if self.running >= MAX_JOBS:
+            raise Overloaded(f"router: {MAX_JOBS} prompts are being read, which is the limit")
+        return await self._run(work)
+
+    async def _run(self, work: Callable[[], T]) -> T:
         self.running += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -14,11 +14,18 @@ _MYPY_IMPORT = re.compile(r"\bkvtier\.v1\b(?=[ .]\w+_pb2)")
 
 def generate(out: Path) -> None:
     """Write the modules for every proto below `PROTOS` into the folder `out`, flat."""
-    from grpc_tools import protoc  # a build tool: only there in a development setup
+    import grpc_tools  # a build tool: only there in a development setup
+    from grpc_tools import protoc
 
     with tempfile.TemporaryDirectory() as scratch:
         files = sorted(str(path) for path in PROTOS.rglob("*.proto"))
-        flags = [f"-I{PROTOS}", f"--python_out={scratch}", f"--grpc_python_out={scratch}"]
+        known = Path(grpc_tools.__file__).parent / "_proto"  # google/protobuf/*.proto
+        flags = [
+            f"-I{PROTOS}",
+            f"-I{known}",
+            f"--python_out={scratch}",
+            f"--grpc_python_out={scratch}",
+        ]
         if protoc.main(["protoc", *flags, f"--pyi_out={scratch}", *files]) != 0:
             raise SystemExit("protoc failed")
         for path in sorted(Path(scratch).rglob("*.py*")):

@@ -10,10 +10,11 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from kvtier.config import parse_address
-from kvtier.errors import ConfigError, RequestError
+from kvtier.errors import ConfigError, Overloaded, RequestError
 
 MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
 KEYS_PER_MESSAGE: Final = 8192
+PUSHBACK: Final = "grpc-retry-pushback-ms"
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -24,18 +25,23 @@ OPTIONS: Final = (
 class Server:
     """A grpc.aio server with health (of "" and of each service) and reflection.
 
+    The names in `alive` serve as soon as it runs, whatever `healthy` says of the others.
+
     Raises:
         ConfigError: The address `listen`, which the setting `name` gives, is taken or not this
             machine's; said before anything that takes long.
     """
 
-    def __init__(self, listen: str, name: str, services: Iterable[str]) -> None:
+    def __init__(
+        self, listen: str, name: str, services: Iterable[str], alive: Iterable[str] = ()
+    ) -> None:
         self._host, self._port = parse_address(listen, name)
         self.address = listen
         self._name = name
         self._probe()
         self.grpc = grpc.aio.server(options=OPTIONS)
         self._services = ["", *services]
+        self._alive = list(alive)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*self._services[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
@@ -55,6 +61,8 @@ class Server:
             raise ConfigError(f"{self._name}: cannot listen on {self.address}: in use, or not ours")
         self.address = f"{self._host}:{bound}"
         await self.grpc.start()
+        for service in self._alive:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return self.address
 
     async def healthy(self, yes: bool) -> None:
@@ -87,6 +95,13 @@ class Server:
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
-    """End a call with the error's status and its one line."""
-    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+    """End a call with the error's status and its one line.
+
+    RESOURCE_EXHAUSTED says when to come again, in the trailer that gRPC clients' own retries obey
+    (grpc/proposal A6).
+    """
+    trailers: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, Overloaded):
+        trailers = ((PUSHBACK, str(int(error.retry_s * 1000))),)
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error), trailers)
     raise AssertionError("abort returned")

@@ -377,11 +377,18 @@ def _until(stream, held, done, seq=None):
     raise AssertionError("the feed ended")
 
 
-def test_the_daemon_never_loads_torch_or_ray(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("process", "heavy"),
+    [
+        ("kvtier.node.daemon", ("torch", "ray", "transformers")),
+        ("kvtier.router.server", ("torch", "ray", "transformers", "numpy")),
+    ],
+)
+def test_a_server_never_loads_what_it_has_no_use_for(process: str, heavy: tuple[str, ...]) -> None:
+    code = f"""
 import sys
-import kvtier.node.daemon, kvtier.router.server
-print([name for name in ("torch", "ray", "transformers", "numpy") if name in sys.modules])
+import {process}
+print([name for name in {heavy} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

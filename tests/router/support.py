@@ -12,6 +12,7 @@ from kvtier.config import Config, RouterConfig
 from kvtier.router.server import serve
 from kvtier.wire.pb import router_pb2, router_pb2_grpc
 
+Status = grpc.StatusCode
 PATIENCE_S = 60  # nothing here takes so long, unless it never happens
 GRPC = [("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0)]
 
@@ -23,15 +24,22 @@ class RunningRouter:
         self.settings = settings
         self.stopping = asyncio.Event()
         self.address = ""
+        self.http = ""
+        self.epp = ""
         self._started = asyncio.Event()
 
     def _told(self, address: str) -> None:
         self.address = address
         self._started.set()
 
+    def _beside(self, name: str, address: str) -> None:
+        setattr(self, name, address)
+
     async def start(self) -> "RunningRouter":
         config = Config(router=self.settings)
-        self.task = asyncio.create_task(serve(config, started=self._told, stop=self.stopping))
+        self.task = asyncio.create_task(
+            serve(config, started=self._told, stop=self.stopping, beside=self._beside)
+        )
         waiting = asyncio.create_task(self._started.wait())
         await asyncio.wait({self.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if self.task.done():

@@ -247,7 +247,7 @@ ODD_CHAT = router_pb2.Prompt(
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (router_pb2.Prompt(), ["prompt", "text, chat or tokens"]),
+        (router_pb2.Prompt(), ["prompt", "text, chat, tokens or keys"]),
         (router_pb2.Prompt(text=""), ["prompt: no tokens"]),
         (router_pb2.Prompt(tokens=router_pb2.TokenIds()), ["prompt: no tokens"]),
         (router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=[1, VOCAB])), [f"{VOCAB}", "token id"]),
@@ -316,7 +316,7 @@ async def test_a_huge_message_is_refused(engines, routers):
 async def test_too_many_requests_at_once_are_refused(engines, routers):
     worker = await engines(StubWorker("a"))
     worker.script = hangs()
-    router = await routers(worker, max_requests=2)
+    router = await routers(worker, max_requests=2, max_waiting=0)
     calls = [router.stub.Generate(generate_request(PROMPT)) for _ in range(2)]
     await eventually(lambda: len(worker.requests) == 2, "both reach the worker")
     async with refused(Status.RESOURCE_EXHAUSTED, "2 requests", "max_requests"):
@@ -341,7 +341,7 @@ async def test_a_long_prompt_holds_nobody_up(engines, routers):
     worker = StubWorker("a")
     worker.files = {"tokenizer.json": slow.to_str().encode()}
     worker.script = hangs()
-    router = await routers(await engines(worker), max_requests=2)
+    router = await routers(await engines(worker), max_requests=2, max_waiting=0)
     other = router.stub.Generate(generate_request("hi"))
     await other.read()
 

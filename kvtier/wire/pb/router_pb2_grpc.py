@@ -40,6 +40,11 @@ class RouterStub:
                 request_serializer=kvtier_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_router__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.RouteStream = channel.stream_stream(
+                '/kvtier.v1.Router/RouteStream',
+                request_serializer=kvtier_dot_v1_dot_router__pb2.RouteStreamRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_router__pb2.RouteStreamResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/kvtier.v1.Router/Explain',
                 request_serializer=kvtier_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
@@ -78,6 +83,14 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RouteStream(self, request_iterator, context):
+        """The same for many prompts over one call: half the latency of a call each. Answers come as they
+        are ready, each with its request's tag; a bad request ends in its own answer, not the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Every candidate with every term of its score. Decides nothing, counts nothing.
         """
@@ -87,7 +100,9 @@ class RouterServicer:
 
     def Generate(self, request, context):
         """Routes and streams: Routed, then Started and Chunks, then Finished. A worker that dies before
-        its first token is replaced within the deadline (another Routed); after it, UNAVAILABLE.
+        its first token is replaced within the deadline (another Routed); after it, UNAVAILABLE, or
+        with `resume` another Routed and the rest of the answer from elsewhere. RESOURCE_EXHAUSTED
+        comes with the trailer grpc-retry-pushback-ms: when to come again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,6 +136,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=kvtier_dot_v1_dot_router__pb2.RouteRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_router__pb2.RouteResponse.SerializeToString,
+            ),
+            'RouteStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RouteStream,
+                    request_deserializer=kvtier_dot_v1_dot_router__pb2.RouteStreamRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_router__pb2.RouteStreamResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -176,6 +196,33 @@ class Router:
             '/kvtier.v1.Router/Route',
             kvtier_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
             kvtier_dot_v1_dot_router__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RouteStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvtier.v1.Router/RouteStream',
+            kvtier_dot_v1_dot_router__pb2.RouteStreamRequest.SerializeToString,
+            kvtier_dot_v1_dot_router__pb2.RouteStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,139 @@
+"""What every way in does alike: limits of number and time, then routing, then an answer."""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from kvtier import metrics
+from kvtier.config import RouterConfig
+from kvtier.errors import DeadlinePassed, InvalidRequest, RequestError
+from kvtier.router.admission import Admission
+from kvtier.router.generate import Job, Write, generate
+from kvtier.router.link import Link
+from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.prompts import Prompts, digest, fits
+from kvtier.router.record import Recorder
+from kvtier.wire.pb import router_pb2
+
+MAX_TEMPERATURE: Final = 100.0
+MAX_REQUEST_ID: Final = 128  # characters
+
+T = TypeVar("T")
+
+
+class Front:
+    """Serves requests whichever protocol brought them. Lives on one loop."""
+
+    def __init__(
+        self, config: RouterConfig, placement: Placement, prompts: Prompts, rng: random.Random,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.prompts = prompts
+        self.recorder = Recorder()
+        self._config = config
+        self._placement = placement
+        self._rng = rng
+        self._clock = clock
+        self._admission = Admission(config.max_requests, config.max_waiting, clock)
+
+    async def within(
+        self, limit_s: float | None, work: Callable[[float], Awaitable[T]], *, wait: bool,
+        counted: bool = True,
+    ) -> T:  # fmt: skip
+        """What `work` returns, which is given its deadline, within the limits of time and number.
+
+        Args:
+            limit_s: The caller's; None: the configured one.
+            work: Cancelled at the deadline.
+            wait: Whether to queue for a place rather than be refused at once.
+            counted: Whether the end is counted in the metrics.
+
+        Raises:
+            RequestError: Overloaded, DeadlinePassed, or what `work` raises.
+        """
+        limit_s = self._config.timeout_s if limit_s is None else limit_s
+        deadline = self._clock() + limit_s
+        status = "CANCELLED"
+        try:
+            async with asyncio.timeout_at(deadline), self._admission.place(deadline, wait=wait):
+                answer = await work(deadline)
+                status = "OK"
+                return answer
+        except RequestError as error:
+            status = error.grpc_status
+            raise
+        except TimeoutError:
+            status = DeadlinePassed.grpc_status
+            raise DeadlinePassed(f"not finished within {limit_s:g} s") from None
+        finally:
+            if counted:
+                metrics.REQUESTS.labels(status).inc()
+
+    async def route(self, request: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
+        """The best worker and those after it; remembers that the prompt goes there."""
+        prompt, ranked = await self._ranked(request, self._rng.random)
+        best, *others = ranked
+        self._placement.sent(prompt, best, followed=False)
+        self.recorder.tell(prompt, best.info, time.time(), 0)
+        return router_pb2.RouteResponse(
+            choice=best.proto(), fallbacks=[each.proto() for each in others],
+            prompt_tokens=len(prompt.ids),
+        )  # fmt: skip
+
+    async def explain(self, request: router_pb2.RouteRequest) -> router_pb2.ExplainResponse:
+        """Every candidate; remembers nothing."""
+        # Every router must say the same, so nothing is left to chance.
+        prompt, ranked = await self._ranked(request, lambda: 0.0)
+        choices = [each.proto() for each in ranked]
+        return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
+
+    async def generate(
+        self, request: router_pb2.GenerateRequest, deadline: float, write: Write, *,
+        fill: bool = False,
+    ) -> None:  # fmt: skip
+        """Route and pass on the answer to `write`; see `generate.generate` for what it raises.
+
+        With `fill` a request without `max_tokens` may take all the room that the model has.
+        """
+        _check(request)
+        prompt, links = await self.prompts.read(request.model, request.prompt)
+        readers = {digest(link) for link in links}
+
+        def candidates(longer: Prompt) -> list[Link]:
+            found = self._placement.candidates(longer.model)
+            return [each for each in found if digest(each) in readers and fits(longer, each)]
+
+        job = Job(request, prompt, candidates, deadline, fill)
+        attempts = self._config.max_attempts
+        with self.recorder.recorded(prompt, links[0].info) as seen:
+
+            async def recorded(response: router_pb2.GenerateResponse) -> None:
+                seen(len(response.chunk.ids))
+                await write(response)
+
+            await generate(job, self._placement, attempts, self._rng, recorded)
+
+    async def _ranked(
+        self, request: router_pb2.RouteRequest, tie: Callable[[], float]
+    ) -> tuple[Prompt, list[Ranked]]:
+        prompt, links = await self.prompts.read(request.model, request.prompt)
+        return prompt, self._placement.rank(prompt, links, tie)
+
+
+def _check(request: router_pb2.GenerateRequest) -> None:
+    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= MAX_TEMPERATURE):
+        raise InvalidRequest(
+            f"temperature is {request.temperature:g}, must be 0 to {MAX_TEMPERATURE:g}"
+        )
+    if len(request.request_id) > MAX_REQUEST_ID:
+        raise InvalidRequest(
+            f"request_id has {len(request.request_id)} characters, limit {MAX_REQUEST_ID}"
+        )
+    kind = request.prompt.WhichOneof("kind")
+    if kind == "keys":
+        raise InvalidRequest("prompt: nothing can be generated from keys; send text or token ids")
+    if request.resume and kind != "tokens":
+        raise InvalidRequest("resume: only with a prompt in token ids")

@@ -1,0 +1,223 @@
+"""The HTTP paths: what a request is, and which status its end has."""
+
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from typing import Final, TypeVar, cast
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kvtier.errors import RequestError, UnknownModel
+from kvtier.metrics import REGISTRY
+from kvtier.router.front import MAX_REQUEST_ID, Front
+from kvtier.router.http.answer import Answer
+from kvtier.router.http.openai import (
+    BadRequest,
+    Writer,
+    error_body,
+    read,
+    retry_after,
+    status_of,
+)
+from kvtier.router.members import Members
+from kvtier.wire.rpc import MAX_MESSAGE
+
+MAX_BODY: Final = MAX_MESSAGE
+CLIENT_GONE: Final = 499  # nginx's number for it; nobody reads this answer
+TIMEOUT_HEADER: Final = "x-envoy-expected-rq-timeout-ms"  # how long Envoy will wait for us
+
+T = TypeVar("T")
+
+
+def make_app(front: Front, members: Members, rng: random.Random) -> Starlette:
+    """The ASGI application over `front`, on the loop that `front` lives on."""
+    paths = _Paths(front, members, rng)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", paths.completions, methods=["POST"]),
+            Route("/v1/chat/completions", paths.chat, methods=["POST"]),
+            Route("/v1/models", paths.models),
+            Route("/v1/models/{name:path}", paths.one_model),
+            Route("/health", paths.health),
+            Route("/metrics", paths.metrics),
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+class _Paths:
+    """One method a path."""
+
+    def __init__(self, front: Front, members: Members, rng: random.Random) -> None:
+        self._front = front
+        self._members = members
+        self._rng = rng
+        self._started = int(time.time())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._generate(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._generate(request, chat=True)
+
+    async def models(self, _request: Request) -> Response:
+        models = [self._model(name) for name in self._front.prompts.models()]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def one_model(self, request: Request) -> Response:
+        try:
+            name = self._front.prompts.model(str(request.path_params["name"]))
+        except RequestError as error:
+            return _error(error)
+        return JSONResponse(self._model(name))
+
+    async def health(self, _request: Request) -> Response:
+        if self._members.any_ready():
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "no worker is ready"}, 503, {"Retry-After": "1"})
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    def _model(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "kvtier"}
+
+    async def _generate(self, request: Request, *, chat: bool) -> Response:
+        request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or uuid.uuid4().hex
+        headers = {"x-request-id": request_id}
+        try:
+            body = await _body(request)
+            seed = self._rng.getrandbits(63)
+            asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed)
+            model = self._front.prompts.model(asked.model)
+            answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+            writer = Writer(asked, answer_id, model, int(time.time()))
+            answer = Answer(self._front, asked, writer, _limit_s(request))
+            if not asked.stream:
+                whole = await _unless_gone(request, answer.whole())
+                return JSONResponse(whole, headers=headers)
+            # The status is known once the first piece is there.
+            pieces = cast("AsyncGenerator[dict[str, object], None]", answer.pieces())
+            first = await _unless_gone(request, anext(pieces))
+            return _Events(first, pieces, headers)
+        except RequestError as error:
+            return _error(error, headers)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, whose source ends with them, however they end."""
+
+    def __init__(
+        self, first: dict[str, object], rest: AsyncGenerator[dict[str, object], None],
+        headers: dict[str, str],
+    ) -> None:  # fmt: skip
+        self._rest = rest
+        super().__init__(
+            _events(first, rest), media_type="text/event-stream",
+            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
+        )  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._rest.aclose()
+
+
+async def _events(
+    first: dict[str, object], rest: AsyncIterator[dict[str, object]]
+) -> AsyncIterator[bytes]:
+    yield _event(first)
+    try:
+        async for piece in rest:
+            yield _event(piece)
+    except RequestError as error:
+        yield _event(error_body(error))
+        return
+    yield b"data: [DONE]\n\n"
+
+
+def _event(body: dict[str, object]) -> bytes:
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; cancelled when the client hangs up.
+
+    Raises:
+        ClientDisconnect: It did.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> object:
+    """The parsed body.
+
+    Raises:
+        BadRequest: Too long, or no JSON.
+        ClientDisconnect: The client hung up.
+    """
+    length = request.headers.get("content-length", "")
+    parts: list[bytes] = []
+    room = MAX_BODY - (int(length) if length.isdigit() else 0)
+    if room >= 0:
+        room = MAX_BODY
+        async for part in request.stream():
+            parts.append(part)
+            room -= len(part)
+            if room < 0:
+                break
+    if room < 0:
+        raise BadRequest(f"body: more than {MAX_BODY} bytes, which is the limit", status=413)
+    try:
+        return json.loads(b"".join(parts))
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"body: not JSON: {error}") from None
+
+
+def _limit_s(request: Request) -> float | None:
+    """The caller's time, where a proxy tells it."""
+    told = request.headers.get(TIMEOUT_HEADER, "")
+    return int(told) / 1000 if told.isdecimal() and int(told) else None
+
+
+def _error(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(
+        error_body(error), status_of(error), {**(headers or {}), **retry_after(error)}
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """An unknown path or method, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    line = f"{request.method} {request.url.path}: {error.detail}"
+    told = UnknownModel(line) if error.status_code == 404 else BadRequest(line)
+    body = {"message": str(told), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, dict(error.headers or {}))

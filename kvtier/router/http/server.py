@@ -1,0 +1,68 @@
+"""The HTTP server: uvicorn on the router's own loop."""
+
+import asyncio
+import contextlib
+import math
+import random
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from kvtier.config import parse_address
+from kvtier.errors import ConfigError
+from kvtier.router.front import Front
+from kvtier.router.http.app import make_app
+from kvtier.router.members import Members
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process that it is a part of."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class HttpServer:
+    """Serves the OpenAI-compatible API at `listen`, which the setting router.http gives.
+
+    Raises:
+        ConfigError: The address is taken or not this machine's.
+    """
+
+    name = "http"
+
+    def __init__(self, listen: str, front: Front, members: Members, rng: random.Random) -> None:
+        host, port = parse_address(listen, "router.http")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server(
+                (host.strip("[]"), port), family=family, backlog=1024
+            )
+        except OSError as error:
+            raise ConfigError(f"router.http: cannot listen on {listen}: {error.strerror}") from None
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(
+            make_app(front, members, rng), lifespan="off", log_config=None, log_level="warning",
+            access_log=False, server_header=False,
+        )  # fmt: skip
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Answer from now on; connections made before wait in the socket's queue."""
+        self._task = asyncio.get_running_loop().create_task(
+            self._server.serve(sockets=[self._socket])
+        )
+
+    async def healthy(self, yes: bool) -> None:
+        """Nothing to do: /health looks at the members when it is asked."""
+
+    async def stop(self, grace_s: float) -> None:
+        """No new requests; those under way have `grace_s` to end."""
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()

@@ -1,0 +1,194 @@
+"""What a request means by its model and prompt: token ids, and the workers that read them so."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvtier.core.blocks import KEY_NBYTES, MAX_BLOCK_TOKENS, BlockKey
+from kvtier.errors import InvalidRequest, UnknownModel, WorkerLost
+from kvtier.router.link import Link
+from kvtier.router.members import Members
+from kvtier.router.placement import Placement, Prompt
+from kvtier.router.text import Message, Text, TextPool, check_chat, check_text
+from kvtier.wire.pb import router_pb2, worker_pb2
+
+LONG: Final = 4096  # tokens from which on keys are computed off the loop
+NAMED: Final = 8  # of a list in an error
+
+
+@dataclass(slots=True)
+class KeyedPrompt(Prompt):
+    """A prompt of which only the block keys are known; `ids` tells no more than how many."""
+
+    given: Sequence[BlockKey] = ()
+
+    @property
+    def highest(self) -> int:
+        """No token id is known, so none is too high."""
+        return 0
+
+    def keys(self, info: worker_pb2.WorkerInfo) -> list[BlockKey]:
+        """The caller's keys."""
+        return list(self.given)
+
+
+class Prompts:
+    """Reads prompts with the tokenizers that the workers brought."""
+
+    def __init__(self, members: Members, placement: Placement, texts: TextPool) -> None:
+        self._members = members
+        self._placement = placement
+        self._texts = texts
+
+    async def read(self, model: str, asked: router_pb2.Prompt) -> tuple[Prompt, list[Link]]:
+        """The prompt in token ids, and the workers that read these ids alike and can take it.
+
+        Raises:
+            InvalidRequest, UnknownModel, WorkerLost, Overloaded: See the messages.
+        """
+        model = self.model(model)
+        links = self._placement.candidates(model)
+        if not links:
+            raise WorkerLost(f"no worker of {model!r} is ready")
+        kind = asked.WhichOneof("kind")
+        if kind == "keys":
+            prompt, links = _keyed(model, asked.keys, links)
+        elif kind == "tokens":
+            prompt = Prompt(model, asked.tokens.ids)
+        else:
+            text = _shared_text(links)
+            links = [link for link in links if digest(link) == text.digest]
+            prompt = Prompt(model, await self._encode(text, asked))
+        if not prompt.ids:
+            raise InvalidRequest("prompt: no tokens")
+        infos = [link.info for link in links if link.info is not None]
+        if len(prompt.ids) >= LONG and kind != "keys":
+            await self._texts.run(lambda: _compute(prompt, infos))
+        return prompt, _fitting(prompt, links)
+
+    def model(self, name: str) -> str:
+        """The model that a request means.
+
+        Raises:
+            UnknownModel, InvalidRequest, WorkerLost: See the messages.
+        """
+        served = self.models()
+        if not served:
+            raise WorkerLost(f"no worker is ready; {len(self._members.workers())} connecting")
+        if not name and len(served) == 1:
+            return served[0]
+        if not name:
+            raise InvalidRequest(f"model: must be one of {some(served)}")
+        if name not in served:
+            raise UnknownModel(f"model {name[:200]!r} is not served; served: {some(served)}")
+        return name
+
+    def models(self) -> list[str]:
+        """Every model that some worker serves, or served until a moment ago."""
+        infos = [link.info for link in self._members.workers() if link.info is not None]
+        return sorted({info.model for info in infos})
+
+    async def _encode(self, text: Text, asked: router_pb2.Prompt) -> list[int]:
+        kind = asked.WhichOneof("kind")
+        if kind == "text":
+            check_text(asked.text, "prompt.text")
+            return await self._texts.run(lambda: text.encode(asked.text))
+        if kind == "chat":
+            messages = [Message(each.role, each.content) for each in asked.chat.messages]
+            check_chat(messages)
+            return await self._texts.run(lambda: text.encode_chat(messages))
+        raise InvalidRequest("prompt: must be text, chat, tokens or keys")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def digest(link: Link) -> str | None:
+    """Which tokenizer this worker uses."""
+    return link.text.digest if link.text is not None else None
+
+
+def fits(prompt: Prompt, link: Link) -> bool:
+    """Whether this worker can take the prompt."""
+    return link.info is not None and _misfit(prompt, link.info) is None
+
+
+def _compute(prompt: Prompt, infos: Sequence[worker_pb2.WorkerInfo]) -> None:
+    """All of a long prompt that takes time."""
+    _ = prompt.highest
+    for info in infos:
+        prompt.keys(info)
+
+
+def _keyed(model: str, asked: router_pb2.BlockKeys, links: list[Link]) -> tuple[Prompt, list[Link]]:
+    """A prompt of block keys, and the workers with blocks of that size."""
+    if len(asked.keys) % KEY_NBYTES:
+        raise InvalidRequest(
+            f"prompt.keys has {len(asked.keys)} bytes, must be a multiple of {KEY_NBYTES}"
+        )
+    if not 1 <= asked.block_tokens <= MAX_BLOCK_TOKENS:
+        raise InvalidRequest(
+            f"prompt.block_tokens is {asked.block_tokens}, must be 1 to {MAX_BLOCK_TOKENS}"
+        )
+    count = len(asked.keys) // KEY_NBYTES
+    tokens = asked.prompt_tokens or count * asked.block_tokens
+    if tokens < count * asked.block_tokens:
+        raise InvalidRequest(
+            f"prompt.prompt_tokens is {tokens}, but {count} keys of {asked.block_tokens} tokens "
+            f"are {count * asked.block_tokens}"
+        )
+    sizes = {link.info.block_tokens for link in links if link.info is not None}
+    found = [link for link in links if link.info and link.info.block_tokens == asked.block_tokens]
+    if not found:
+        raise InvalidRequest(
+            f"prompt.block_tokens is {asked.block_tokens}, but the workers of {model!r} have "
+            f"{some([str(size) for size in sorted(sizes)])}"
+        )
+    starts = range(0, len(asked.keys), KEY_NBYTES)
+    given = [BlockKey(asked.keys[start : start + KEY_NBYTES]) for start in starts]
+    return KeyedPrompt(model, range(tokens), given=given), found
+
+
+def _shared_text(links: list[Link]) -> Text:
+    """The tokenizer that most of these workers use; among equals the first by digest."""
+    texts = {link.text.digest: link.text for link in links if link.text is not None}
+    if not texts:
+        raise WorkerLost("no worker is ready")
+    counts = Counter(digest(link) for link in links)
+    return texts[min(texts, key=lambda each: (-counts[each], each))]
+
+
+def _misfit(prompt: Prompt, info: worker_pb2.WorkerInfo) -> str | None:
+    """Why this worker can't take the prompt, or None."""
+    if len(prompt.ids) + 1 > info.max_tokens:
+        return (
+            f"prompt: {len(prompt.ids)} tokens, and one more for the answer, but model "
+            f"{info.model!r} takes {info.max_tokens} in all"
+        )
+    if prompt.highest >= info.vocab_size:
+        return (
+            f"prompt: token id {prompt.highest}, but model {info.model!r} has "
+            f"{info.vocab_size} tokens"
+        )
+    return None
+
+
+def _fitting(prompt: Prompt, links: list[Link]) -> list[Link]:
+    """The workers that can take the prompt.
+
+    Raises:
+        InvalidRequest: None can; the numbers are those of the widest.
+        WorkerLost: None was left while the text was read.
+    """
+    found = [link for link in links if fits(prompt, link)]
+    if found:
+        return found
+    infos = [link.info for link in links if link.info is not None]
+    if not infos:
+        raise WorkerLost(f"no worker of {prompt.model!r} is ready")
+    widest = max(infos, key=lambda info: (info.max_tokens, info.vocab_size))
+    raise InvalidRequest(_misfit(prompt, widest) or "prompt: fits no worker")

@@ -1,0 +1,374 @@
+"""The HTTP front, asked by the official OpenAI client and by raw requests."""
+
+import asyncio
+import json
+
+import httpx2
+import openai
+import pytest
+
+from kvtier.errors import ConfigError
+from kvtier.wire.pb import worker_pb2
+from tests.router.stub_engine import (
+    StubWorker,
+    aborts,
+    done,
+    hangs,
+    ids,
+    keys,
+    says,
+    started,
+    tokens,
+)
+from tests.router.support import PATIENCE_S, Status, eventually
+
+PROMPT = "a prompt of eight and more blocks"
+
+
+@pytest.fixture
+async def fronts(routers):
+    """Starts a router with the HTTP front: its OpenAI client, and a raw one."""
+    clients = []
+
+    async def start(*members, **settings):
+        router = await routers(*members, **({"http": "127.0.0.1:0"} | settings))
+        base = f"http://{router.http}"
+        client = openai.AsyncOpenAI(
+            base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+        )
+        raw = httpx2.AsyncClient(base_url=base, timeout=PATIENCE_S, trust_env=False)
+        clients.extend((client.close, raw.aclose))
+        return client, raw
+
+    yield start
+    for close in clients:
+        await close()
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+async def test_a_chat_is_answered_with_its_usage(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("héllo 😀")
+    client, _ = await fronts(worker)
+    answer = await client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": [text("hi "), text("you")]},
+        ],
+        max_completion_tokens=50, temperature=0.5, seed=7, extra_headers={"x-request-id": "r1"},
+    )  # fmt: skip
+    assert answer.choices[0].message.content == "héllo 😀"
+    assert answer.choices[0].message.role == "assistant"
+    assert (answer.object, answer.model) == ("chat.completion", "tiny")
+    assert answer.choices[0].finish_reason == "length"
+    assert answer._request_id == "r1"
+    prompt = ids("<|system|>be kind<|end|><|user|>hi you<|end|><|assistant|>")
+    (asked,) = worker.requests
+    assert asked == worker_pb2.WorkerRequest(
+        request_id="r1", token_ids=prompt, max_tokens=50, temperature=0.5, seed=7, model="tiny"
+    )
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), len(ids("héllo 😀")))
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_a_chat_streams(engines, fronts):
+    worker = await engines(StubWorker("a"))
+
+    async def script(request, context):
+        yield started(request)
+        yield tokens(*ids("héllo 😀"))
+        stop = worker_pb2.FINISH_REASON_STOP
+        yield worker_pb2.WorkerResponse(done=worker_pb2.Done(finish_reason=stop))
+
+    worker.script = script
+    client, _ = await fronts(worker)
+    stream = await client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = [chunk async for chunk in stream]
+    deltas = [c.choices[0].delta for c in chunks if c.choices]
+    assert deltas[0].role == "assistant"
+    assert "".join(d.content or "" for d in deltas) == "héllo 😀"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert len({c.id for c in chunks}) == 1
+    assert not chunks[-1].choices
+    assert chunks[-1].usage.completion_tokens == len(ids("héllo 😀"))
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+async def test_a_completion_of_text_or_token_ids(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("yes")
+    client, _ = await fronts(worker)
+    for prompt in (PROMPT, ids(PROMPT)):
+        answer = await client.completions.create(model="tiny", prompt=prompt)
+        assert answer.choices[0].text == "yes"
+        assert answer.object == "text_completion"
+    stream = await client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == "yes"
+    assert [list(r.token_ids) for r in worker.requests] == [ids(PROMPT)] * 3
+    assert {r.max_tokens for r in worker.requests} == {16}
+    assert len({r.seed for r in worker.requests}) == 3, "without a seed each is another"
+
+
+async def test_a_chat_without_a_limit_may_take_all_the_room(engines, fronts):
+    worker = await engines(StubWorker("a", max_tokens=100))
+    client, _ = await fronts(worker)
+    await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+    (asked,) = worker.requests
+    assert asked.max_tokens == 100 - len(asked.token_ids)
+
+
+async def test_several_prompts_and_choices_are_answered_in_order(engines, fronts):
+    worker = await engines(StubWorker("a"))
+
+    async def echo(request, context):
+        yield started(request)
+        yield tokens(*request.token_ids)
+        yield done(len(request.token_ids))
+
+    worker.script = echo
+    client, _ = await fronts(worker)
+    answer = await client.completions.create(model="tiny", prompt=["one", "three"], n=2, seed=5)
+    assert [c.text for c in answer.choices] == ["one", "one", "three", "three"]
+    assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+    assert sorted(r.seed for r in worker.requests) == [5, 5, 6, 6]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 16)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_ends_the_answer_and_the_worker(engines, fronts, stream):
+    worker = await engines(StubWorker("a"))
+
+    async def script(request, context):
+        yield started(request)
+        for token in ids("one, two END"):
+            yield tokens(token)
+        await asyncio.Event().wait()
+
+    worker.script = script
+    client, _ = await fronts(worker)
+    answer = await client.completions.create(
+        model="tiny", prompt=PROMPT, stop=["wo E", "nope"], stream=stream
+    )
+    choices = [chunk.choices[0] async for chunk in answer] if stream else answer.choices
+    assert "".join(c.text for c in choices) == "one, t"
+    assert choices[-1].finish_reason == "stop"
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.cancelled.wait()
+
+
+async def test_what_was_held_back_for_a_stop_comes_at_the_end(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("one STO")
+    client, _ = await fronts(worker)
+    answer = await client.completions.create(model="tiny", prompt=PROMPT, stop="STOP")
+    assert answer.choices[0].text == "one STO"
+
+
+async def test_models_health_and_metrics(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    client, raw = await fronts(worker)
+    assert [m.id for m in (await client.models.list()).data] == ["tiny"]
+    assert (await client.models.retrieve("tiny")).id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="is not served; served: tiny"):
+        await client.models.retrieve("huge")
+    assert (await raw.get("/health")).status_code == 200
+    assert 'kvtier_members{state="ready"}' in (await raw.get("/metrics")).text
+    await worker.stop()
+
+    async def unhealthy() -> bool:
+        return (await raw.get("/health")).status_code == 503
+
+    await eventually(unhealthy, "no worker, no health")
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words", "param"),
+    [
+        ("completions", {"prompt": PROMPT, "model": "huge"}, 404, "served: tiny", None),
+        ("completions", {}, 400, "prompt: must be", "prompt"),
+        ("completions", {"prompt": [1, "x"]}, 400, "prompt: must be", "prompt"),
+        ("completions", {"prompt": [[1], [-1]]}, 400, "prompt: must be", "prompt"),
+        ("completions", {"prompt": [10**6]}, 400, "token id 1000000", None),
+        ("completions", {"prompt": ["x"] * 9, "n": 2}, 400, "limit 16", "n"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens is 0", "max_tokens"),
+        ("completions", {"prompt": "x", "temperature": 3}, 400, "temperature is 3", "temperature"),
+        ("completions", {"prompt": "x", "stop": [""]}, 400, "stop: must be", "stop"),
+        ("completions", {"prompt": "x", "stream": 1}, 400, "stream: must be", "stream"),
+        ("completions", {"prompt": "x", "stream_options": {}, "top_p": 0.5}, 400, "top_p", "top_p"),
+        ("chat/completions", {"messages": []}, 400, "messages: must be", "messages"),
+        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", "tools"),
+        ("chat/completions", {**CHAT, "n": 17}, 400, "n is 17", "n"),
+        (
+            "chat/completions", {"messages": [{"role": "nobody", "content": "x"}]},
+            400, "the model's template refuses it: who?", None,
+        ),
+        (
+            "chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400, "only parts of type text", "messages",
+        ),
+        ("nothing", {}, 404, "Not Found", None),
+    ],
+)  # fmt: skip
+async def test_a_bad_request_is_told_in_openais_shape(
+    engines, fronts, path, body, status, words, param
+):
+    worker = await engines(StubWorker("a"))
+    _, raw = await fronts(worker)
+    answer = await raw.post(f"/v1/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert worker.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b" " * (17 << 20), 413)],
+)
+async def test_a_body_that_is_no_request_is_refused(engines, fronts, body, status):
+    _, raw = await fronts(await engines(StubWorker("a")))
+    for content in (body, _pieces(body)):
+        answer = await raw.post("/v1/completions", content=content)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"].startswith("body")
+
+
+async def _pieces(body: bytes):
+    yield body[: len(body) // 2]
+    yield body[len(body) // 2 :]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_end_has_its_status(engines, fronts, stream):
+    worker = await engines(StubWorker("a"))
+    client, _ = await fronts(worker, max_requests=1, max_waiting=0)
+
+    async def ask(**headers):
+        return await client.completions.create(
+            model="tiny", prompt=PROMPT, stream=stream, extra_headers=headers
+        )
+
+    worker.script = aborts(Status.RESOURCE_EXHAUSTED, "64 requests wait")
+    with pytest.raises(openai.RateLimitError, match="every worker of 'tiny' is full") as caught:
+        await ask()
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    worker.script = aborts(Status.UNAVAILABLE, "gone")
+    with pytest.raises(openai.InternalServerError, match="no worker of 'tiny' could begin") as no:
+        await ask()
+    assert no.value.status_code == 503
+    assert no.value.response.headers["retry-after"] == "1"
+    worker.script = hangs()
+    with pytest.raises(openai.InternalServerError, match=r"not finished within 0\.5 s") as late:
+        await ask(**{"x-envoy-expected-rq-timeout-ms": "500"})
+    assert late.value.status_code == 504
+    worker.cancelled.clear()
+    first = asyncio.create_task(ask())
+    await eventually(lambda: len(worker.requests) >= 4, "it takes the one place")
+    with pytest.raises(openai.RateLimitError, match="max_requests"):
+        await ask()
+    first.cancel()  # the client hangs up
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.cancelled.wait()
+
+
+async def test_a_client_that_hangs_up_in_mid_answer_cancels_the_worker(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    worker.script = hangs(2)
+    client, _ = await fronts(worker)
+    stream = await client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    await anext(aiter(stream))
+    await stream.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.cancelled.wait()
+
+
+async def test_a_worker_lost_in_mid_answer_is_told_in_the_stream(engines, fronts):
+    worker = await engines(StubWorker("a"))
+    worker.script = aborts(Status.UNAVAILABLE, "shutting down", after=3)
+    client, raw = await fronts(worker)
+    stream = await client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    with pytest.raises(openai.APIError, match="worker a was lost after 3 tokens"):
+        _ = [chunk async for chunk in stream]
+    body = {"model": "tiny", "prompt": PROMPT, "stream": True}
+    lines = (await raw.post("/v1/completions", json=body)).text.split("\n\n")
+    assert "error" in json.loads(lines[-2].removeprefix("data: "))
+    assert "[DONE]" not in "".join(lines)
+    with pytest.raises(openai.InternalServerError, match="was lost after 3 tokens"):
+        await client.completions.create(model="tiny", prompt=PROMPT)
+
+
+async def test_a_worker_lost_before_its_first_token_is_not_seen(engines, fronts):
+    warm, cold = await engines(StubWorker("warm", keys(PROMPT))), await engines(StubWorker("cold"))
+    warm.script, cold.script = aborts(Status.UNAVAILABLE, "gone"), says("ok")
+    client, _ = await fronts(warm, cold)
+    answer = await client.completions.create(model="tiny", prompt=PROMPT)
+    assert answer.choices[0].text == "ok"
+    assert warm.requests
+
+
+async def test_a_slow_client_holds_up_its_own_worker_only(engines, fronts):
+    worker, told = await engines(StubWorker("a")), 0
+
+    async def script(request, context):
+        nonlocal told
+        yield started(request)
+        for _ in range(200_000):
+            told += 1
+            yield tokens(*ids("x" * 50))
+        yield done(10_000_000)
+
+    worker.script = script
+    client, _ = await fronts(worker)
+    slow = await client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    await anext(aiter(slow))
+    worker.script = says("ok")
+    for _ in range(20):
+        answer = await client.completions.create(model="tiny", prompt=PROMPT)
+        assert answer.choices[0].text == "ok"
+    assert told < 200_000
+    await slow.close()
+
+
+async def test_a_taken_http_port_is_named(engines, routers):
+    first = await routers(http="127.0.0.1:0")
+    with pytest.raises(ConfigError, match=rf"router\.http.*{first.http}"):
+        await routers(http=first.http)
+
+
+async def test_stopping_lets_running_requests_end(engines, routers):
+    worker, go = await engines(StubWorker("a")), asyncio.Event()
+
+    async def script(request, context):
+        yield started(request)
+        yield tokens(*ids("x"))
+        await go.wait()
+        yield tokens(*ids("y"))
+        yield done(2)
+
+    worker.script = script
+    router = await routers(worker, http="127.0.0.1:0")
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{router.http}/v1", api_key="none", max_retries=0
+    ) as client:
+        stream = aiter(await client.completions.create(model="", prompt=PROMPT, stream=True))
+        assert (await anext(stream)).choices[0].text == "x"
+        router.stopping.set()
+        go.set()
+        assert "".join([c.choices[0].text async for c in stream]) == "y"
+    async with asyncio.timeout(PATIENCE_S):
+        await router.task
