@@ -1,41 +1,33 @@
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import redis
 
-from kvtier.config import RedisConfig
 from kvtier.errors import ConfigError, StoreUnavailable
+from kvtier.metrics import REGISTRY
 from kvtier.stores.base import Store
-from kvtier.stores.redis import RedisStore, connection
+from kvtier.stores.redis import connection
+from kvtier.stores.redis.breaker import FAILURES
 from kvtier.stores.redis.parts import MAX_FRAME_NBYTES, PART_NBYTES
 from kvtier.stores.redis.resp import ENVELOPE_NBYTES
 from kvtier.testing.stores import StoreTests, content, frames, key
 from kvtier.testing.valkey import ValkeyServer
-
-LAYOUT_ID = "0123456789abcdef"
-DEADLINE_S = 30
-MIB = 2**20
-
-
-def store_at(url: str, *, layout_id: str = LAYOUT_ID, **settings: object) -> RedisStore:
-    """A store that never waits long for a server that failed before."""
-    given = {"ttl_s": 1000, "timeout_s": 10.0, "retry_s": 0.05, **settings}
-    return RedisStore(RedisConfig(url=url, **given), layout_id)
-
-
-def name_of(name: object) -> str:
-    return f"kvtier:2:main:{LAYOUT_ID}:{{{key(name).hex()}}}"
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
+from tests.stores.redis_support import (
+    DEADLINE_S,
+    MIB,
+    all_fail,
+    answers,
+    name_of,
+    store_at,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +138,7 @@ def test_a_frame_that_lost_a_part_is_a_miss_and_is_written_again(
     """Such as one that the server evicted. Else it would count as there for ever."""
     with closing(store_at(server.url)) as store:
         store.write(frames(["a", "b"], 5 * MIB))
-        admin.delete(name_of("a") + (f":{lost}" if lost else ""))
+        admin.delete(name_of("a", lost))
         assert store.read([key("b"), key("a")]) == [content("b", 5 * MIB), None]
         assert store.count([key("a")]) == 0
         assert store.write(frames(["a"], 5 * MIB)) == [True]
@@ -158,9 +150,9 @@ def test_parts_of_two_writes_are_never_put_together(
 ) -> None:
     with closing(store_at(server.url)) as store:
         store.write(frames(["a"], 5 * MIB))
-        older = admin.get(name_of("a") + ":1")
+        older = admin.get(name_of("a", 1))
         store.write(frames(["a"], 5 * MIB))
-        admin.set(name_of("a") + ":1", older)
+        admin.set(name_of("a", 1), older)
         assert store.read([key("a")]) == [None]
 
 
@@ -216,24 +208,13 @@ def test_the_password_is_used_and_never_said() -> None:
 # A server that fails
 
 
-def all_fail(store: Store) -> None:
-    for ask in (
-        lambda: store.write(frames(["x"])),
-        lambda: store.read([key("a")]),
-        lambda: store.count([key("a")]),
-        lambda: store.delete([key("y")]),
-    ):
-        with pytest.raises(StoreUnavailable, match=r"redis 127\.0\.0\.1:"):
-            ask()
-
-
 def test_a_server_that_is_gone_and_comes_back(own_server: ValkeyServer) -> None:
     store = store_at(own_server.url)
     store.write(frames(["a"]))
     own_server.kill()
     all_fail(store)
     own_server.restart()
-    wait_until(lambda: _answers(store))
+    wait_until(lambda: answers(store))
     assert store.read([key("a")]) == [None]
     assert store.write(frames(["a"])) == [True]
     own_server.restart()  # between two calls: what was pooled is dead, and nobody notices
@@ -284,17 +265,9 @@ def test_a_server_that_hangs(own_server: ValkeyServer) -> None:
     finally:
         own_server.resume()
     # An answer to a question from before is never taken for one to a later question.
-    wait_until(lambda: _answers(store))
+    wait_until(lambda: answers(store))
     assert store.read([key("b"), key("a")]) == [content("b", 100_000), content("a", 100_000)]
     store.close()
-
-
-def _answers(store: Store) -> bool:
-    try:
-        store.count([key("b")])
-    except StoreUnavailable:
-        return False
-    return True
 
 
 def test_a_server_that_never_was() -> None:
@@ -318,6 +291,65 @@ def test_a_full_server_refuses_and_recovers() -> None:
         store.delete([key(n) for n in names])
         wait_until(lambda: store.write(frames(["new"], 2**20)) == [True])
         store.close()
+
+
+def test_a_full_server_keeps_no_part_of_what_it_refused() -> None:
+    """Nobody could ever read it, and it would take the room of others for as long as `ttl_s`."""
+    with ValkeyServer(maxmemory=14 * MIB) as server, closing(store_at(server.url)) as store:
+        assert store.write(frames(["a", "large"], 9 * MIB)) == [True, False]
+        assert store.read([key("a"), key("large")]) == [content("a", 9 * MIB), None]
+        with redis.Redis.from_url(server.url, protocol=2) as admin:
+            assert len(admin.keys()) == 5
+        refused = REGISTRY.get_sample_value("kvtier_store_refused_total", {"tier": "shared"})
+        assert refused
+        store.delete([key("a")])
+        wait_until(lambda: store.write(frames(["large"], 9 * MIB)) == [True])
+
+
+def test_a_server_that_is_loading_gives_no_answer_until_it_has_loaded(tmp_path: Path) -> None:
+    with ValkeyServer(folder=tmp_path) as server, closing(store_at(server.url)) as store:
+        store.write(frames(range(50)))
+        assert server.call("SAVE") == b"OK"
+    slow = "key-load-delay 100000\nloading-process-events-interval-bytes 1024"
+    with (
+        ValkeyServer(folder=tmp_path, settings=slow) as server,
+        closing(store_at(server.url)) as store,
+    ):
+        all_fail(store, "LOADING")
+        server.call("CONFIG", "SET", "key-load-delay", 0)
+        wait_until(lambda: answers(store))
+        assert store.count([key(n) for n in range(50)]) == 50
+
+
+def test_a_dead_server_is_left_alone_and_asked_again_now_and_then() -> None:
+    """Seen from its side: a listener that hangs up on everyone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        came = 0
+
+        def hang_up() -> None:
+            nonlocal came
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+                    came += 1
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with closing(store_at(f"redis://127.0.0.1:{listener.getsockname()[1]}")) as store:
+            for _ in range(2000):
+                with pytest.raises(StoreUnavailable):
+                    store.count([key("a")])
+            assert FAILURES <= came < 1000
+            before = came
+
+            def asked_again() -> bool:
+                with pytest.raises(StoreUnavailable):
+                    store.count([key("a")])
+                return came > before
+
+            wait_until(asked_again)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def test_a_replica_gives_no_answer_to_a_write(own_server: ValkeyServer) -> None:

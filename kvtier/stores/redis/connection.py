@@ -203,6 +203,7 @@ class Link:
         self._lock = threading.Lock()
         self._breaker = Breaker(options.retry_s / 8, options.retry_s)
         self._closed = False
+        self._why = ""  # the last failure
 
     def pipeline(self, asks: Sequence[Ask], deadline: Deadline, *, asking: bool = False) -> None:
         """See `Connection.pipeline`.
@@ -214,7 +215,8 @@ class Link:
             connection.pipeline(asks, deadline, asking=asking)
             for ask in asks:
                 if isinstance(ask.reply, ReplyError) and ask.reply.code in _NOT_NOW:
-                    raise StoreUnavailable(f"redis {self.address}: {ask.reply}")
+                    self._why = str(ask.reply)
+                    raise StoreUnavailable(f"redis {self.address}: {self._why}")
 
     @contextlib.contextmanager
     def connection(self, deadline: Deadline) -> Iterator[Connection]:
@@ -227,16 +229,15 @@ class Link:
         with self._lock:
             allowed = self._breaker.allow(time.monotonic())
         if not allowed:
-            raise StoreUnavailable(f"redis {self.address}: left alone after failures")
+            raise StoreUnavailable(f"redis {self.address}: left alone after: {self._why}")
         well = False
         try:
             with self._borrowed(deadline) as connection:
                 yield connection
             well = True
         except (OSError, RemoteProtocolError) as error:
-            raise StoreUnavailable(
-                f"redis {self.address}: {error or type(error).__name__}"
-            ) from None
+            self._why = str(error) or type(error).__name__
+            raise StoreUnavailable(f"redis {self.address}: {self._why}") from None
         finally:
             with self._lock:
                 if well:

@@ -104,9 +104,13 @@ class Assembly:
         self._placed.add(index)
         return self._frame[start : start + nbytes]
 
+    def missing(self) -> list[int]:
+        """The parts that have not come, as far as a head has said how many there are."""
+        return [index for index in range(self.count) if index not in self._placed]
+
     def frame(self) -> memoryview | None:
         """The whole frame; None while a part is missing. What it was placed for must have come."""
-        return self._frame if self.count and len(self._placed) == self.count else None
+        return self._frame if not self.missing() else None
 
 
 class PartSink:
@@ -130,6 +134,11 @@ def parts_of(envelope: bytes) -> int:
     return count if known and count == count_of(total) else 1
 
 
+def part_name(head: bytes, index: int) -> bytes:
+    """The key of part `index`, whose head is at `head`."""
+    return b"%b:%d" % (head, index) if index else head
+
+
 def names(head: bytes, count: int) -> Sequence[bytes]:
     """The keys of a frame's values; all lie in one slot of a cluster."""
-    return [head, *(b"%b:%d" % (head, index) for index in range(1, count))]
+    return [part_name(head, index) for index in range(count)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtier import metrics
+from kvtier.codec.frame import frame_nbytes
 from kvtier.config import RedisConfig, redis_url, sentinel_password
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
@@ -20,7 +21,9 @@ from kvtier.stores.redis.parts import (
     Assembly,
     Part,
     PartSink,
+    count_of,
     names,
+    part_name,
     parts_of,
     split,
 )
@@ -61,47 +64,30 @@ class RedisStore:
 
     def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
         """See `Store.write`; no copy is made. False also for a frame over MAX_FRAME_NBYTES."""
-        heads: dict[int, Ask] = {}
-        tails: dict[int, list[Ask]] = {}
-        nbytes = 0
-        for index, (key, frame) in enumerate(frames):
-            size = sum(memoryview(part).nbytes for part in frame)
-            if size > MAX_FRAME_NBYTES:
-                continue
-            parts = split(frame, os.urandom(TAG_NBYTES))
-            heads[index], *tails[index] = [
-                self._set(name, part)
-                for name, part in zip(names(self._name(key), len(parts)), parts, strict=True)
-            ]
-            nbytes += size
-        deadline = self._deadline(nbytes)
-        # The head last: where it is, the whole frame is.
-        self._servers.run([ask for each in tails.values() for ask in each], deadline)
-        whole = [index for index in heads if all(self._kept(ask) for ask in tails[index])]
-        self._servers.run([heads[index] for index in whole], deadline)
-        kept = {index for index in whole if self._kept(heads[index])}
-        self._refused([index for index in heads if index not in kept], tails, deadline)
-        return [index in kept for index in range(len(frames))]
+        kept: list[bool] = []
+        for batch in _rounds(frames):
+            kept += self._write_round(batch)
+        return kept
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
         """See `Store.read`; a frame that is there lives `ttl_s` longer."""
         expected = self._frame_nbytes
-        guessed = -(-expected // PART_NBYTES)
+        count = max(1, count_of(expected))
         deadline = self._deadline(len(keys) * expected)
         found = [Assembly() for _ in keys]
-        heads: list[Ask] = []
-        asks: list[Ask] = []
-        for key, assembly in zip(keys, found, strict=True):
-            asked = self._gets(key, assembly, 0, max(guessed, 1), -(-expected // max(guessed, 1)))
-            heads.append(asked[0])
-            asks += asked
+        asks = [
+            self._get(key, assembly, index, expected // count)
+            for key, assembly in zip(keys, found, strict=True)
+            for index in range(count)
+        ]
         self._servers.run(asks, deadline)
-        more: list[Ask] = []
-        for key, assembly in zip(keys, found, strict=True):
-            if assembly.count > guessed:
-                deadline.extend(self._timeout_s * assembly.nbytes / ROUND_NBYTES)
-                size = -(-assembly.nbytes // assembly.count)
-                more += self._gets(key, assembly, guessed, assembly.count, size)
+        # What was not expected, and what came before its head, as from a slot that is moving.
+        more = [
+            self._get(key, assembly, index, assembly.nbytes // assembly.count)
+            for key, assembly in zip(keys, found, strict=True)
+            for index in assembly.missing()
+        ]
+        deadline.extend(self._timeout_s * sum(ask.receives for ask in more) / ROUND_NBYTES)
         self._servers.run(more, deadline)
         for ask in (*asks, *more):
             if isinstance(ask.reply, ReplyError) and ask.reply.code != "WRONGTYPE":
@@ -109,7 +95,7 @@ class RedisStore:
         whole = [assembly.frame() for assembly in found]
         broken = [
             key
-            for key, head, frame in zip(keys, heads, whole, strict=True)
+            for key, head, frame in zip(keys, asks[::count], whole, strict=True)
             if frame is None and isinstance(head.reply, bytes)
         ]
         if broken:
@@ -143,9 +129,11 @@ class RedisStore:
         looks = [Ask(name, [b"GETRANGE", name, b"0", last]) for name in heads]
         self._servers.run(looks, deadline)
         counts = [parts_of(ask.reply) if isinstance(ask.reply, bytes) else 1 for ask in looks]
+        # One by one: of keys in a slot that is moving, a cluster takes no two together.
         asks = [
-            Ask(name, [b"UNLINK", *names(name, count)])
-            for name, count in zip(heads, counts, strict=True)
+            Ask(name, [b"UNLINK", name])
+            for head, count in zip(heads, counts, strict=True)
+            for name in names(head, count)
         ]
         self._servers.run(asks, deadline)
         for ask in asks:
@@ -169,20 +157,31 @@ class RedisStore:
     def _set(self, name: bytes, part: Part) -> Ask:
         return Ask(name, [b"SET", name, part.value, b"EX", self._ttl], sends=part.nbytes)
 
-    def _gets(
-        self, key: BlockKey, assembly: Assembly, first: int, end: int, size: int
-    ) -> list[Ask]:
-        """Asks for the parts from `first` up to `end`, each of about `size` bytes."""
-        asked = names(self._name(key), end)[first:]
-        return [
-            Ask(
-                name,
-                [b"GETEX", name, b"EX", self._ttl],
-                receives=size,
-                sink=PartSink(assembly, index),
-            )
-            for index, name in enumerate(asked, start=first)
-        ]
+    def _write_round(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
+        heads: dict[int, Ask] = {}
+        tails: dict[int, list[Ask]] = {}
+        for index, (key, frame) in enumerate(frames):
+            if frame_nbytes(frame) > MAX_FRAME_NBYTES:
+                continue
+            parts = split(frame, os.urandom(TAG_NBYTES))
+            heads[index], *tails[index] = [
+                self._set(name, part)
+                for name, part in zip(names(self._name(key), len(parts)), parts, strict=True)
+            ]
+        deadline = self._deadline(sum(frame_nbytes(frame) for _, frame in frames))
+        # The head last: where it is, the whole frame is.
+        self._servers.run([ask for each in tails.values() for ask in each], deadline)
+        whole = [index for index in heads if all(self._kept(ask) for ask in tails[index])]
+        self._servers.run([heads[index] for index in whole], deadline)
+        kept = {index for index in whole if self._kept(heads[index])}
+        self._refused([index for index in heads if index not in kept], tails, deadline)
+        return [index in kept for index in range(len(frames))]
+
+    def _get(self, key: BlockKey, assembly: Assembly, index: int, nbytes: int) -> Ask:
+        """Asks for part `index`, of about `nbytes`."""
+        name = part_name(self._name(key), index)
+        command = [b"GETEX", name, b"EX", self._ttl]
+        return Ask(name, command, receives=nbytes, sink=PartSink(assembly, index))
 
     def _kept(self, ask: Ask) -> bool:
         if isinstance(ask.reply, ReplyError) and ask.reply.code != "OOM":
@@ -201,6 +200,24 @@ class RedisStore:
 
     def _unavailable(self, reply: ReplyError) -> StoreUnavailable:
         return StoreUnavailable(f"{self._target}: {reply}")
+
+
+def _rounds(
+    frames: Sequence[tuple[BlockKey, Parts]],
+) -> Iterator[Sequence[tuple[BlockKey, Parts]]]:
+    """Frames of at most ROUND_NBYTES together, or one.
+
+    So a server with little room left keeps the first ones, and not some parts of all of them.
+    """
+    start = nbytes = 0
+    for at, (_, frame) in enumerate(frames):
+        size = frame_nbytes(frame)
+        if at > start and nbytes + size > ROUND_NBYTES:
+            yield frames[start:at]
+            start, nbytes = at, 0
+        nbytes += size
+    if start < len(frames):
+        yield frames[start:]
 
 
 def connect(config: RedisConfig) -> Servers:
