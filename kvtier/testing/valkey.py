@@ -155,7 +155,8 @@ class ValkeyServer:
     def _spawn(self, binary: Path) -> None:
         settings = f"bind 127.0.0.1\nport {self.port}\n{self._settings}\n"
         if not self._sentinel:
-            settings += f"save ''\nappendonly no\nshutdown-timeout 0\nmaxmemory {self.maxmemory}\nmaxmemory-policy noeviction\n"
+            settings += "save ''\nappendonly no\nshutdown-timeout 0\n"
+            settings += f"maxmemory {self.maxmemory}\nmaxmemory-policy noeviction\n"
         if self.password:
             settings += f"requirepass {self.password}\n"
         # Settings come from its input: a password shows in no process list. A Sentinel writes to
