@@ -5,6 +5,7 @@ One file a question. Each prints a table, and a line for each bar; 1 if a bar do
 
 import argparse
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import machine, write_json
 
-NAMES = ("ledger", "match", "host_path", "redis", "restore")
+NAMES = ("ledger", "match", "host_path", "redis", "restore", "route")
 
 
 def main() -> int:
@@ -22,11 +23,15 @@ def main() -> int:
     parser.add_argument("name", choices=[*NAMES, "all"])
     parser.add_argument("--json", type=Path, help="write the figures there (of `all`: a folder)")
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that it runs")
+    parser.add_argument("--peers", default="", metavar="PYTHON", help="see benchmarks/route.py")
     options = parser.parse_args()
     failed = False
     for name in NAMES if options.name == "all" else (options.name,):
         before = machine()
-        result = importlib.import_module(f"benchmarks.{name}").run(tiny=options.tiny)
+        benchmark = importlib.import_module(f"benchmarks.{name}").run
+        takes = inspect.signature(benchmark).parameters
+        more = {"peers": options.peers} if options.peers and "peers" in takes else {}
+        result = benchmark(tiny=options.tiny, **more)
         result = {"benchmark": name, "machine": before, **result}
         show(result)
         failed |= not all(bar["holds"] for bar in result["bars"])

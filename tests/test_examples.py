@@ -1,10 +1,15 @@
 """Every example runs as it stands, prints what it says, and is short."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
+
+from tests.launching import Process, wait_for
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,6 +32,35 @@ def test_an_example_is_at_most_25_lines(path: Path) -> None:
 
 def test_plain_tensors_come_back_equal() -> None:
     assert run("plain_tensors.py") == "saved 8 blocks\nrestored 8 from host equal: True\n"
+
+
+def test_an_openai_client_is_answered(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        http = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.router.chaos_worker", "w", "0"]
+    worker = subprocess.Popen(command, cwd=EXAMPLES.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        address = worker.stdout.readline().strip()
+        members = f'[{{ node = "a", worker = "{address}" }}]'
+        toml = f'[router]\nlisten = "127.0.0.1:0"\nhttp = "{http}"\nmembers = {members}\n'
+        with Process("router", toml, tmp_path):
+
+            def ready() -> bool:
+                try:
+                    return urlopen(f"http://{http}/health").status == 200
+                except HTTPError as error:
+                    error.close()
+                    return False
+
+            wait_for("the router is healthy", ready)
+            answer, told = run("openai_client.py", f"http://{http}/v1").rsplit("\n", 2)[:2]
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert answer
+    assert told == "tiny: 8 tokens"
 
 
 @pytest.mark.model

@@ -105,6 +105,7 @@ class RouterConfig:
     listen: str = "127.0.0.1:7450"
     http: str = ""  # host:port of the OpenAI-compatible API; empty: none
     epp: str = ""  # host:port of the endpoint picker for Envoy and gateways; empty: none
+    epp_endpoints: int = field(default=1, metadata=limits(1, 8))  # named to the gateway, in order
     members: tuple[MemberConfig, ...] = ()  # besides those that the cluster announces
     behind: float = field(default=2.0, metadata=limits(0, 100))  # lambda of the score
     max_requests: int = field(default=1024, metadata=limits(1, 65536))  # under way at once

@@ -9,6 +9,8 @@ from typing import Final, Protocol
 from kvtier import metrics
 from kvtier.config import Config, RouterConfig
 from kvtier.core.directory import Directory
+from kvtier.router.epp.pick import Picker
+from kvtier.router.epp.server import EndpointPicker
 from kvtier.router.front import Front
 from kvtier.router.members import Members
 from kvtier.router.placement import Placement
@@ -66,7 +68,8 @@ async def serve(
         placement = Placement(settings, members, directory, loop.time)
         prompts = Prompts(members, placement, texts)
         front = Front(settings, placement, prompts, rng, loop.time)
-        sides += _sides(settings, front, members, rng)
+        picker = Picker(settings, prompts, placement, rng.random)
+        sides += _sides(settings, front, picker, members, rng)
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(front, members), server.grpc)
         metrics.serve(settings.metrics_port, "router.metrics_port")
         await server.healthy(False)
@@ -84,7 +87,7 @@ async def serve(
 
 
 def _sides(
-    settings: RouterConfig, front: Front, members: Members, rng: random.Random
+    settings: RouterConfig, front: Front, picker: Picker, members: Members, rng: random.Random
 ) -> list[_Side]:
     """The servers beside the gRPC service, those that are configured."""
     sides: list[_Side] = []
@@ -92,6 +95,8 @@ def _sides(
         from kvtier.router.http.server import HttpServer  # needs the extra `http`
 
         sides.append(HttpServer(settings.http, front, members, rng))
+    if settings.epp:
+        sides.append(EndpointPicker(settings, front, picker))
     return sides
 
 

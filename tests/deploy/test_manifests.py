@@ -216,7 +216,11 @@ def test_the_configuration_fits_the_pods(manifests, tmp_path):
     }
     assert all(at.startswith("0.0.0.0:") for at in (*listens.values(), settings.router.listen))
     router = manifests.container("router")
-    assert [p["containerPort"] for p in router["ports"]] == [port(settings.router.listen)]
+    assert {p["name"]: p["containerPort"] for p in router["ports"]} == {
+        "grpc": port(settings.router.listen),
+        "http": port(settings.router.http),
+    }
+    assert settings.router.http.startswith("0.0.0.0:")
     assert str(Path(settings.node.socket).parent) in mounts
     assert settings.worker.socket == settings.node.socket
     assert settings.disk.path in mounts
@@ -295,7 +299,9 @@ def test_the_router_starts_as_told_and_its_probe_asks_for_a_service_that_it_know
     command, flag, path = container["args"]
     assert (flag, Path(path).name) == ("--config", "kvtier.toml")
     probe = container["readinessProbe"]["grpc"]
-    toml = manifests.file("kvtier", "kvtier.toml").replace("0.0.0.0:7450", "127.0.0.1:0")
+    toml = manifests.file("kvtier", "kvtier.toml")
+    for each in (7450, 8000):
+        toml = toml.replace(f"0.0.0.0:{each}", "127.0.0.1:0")
     router = Process(command, toml, tmp_path)
     try:
         with grpc.insecure_channel(router.address) as channel:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 
 import httpx2
 import openai
@@ -372,3 +373,19 @@ async def test_stopping_lets_running_requests_end(engines, routers):
         assert "".join([c.choices[0].text async for c in stream]) == "y"
     async with asyncio.timeout(PATIENCE_S):
         await router.task
+
+
+async def test_an_answer_does_not_wait_for_the_clients_acknowledgement(routers):
+    router = await routers(http="127.0.0.1:0")
+    reader, writer = await asyncio.open_connection(*router.http.split(":"))
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert b"503" in await reader.readline()
+    here = writer.get_extra_info("sockname")[1]
+    writer_side = [
+        transport.get_extra_info("socket")
+        for transport in asyncio.get_running_loop()._transports.values()
+        if transport.get_extra_info("peername") == ("127.0.0.1", here)
+    ]
+    assert [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in writer_side] == [1]
+    writer.close()
+    await writer.wait_closed()
