@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 
-from kvtier.core.directory import Warmth
+from kvtier.core.audience import Warmth
 
 _TIE_SHARE = 0.01
 _TIE_S = 0.001

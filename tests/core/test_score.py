@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvtier.core.directory import Warmth
+from kvtier.core.audience import Warmth
 from kvtier.core.score import DEFAULT_RATES, Candidate, Choice, Rates, rank, why
 
 RATES = Rates(
