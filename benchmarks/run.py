@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import machine, write_json
 
-NAMES = ("ledger", "match", "host_path", "redis", "restore")
+NAMES = ("ledger", "match", "host_path", "redis", "restore", "route_sim")
 
 
 def main() -> int:

@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "name",
-    ["ledger", "match", "host_path", "redis", pytest.param("restore", marks=pytest.mark.model)],
+    [
+        "ledger",
+        "match",
+        "host_path",
+        "redis",
+        "route_sim",
+        pytest.param("restore", marks=pytest.mark.model),
+    ],
 )
 def test_a_benchmark_writes_its_figures_and_bars(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
