@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import machine, write_json
 
-NAMES = ("ledger", "match", "host_path", "redis", "restore", "route")
+NAMES = (
+    "ledger",
+    "match",
+    "host_path",
+    "redis",
+    "restore",
+    "route",
+    "route_sim",
+)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
         "host_path",
         "redis",
         "route",
+        "route_sim",
         pytest.param("restore", marks=pytest.mark.model),
     ],
 )

@@ -5,13 +5,18 @@
 `wait` is what stands in the worker's queue, `load` brings the warm blocks to VRAM, `prefill`
 computes the rest. A request also holds up those that come behind it: `behind` of them, on
 average, wait for its load and prefill too.
+
+Computing a token takes the longer the more tokens stand before it, and the longer the more
+requests the worker is decoding meanwhile. A prefix that another node could hand over is loaded
+from there where that takes less time than computing it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import inf
+from typing import NamedTuple
 
-from kvtier.core.directory import Warmth
+from kvtier.core.audience import Warmth
 
 _TIE_SHARE = 0.01
 _TIE_S = 0.001
@@ -21,6 +26,11 @@ _TIE_S = 0.001
 class Rates:
     """What a worker was measured to do; 0 where nothing was measured yet.
 
+    `doubles_at` is the position in a prompt at which a token takes twice as long to compute as
+    the first one does, as attention looks at all tokens before it. `decode_drag` is by how much
+    of its own time every request in decode lengthens a prefill. Without a `peer_bytes_per_s`
+    nothing is loaded from other nodes.
+
     Raises:
         ValueError: A rate is negative or not finite.
     """
@@ -29,12 +39,33 @@ class Rates:
     host_bytes_per_s: float = 0.0
     disk_bytes_per_s: float = 0.0
     shared_bytes_per_s: float = 0.0
+    peer_bytes_per_s: float = 0.0
+    doubles_at: float = 0.0
+    decode_drag: float = 0.0
+    complete: bool = field(init=False, default=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in _RATES:
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        known = all(getattr(self, name) for name in _NEEDED)
+        object.__setattr__(self, "complete", known)
 
+    def prefill_s(self, start: int, stop: int) -> float:
+        """Seconds to compute the tokens of a prompt from `start` to before `stop`."""
+        tokens = float(stop - start)
+        if self.doubles_at:
+            tokens += (stop * stop - start * start) / (2 * self.doubles_at)
+        return tokens / self.prefill_tokens_per_s
+
+
+_NEEDED = (
+    "prefill_tokens_per_s",
+    "host_bytes_per_s",
+    "disk_bytes_per_s",
+    "shared_bytes_per_s",
+)
+_RATES = tuple(each.name for each in fields(Rates) if each.init)
 
 # Stand in for what nobody has measured: a small GPU, a PCIe copy, an NVMe disk, 10 Gbit/s Ethernet.
 DEFAULT_RATES = Rates(
@@ -45,11 +76,7 @@ DEFAULT_RATES = Rates(
 )
 
 
-_RATES = tuple(each.name for each in fields(Rates))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A worker that could take a request."""
 
     name: str
@@ -58,10 +85,12 @@ class Candidate:
     rates: Rates = DEFAULT_RATES
     last_cold: float = 0.0  # when it was last given a prompt that it had nothing of, in seconds
     draining: bool = False
+    wait_s: float = 0.0  # until its queue is empty, besides the waiting tokens
+    decoding: int = 0  # requests
+    lends: int = 0  # leading blocks of the prompt that others could load from its node
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(NamedTuple):
     """A candidate with what it is expected to take; `seconds` is the score, lowest first."""
 
     name: str
@@ -72,6 +101,18 @@ class Choice:
     prefill_s: float
     prompt_tokens: int
     block_tokens: int
+    pull_from: str = ""  # the candidate on whose node the blocks after its own are loaded from
+    pull_blocks: int = 0
+
+
+class _Terms(NamedTuple):
+    draining: bool
+    seconds: float
+    number: int  # of the candidate
+    wait_s: float
+    load_s: float
+    prefill_s: float
+    pull: int  # the number of the candidate that lends, or -1
 
 
 def rank(
@@ -82,6 +123,7 @@ def rank(
     block_nbytes: int,
     behind: float,
     tie: Callable[[], float],
+    most: int | None = None,
 ) -> list[Choice]:
     """The candidates, best first; those that are draining after all others.
 
@@ -99,21 +141,105 @@ def rank(
         block_nbytes: Bytes of one block, all ranks of the worker together.
         behind: How many requests, on average, wait for this one; lambda of the score.
         tie: Random numbers that put equals in order.
+        most: How many to give; all where it is None.
     """
-    usual = _usual(candidates)
-    scored = [
-        (each, _choice(each, usual, prompt_tokens, block_tokens, block_nbytes, behind))
-        for each in candidates
-    ]
-    scored.sort(key=lambda pair: (pair[0].draining, pair[1].seconds))
+    prompt = _Prompt(prompt_tokens, block_tokens, block_nbytes, behind)
+    most = len(candidates) if most is None else most
+    scored = _terms(candidates, prompt)
+    scored.sort()
     ranked: list[Choice] = []
-    while scored:
-        equals = _equals_of_first(scored)
-        del scored[: len(equals)]
-        keyed = [(_order_among_equals(candidate, tie()), choice) for candidate, choice in equals]
-        keyed.sort(key=lambda pair: pair[0])
-        ranked += [choice for _, choice in keyed]
+    at = 0
+    while at < len(scored) and len(ranked) < most:
+        first = scored[at]
+        limit = first.seconds + max(_TIE_S, _TIE_SHARE * first.seconds)
+        start, at = at, at + 1
+        while (
+            at < len(scored)
+            and scored[at].draining == first.draining
+            and scored[at].seconds <= limit
+        ):
+            at += 1
+        equals = scored[start:at]
+        if len(equals) > 1:
+            keyed = [(_order(candidates[each.number], tie()), each) for each in equals]
+            keyed.sort()
+            equals = [each for _, each in keyed]
+        ranked += [prompt.choice(candidates, each) for each in equals[: most - len(ranked)]]
     return ranked
+
+
+class _Prompt(NamedTuple):
+    tokens: int
+    block_tokens: int
+    block_nbytes: int
+    behind: float
+
+    def choice(self, candidates: Sequence[Candidate], terms: _Terms) -> Choice:
+        candidate = candidates[terms.number]
+        pull_from, pull_blocks = "", 0
+        if terms.pull >= 0:
+            lender = candidates[terms.pull]
+            pull_from, pull_blocks = lender.name, lender.lends - candidate.warmth.blocks
+        return Choice(
+            candidate.name, candidate.warmth, terms.seconds, terms.wait_s, terms.load_s,
+            terms.prefill_s, self.tokens, self.block_tokens, pull_from, pull_blocks,
+        )  # fmt: skip
+
+
+def filled(rates: Sequence[Rates]) -> list[Rates]:
+    """Each of these, with what it has not measured taken from the median of the others.
+
+    Or from the default, where none of them did.
+    """
+    usual: dict[str, float] = {}
+    for name in _RATES:
+        known = sorted(rate for each in rates if (rate := getattr(each, name)))
+        usual[name] = known[len(known) // 2] if known else getattr(DEFAULT_RATES, name)
+    return [
+        Rates(**{name: getattr(each, name) or usual[name] for name in _RATES}) for each in rates
+    ]
+
+
+def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
+    rates = [each.rates for each in candidates]
+    if not all(each.complete for each in rates):
+        rates = filled(rates)
+    lenders = sorted(
+        (number for number, each in enumerate(candidates) if each.lends),
+        key=lambda number: -candidates[number].lends,
+    )[:2]
+    tokens, block_tokens, nbytes, behind = prompt
+    terms = []
+    for number, (each, rate) in enumerate(zip(candidates, rates, strict=True)):
+        vram, host, disk, shared = each.warmth
+        blocks = vram + host + disk + shared
+        load_s = 0.0
+        if blocks != vram:
+            load_s = nbytes * (
+                host / rate.host_bytes_per_s
+                + disk / rate.disk_bytes_per_s
+                + shared / rate.shared_bytes_per_s
+            )
+        slow = 1 + rate.decode_drag * each.decoding
+        wait_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
+        prefill_s = rate.prefill_s(min(blocks * block_tokens, tokens - 1), tokens) * slow
+        pull = -1
+        if lenders and rate.peer_bytes_per_s:
+            lender = lenders[0] if lenders[0] != number else lenders[-1]
+            lent = candidates[lender].lends
+            if lent > blocks and lender != number:
+                pull_s = nbytes * (lent - blocks) / rate.peer_bytes_per_s
+                rest_s = rate.prefill_s(min(lent * block_tokens, tokens - 1), tokens) * slow
+                if pull_s + rest_s < prefill_s:
+                    pull, load_s, prefill_s = lender, load_s + pull_s, rest_s
+        seconds = wait_s + (1 + behind) * (load_s + prefill_s)
+        terms.append(_Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull))
+    return terms
+
+
+def _order(candidate: Candidate, luck: float) -> tuple[bool, float, float]:
+    cold = not any(candidate.warmth)
+    return cold, candidate.last_cold if cold else 0.0, luck
 
 
 def why(choice: Choice) -> str:
@@ -127,56 +253,11 @@ def why(choice: Choice) -> str:
     return (
         f"{warm:,} of {choice.prompt_tokens:,} tokens warm"
         + (f" ({', '.join(parts)})" if parts else "")
+        + (
+            f" and {choice.pull_blocks * choice.block_tokens:,} from {choice.pull_from}"
+            if choice.pull_from
+            else ""
+        )
         + f": {choice.load_s:.2f} s load + {choice.prefill_s:.2f} s prefill"
         + f" + {choice.wait_s:.2f} s wait"
     )
-
-
-def _choice(
-    candidate: Candidate,
-    usual: Rates,
-    prompt_tokens: int,
-    block_tokens: int,
-    block_nbytes: int,
-    behind: float,
-) -> Choice:
-    rates, warmth = candidate.rates, candidate.warmth
-    prefill_rate = rates.prefill_tokens_per_s or usual.prefill_tokens_per_s
-    load_s = block_nbytes * (
-        warmth.host / (rates.host_bytes_per_s or usual.host_bytes_per_s)
-        + warmth.disk / (rates.disk_bytes_per_s or usual.disk_bytes_per_s)
-        + warmth.shared / (rates.shared_bytes_per_s or usual.shared_bytes_per_s)
-    )
-    wait_s = candidate.waiting_tokens / prefill_rate
-    prefill_s = max(1, prompt_tokens - warmth.blocks * block_tokens) / prefill_rate
-    return Choice(
-        name=candidate.name,
-        warmth=warmth,
-        seconds=wait_s + (1 + behind) * (load_s + prefill_s),
-        wait_s=wait_s,
-        load_s=load_s,
-        prefill_s=prefill_s,
-        prompt_tokens=prompt_tokens,
-        block_tokens=block_tokens,
-    )
-
-
-def _usual(candidates: Sequence[Candidate]) -> Rates:
-    """Of each rate the median of what the candidates measured, or the default if none did."""
-    usual: dict[str, float] = {}
-    for name in _RATES:
-        known = sorted(rate for each in candidates if (rate := getattr(each.rates, name)))
-        usual[name] = known[len(known) // 2] if known else getattr(DEFAULT_RATES, name)
-    return Rates(**usual)
-
-
-def _equals_of_first(scored: list[tuple[Candidate, Choice]]) -> list[tuple[Candidate, Choice]]:
-    """The leading pairs whose scores are as good as the first one's."""
-    draining, best = scored[0][0].draining, scored[0][1].seconds
-    limit = best + max(_TIE_S, _TIE_SHARE * best)
-    return [pair for pair in scored if pair[0].draining == draining and pair[1].seconds <= limit]
-
-
-def _order_among_equals(candidate: Candidate, luck: float) -> tuple[bool, float, float]:
-    cold = candidate.warmth.blocks == 0
-    return cold, candidate.last_cold if cold else 0.0, luck

@@ -8,8 +8,9 @@ from typing import Final
 
 from kvtier.config import RouterConfig
 from kvtier.core import score
+from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey, block_keys
-from kvtier.core.directory import Directory, Warmth
+from kvtier.core.directory import Directory
 from kvtier.core.tiers import Tier
 from kvtier.router.link import Link, State
 from kvtier.router.members import Members

@@ -1,17 +1,19 @@
 """What the router knows of everybody's blocks."""
 
-from collections import OrderedDict
+import unittest.mock
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from kvtier.core import strips
+from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
-from kvtier.core.directory import Directory, Warmth
+from kvtier.core.directory import Directory
 from kvtier.core.tiers import Tier
 
-KEYS = [BlockKey(bytes([n])) for n in range(6)]
+KEYS = [BlockKey(bytes([n]) * 16) for n in range(12)]
 A, B, C, D, *_ = KEYS
 
 
@@ -54,6 +56,51 @@ def test_deltas_follow_the_snapshot_one_by_one():
     assert directory.apply("node", 1, 7, [(Tier.HOST, [B])], [(Tier.HOST, [A])])
     assert warmth(directory, [A, B], "node") == Warmth(disk=1, host=1)
     assert directory.counts("node") == {Tier.VRAM: 0, Tier.HOST: 1, Tier.DISK: 1}
+
+
+def test_what_comes_late_after_a_remove_counts_for_nothing():
+    directory = Directory()
+    directory.snapshot("node", 1, 5, [(Tier.HOST, [A])])
+    assert directory.position("node") == (1, 5)
+    directory.remove("node")
+    assert directory.position("node") is None
+    for seq in (5, 6, 7):
+        assert not directory.apply("node", 1, seq, [(Tier.HOST, [A]), (Tier.SHARED, [B])], [])
+    assert warmth(directory, [A, B], "node") == Warmth()
+    assert directory.blocks == 0
+    directory.snapshot("node", 2, 0, [(Tier.HOST, [A])])
+    assert not directory.apply("node", 1, 1, [(Tier.HOST, [B])], [])  # of its former life
+    assert warmth(directory, [A, B], "node") == Warmth(host=1)
+
+
+def test_nodes_that_come_and_go_leave_nothing_behind():
+    directory = Directory()
+    for life in range(300):
+        name = f"node {life}"
+        directory.snapshot(name, life, 0, [(Tier.HOST, KEYS)])
+        assert warmth(directory, KEYS, name, "other").host == len(KEYS)
+        directory.remove(name)
+    assert directory.blocks == 0
+    directory.snapshot("last", 1, 0, [(Tier.HOST, [A])])
+    answer = directory.warmth([A, B], {name: [name] for name in ("last", "node 299", "other")})
+    assert [each.host for each in answer.values()] == [1, 0, 0]
+    directory.check()
+
+
+def test_a_prompt_told_in_pieces_is_joined_and_says_the_same():
+    directory = Directory()
+    path = [BlockKey(n.to_bytes(16, "big")) for n in range(600)]
+    scattered = [path[n * 7 % 600] for n in range(600)]
+    directory.snapshot("one", 1, 0, [(Tier.HOST, scattered[:300]), (Tier.HOST, scattered[300:])])
+    directory.snapshot("two", 1, 0, [(Tier.HOST, path[:50])])
+    for _ in range(3):
+        assert warmth(directory, path, "one") == Warmth(host=600)
+        assert warmth(directory, path, "two") == Warmth(host=50)
+        directory.gather()
+        directory.check()
+    assert directory.apply("one", 1, 1, [], [(Tier.HOST, path[99:100])])
+    assert warmth(directory, path, "one") == Warmth(host=99)
+    assert directory.counts("one")[Tier.HOST] == 599
 
 
 @pytest.mark.parametrize(
@@ -128,31 +175,41 @@ def test_a_limit_that_remembers_nothing_is_refused():
 
 SOURCES = ["worker", "node", "other"]
 LIMIT = 4
-keys = st.lists(st.sampled_from(KEYS), max_size=4)
+
+
+def parts(start, size, back):
+    """Neighbours, as feeds mostly tell of them."""
+    return KEYS[start : start + size][:: -1 if back else 1]
+
+
+keys = st.one_of(
+    st.lists(st.sampled_from(KEYS), max_size=4),
+    st.builds(parts, st.integers(0, 11), st.integers(1, 12), st.booleans()),
+)
 held = st.lists(st.tuples(st.sampled_from(Tier), keys), max_size=3)
 sources = st.sampled_from(SOURCES)
 
 
 class DirectoryMachine(RuleBasedStateMachine):
-    """The model keeps one set of (source, tier, key), and the shared keys in a list."""
+    """The model keeps one set of (source, tier, key), and one of the shared keys.
+
+    A second directory is told the same, but may remember few shared blocks only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Directory(max_shared=LIMIT)
+        self.directory = Directory()
+        self.small = Directory(max_shared=LIMIT)
         self.owned: set[tuple[str, Tier, BlockKey]] = set()
-        self.shared: OrderedDict[BlockKey, None] = OrderedDict()
+        self.shared: set[BlockKey] = set()
         self.at: dict[str, tuple[int, int]] = {}
 
     def add(self, source, groups):
         for tier, added in groups:
-            for key in added:
-                if tier is not Tier.SHARED:
-                    self.owned.add((source, tier, key))
-                    continue
-                self.shared.pop(key, None)
-                self.shared[key] = None
-                while len(self.shared) > LIMIT:
-                    del self.shared[next(iter(self.shared))]
+            if tier is Tier.SHARED:
+                self.shared.update(added)
+            else:
+                self.owned.update((source, tier, key) for key in added)
 
     def forget(self, source):
         self.owned = {each for each in self.owned if each[0] != source}
@@ -161,6 +218,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(source=sources, epoch=st.integers(0, 2), seq=st.integers(0, 9), held=held)
     def snapshot(self, source, epoch, seq, held):
         self.directory.snapshot(source, epoch, seq, held)
+        self.small.snapshot(source, epoch, seq, held)
         self.forget(source)
         self.at[source] = (epoch, seq)
         self.add(source, held)
@@ -170,6 +228,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     def apply(self, source, added, removed, step, other_life):
         epoch, seq = self.at.get(source, (0, 0))
         done = self.directory.apply(source, epoch + other_life, seq + step, added, removed)
+        assert done == self.small.apply(source, epoch + other_life, seq + step, added, removed)
         assert done == (source in self.at and not other_life and step <= 1)
         if not done or step < 1:
             return
@@ -177,7 +236,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         for tier, gone in removed:
             for key in gone:
                 if tier is Tier.SHARED:
-                    self.shared.pop(key, None)
+                    self.shared.discard(key)
                 else:
                     self.owned.discard((source, tier, key))
         self.add(source, added)
@@ -185,9 +244,10 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(source=sources)
     def remove(self, source):
         self.directory.remove(source)
+        self.small.remove(source)
         self.forget(source)
 
-    @rule(path=st.lists(st.sampled_from(KEYS), unique=True),
+    @rule(path=st.one_of(st.lists(st.sampled_from(KEYS), unique=True), st.just(KEYS)),
           candidates=st.lists(st.lists(sources, unique=True), max_size=3))  # fmt: skip
     def ask(self, path, candidates):
         named = {str(n): names for n, names in enumerate(candidates)}
@@ -203,9 +263,17 @@ class DirectoryMachine(RuleBasedStateMachine):
                 counts[min(tiers)] += 1
             expected[name] = Warmth(*counts)
         assert self.directory.warmth(path, named) == expected
-        for key in reversed(path):
-            if key in self.shared:
-                self.shared.move_to_end(key)
+        for name, few in self.small.warmth(path, named).items():
+            assert few.blocks <= expected[name].blocks
+            assert few.shared <= LIMIT
+
+    @rule(path=st.lists(st.sampled_from(KEYS), unique=True))
+    def gather(self, path):
+        with unittest.mock.patch.object(strips, "_RAGGED", 1):
+            self.directory.warmth(path, {})
+            self.small.warmth(path, {})
+        self.directory.gather()
+        self.small.gather()
 
     @rule(source=sources)
     def count(self, source):
@@ -214,6 +282,13 @@ class DirectoryMachine(RuleBasedStateMachine):
         for tier, blocks in counts.items():
             assert blocks == sum(each[:2] == (source, tier) for each in self.owned)
         assert self.directory.shared_blocks == len(self.shared)
+        assert self.directory.blocks == len(self.shared | {key for _, _, key in self.owned})
+        assert self.small.shared_blocks <= LIMIT
+
+    @invariant()
+    def holds_together(self):
+        self.directory.check()
+        self.small.check()
 
 
 TestDirectory = DirectoryMachine.TestCase

@@ -8,12 +8,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvtier.core.directory import Warmth
+from kvtier.core.audience import Warmth
 from kvtier.core.score import DEFAULT_RATES, Candidate, Choice, Rates, rank, why
 
 RATES = Rates(
     prefill_tokens_per_s=1000.0, host_bytes_per_s=1e6, disk_bytes_per_s=1e5, shared_bytes_per_s=1e4
 )
+PEERS = Rates(peer_bytes_per_s=1e6, doubles_at=500.0, decode_drag=0.01)
 PROMPT_TOKENS = 1000
 BLOCK_TOKENS = 100
 BLOCK_NBYTES = 1000
@@ -78,7 +79,7 @@ def test_warm_beats_cold_and_warmer_beats_warm():
 def test_a_long_queue_outweighs_warmth():
     warm = candidate("warm", Warmth(vram=9), waiting_tokens=5000)
     assert names(warm, candidate("cold")) == ["cold", "warm"]
-    assert names(replace(warm, waiting_tokens=500), candidate("cold")) == ["warm", "cold"]
+    assert names(warm._replace(waiting_tokens=500), candidate("cold")) == ["warm", "cold"]
 
 
 def test_a_faster_worker_wins_with_the_same_warmth():
@@ -101,7 +102,7 @@ def test_cold_prompts_go_round():
     order = []
     for seed in range(9):
         best = names(*workers.values(), seed=seed)[0]
-        workers[best] = replace(workers[best], last_cold=float(next(clock)))
+        workers[best] = workers[best]._replace(last_cold=float(next(clock)))
         order.append(best)
     assert sorted(order[:3]) == ["a", "b", "c"]
     assert order[:3] == order[3:6] == order[6:]
@@ -135,6 +136,53 @@ def test_cold_equals_of_the_same_time_are_in_random_order():
     assert 60 < firsts.count("a") < 140
 
 
+def test_later_tokens_take_longer():
+    rates = replace(RATES, doubles_at=500.0)
+    (cold,) = ranked(candidate("n", rates=rates))
+    (warm,) = ranked(candidate("n", Warmth(vram=5), rates=rates))
+    assert cold.prefill_s == pytest.approx(1 + 1000**2 / 1000 / 1000)
+    assert warm.prefill_s == pytest.approx(0.5 + (1000**2 - 500**2) / 1000 / 1000)
+
+
+def test_a_warm_worker_that_decodes_for_many_is_passed_over():
+    rates = replace(RATES, decode_drag=0.05)
+    warm = candidate("warm", Warmth(vram=5), rates=rates)
+    idle = candidate("idle", rates=rates)
+    assert names(warm, idle) == ["warm", "idle"]
+    assert names(warm._replace(decoding=10), idle) == ["warm", "idle"]
+    assert names(warm._replace(decoding=40), idle) == ["idle", "warm"]
+
+
+def test_a_prefix_is_loaded_from_a_peer_where_that_is_faster():
+    rates = replace(RATES, peer_bytes_per_s=1e5)  # 10 ms a block that takes 100 ms to compute
+    holder = candidate("holder", Warmth(host=8), rates=rates, lends=8, waiting_tokens=9000)
+    idle = candidate("idle", Warmth(host=2), rates=rates)
+    best, other = ranked(holder, idle)
+    assert (best.name, best.pull_from, best.pull_blocks) == ("idle", "holder", 6)
+    assert best.load_s == pytest.approx(2 * 1e-3 + 6 * 1e-2)
+    assert best.prefill_s == pytest.approx(0.2)
+    assert "600 from holder" in why(best)
+    assert not other.pull_from  # nobody loads from itself
+    slow = replace(rates, peer_bytes_per_s=5e3)
+    best, _ = ranked(holder, idle._replace(rates=slow))
+    assert not best.pull_from
+    best, _ = ranked(holder._replace(rates=RATES), idle._replace(rates=RATES))
+    assert not best.pull_from  # nobody has measured what a peer gives
+
+
+def test_only_as_many_as_asked_for():
+    some = [candidate(name, waiting_tokens=100 * n) for n, name in enumerate("abcd")]
+    all_of_them = names(*some)
+    few = rank(some, prompt_tokens=PROMPT_TOKENS, block_tokens=BLOCK_TOKENS,
+               block_nbytes=BLOCK_NBYTES, behind=2.0, tie=Random(0).random, most=2)  # fmt: skip
+    assert [choice.name for choice in few] == all_of_them[:2]
+
+
+def test_a_wait_that_is_no_number_harms_nobody():
+    order = names(candidate("odd", wait_s=float("nan")), candidate("good"))
+    assert sorted(order) == ["good", "odd"]
+
+
 def test_nobody_to_choose_from():
     assert ranked() == []
 
@@ -146,9 +194,12 @@ candidates = st.lists(
         name=st.uuids().map(str),
         warmth=warmths,
         waiting_tokens=st.integers(0, 10_000),
-        rates=st.sampled_from([RATES, Rates()]),
+        rates=st.sampled_from([RATES, Rates(), PEERS]),
         last_cold=st.floats(0, 100),
         draining=st.booleans(),
+        wait_s=st.floats(0, 10),
+        decoding=st.integers(0, 100),
+        lends=st.integers(0, 12),
     ),
     max_size=8,
     unique_by=lambda each: each.name,
@@ -175,7 +226,7 @@ def test_the_reason_is_one_line_for_people():
     assert why(choice) == (
         "1,984 of 2,010 tokens warm (host 1,984): 0.05 s load + 0.12 s prefill + 0.00 s wait"
     )
-    assert why(replace(choice, warmth=Warmth(1, 0, 2, 0))).startswith(
+    assert why(choice._replace(warmth=Warmth(1, 0, 2, 0))).startswith(
         "96 of 2,010 tokens warm (vram 32, disk 64): "
     )
-    assert why(replace(choice, warmth=Warmth())).startswith("0 of 2,010 tokens warm: ")
+    assert why(choice._replace(warmth=Warmth())).startswith("0 of 2,010 tokens warm: ")

@@ -1,5 +1,5 @@
+from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
-from kvtier.core.directory import Warmth
 from kvtier.router import placement
 from kvtier.router.placement import SPECULATIVE_S, Load, Prompt, Speculation, _at_least
 from kvtier.wire.pb import worker_pb2
