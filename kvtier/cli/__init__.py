@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import kvtier
-from kvtier.cli import cluster, demo, inspect, plan, purge, serve, trace
+from kvtier.cli import cluster, demo, inspect, plan, purge, serve, simulate, trace
 from kvtier.errors import KVTierError
 
-_COMMANDS = (serve, cluster, demo, inspect, plan, purge, trace)
+_COMMANDS = (serve, cluster, demo, inspect, plan, purge, simulate, trace)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
-           "starlette": "http", "uvicorn": "http"}  # fmt: skip
+           "starlette": "http", "uvicorn": "http", "matplotlib": "plot"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

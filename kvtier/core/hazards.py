@@ -65,6 +65,15 @@ def index(hazard: Sequence[float]) -> list[float]:
     return slopes
 
 
+def _smooth(counts: list[float]) -> list[float]:
+    """Let each bin but the first have a share of its neighbours: few samples make a rough curve."""
+    first, *rest = counts
+    padded = [rest[0], *rest, rest[-1]]
+    return [first] + [
+        (a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)
+    ]
+
+
 class _Class:
     """What was seen of one class."""
 
@@ -157,13 +166,14 @@ class Hazards:
             later += each.end[j]
             risk[j] = later + waiting[j] / 2
             later += waiting[j]
-        self._sums[c] = ([*each.hit], risk)
+        hits, risk = _smooth(each.hit), _smooth(risk)
+        self._sums[c] = (hits, risk)
         if risk[0] <= 0:
             self.index[c] = self._pool_index
             return
         self.index[c] = index([
             (hit + _PRIOR * common) / (at_risk + _PRIOR)
-            for hit, at_risk, common in zip(each.hit, risk, self._pool, strict=True)
+            for hit, at_risk, common in zip(hits, risk, self._pool, strict=True)
         ])  # fmt: skip
         each.hit = [_DECAY * x for x in each.hit]
         each.end = [_DECAY * x for x in each.end]

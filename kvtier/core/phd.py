@@ -25,6 +25,7 @@ from kvtier.core.runs import Forest, Run
 
 SAMPLE: Final = 32  # runs that are compared to find a victim, at least; at most twice as many
 GHOSTS: Final = 16_384  # keys remembered after they left, at least; else as many as are here
+POOR: Final = 16
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
@@ -45,6 +46,8 @@ class PHD:
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
         self._mark: _Ghost = (0.0, -1)
+        self._poor: list[Run] = []  # of earlier samples, the next to go
+        self._found: list[Run] = []  # of the last sample
         self._victim: Run | None = None  # goes on being given up until something is touched
 
     def __contains__(self, key: object) -> bool:
@@ -62,13 +65,14 @@ class PHD:
             self._now = use.now
         self._victim = None
         self._turn += 1
+        self._poor = self._found
         if use.request is None:
             self._enter(keys)
             return
-        self._use(keys, use, use.request)
         if use.request != self._last:
             self._last = use.request
             self._learn()
+        self._use(keys, use, use.request)
 
     def _enter(self, keys: list[BlockKey]) -> None:
         """Blocks came by themselves: a use is still to come."""
@@ -159,7 +163,8 @@ class PHD:
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
-            above.cls, above.t, above.request, above.open = gaps[i] + kind, self._now, request, True
+            above.cls, above.t = gaps[i] + kind, self._now
+            above.request, above.open = request, True
             self._hazards.opened(above.cls, self._now)
             i = end
         assert above is not None, "an empty path has no new keys"
@@ -252,23 +257,32 @@ class PHD:
         if step > 1:
             # Evenly spread over the array, from another place each time.
             first = (self._turn + len(passed)) * 40_503 % 65_536 * step >> 16
-            leaves = leaves[first::step]
-        worst = self._worst(leaves, bared, passed)
-        if worst is None and step > 1:
-            worst = self._worst(self._forest.leaves, bared, passed)
-        return worst
+            again = [run for run in self._poor if run.place >= 0]
+            worst = self._worst([*leaves[first::step], *again, *bared], passed)
+            if worst is not None:
+                return worst
+        return self._worst([*leaves, *bared], passed)
 
-    def _worst(self, leaves: list[Run], bared: list[Run], passed: set[Run]) -> Run | None:
-        index, now, worst = self._hazards.index, self._now, None
-        lowest, oldest = 0.0, 0.0
-        for runs in (leaves, bared):
-            for run in runs:
-                age = int(now - run.t)
-                value = index[run.cls][BIN_OF[age] if age < MAX_AGE else -1]
-                if worst is not None and (value > lowest or (value == lowest and run.t >= oldest)):
-                    continue
-                if run not in passed:
-                    worst, lowest, oldest = run, value, run.t
+    def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
+        """The first of `runs` to give up; those next to it are compared again next time."""
+        index, now = self._hazards.index, self._now
+        order: list[tuple[float, float, int]] = []
+        for i, run in enumerate(runs):
+            age = int(now - run.t)
+            order.append((index[run.cls][BIN_OF[age] if age < MAX_AGE else -1], run.t, i))
+        order.sort()
+        poor: dict[Run, None] = {}
+        worst = None
+        for _, _, i in order:
+            run = runs[i]
+            if run in passed:
+                continue
+            if worst is None:
+                worst = run
+            poor[run] = None
+            if len(poor) > POOR:
+                break
+        self._found = [*poor]
         return worst
 
     # --- kept over a restart ----------------------------------------------------------

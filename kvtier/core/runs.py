@@ -23,7 +23,6 @@ class Run:
         "place",
         "request",
         "t",
-        "tick",
     )
 
     def __init__(self, blocks: list[BlockKey], parent: "Run | None") -> None:
@@ -33,7 +32,6 @@ class Run:
         self.place = -1  # among the leaves; -1: it has children
         self.cls = 0
         self.t = 0.0  # of the last use, in seconds
-        self.tick = 0  # of the last use, in uses
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
         self.open = False  # whether it is observed when the next use comes
@@ -64,7 +62,7 @@ class Forest:
     def split(self, run: Run, at: int) -> Run:
         """Cut before blocks[at]; the upper part, which is new and is the one still observed."""
         upper = Run(run.blocks[:at], run.parent)
-        upper.cls, upper.t, upper.tick, upper.open = run.cls, run.t, run.tick, run.open
+        upper.cls, upper.t, upper.open = run.cls, run.t, run.open
         upper.request, upper.new, upper.children = run.request, run.new, 1
         del run.blocks[:at]
         run.parent, run.open = upper, False
@@ -75,7 +73,7 @@ class Forest:
         """Put `upper`, whose only child is `lower`, before it; `lower` is what remains."""
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
-        lower.t, lower.tick = upper.t, upper.tick
+        lower.t = upper.t
         self.of.update(dict.fromkeys(upper.blocks, lower))
         upper.blocks = []
 
