@@ -2,7 +2,7 @@
 
 import argparse
 
-from kvtier.cli import simulate_route
+from kvtier.cli import simulate_evict, simulate_route
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -10,4 +10,5 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     text = "replay a trace of requests and say what a policy would make of it"
     command = commands.add_parser("simulate", help=text, description=text)
     actions = command.add_subparsers(required=True, metavar="WHAT")
+    simulate_evict.add(actions)
     simulate_route.add(actions)

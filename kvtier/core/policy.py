@@ -2,9 +2,25 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvtier.core.blocks import BlockKey
+
+
+class Use(NamedTuple):
+    """What is known of the request behind a touch.
+
+    A request may be told in several steps (it finds, loads, writes, ends): touches with the same
+    `request` are one use. None: no request asked for this, the blocks came by themselves.
+    """
+
+    now: float = 0.0  # seconds on any clock that does not run backwards
+    request: int | None = None
+    output_tokens: int | None = None  # None: not known yet
+
+
+NO_USE = Use()
+Keep = Callable[[BlockKey], bool]
 
 
 class EvictionPolicy(Protocol):
@@ -14,16 +30,20 @@ class EvictionPolicy(Protocol):
     every key entered as part of a path, no key comes before a key that continues it.
     """
 
-    def touch(self, path: Sequence[BlockKey]) -> None:
-        """A request used `path` (root first): keys not known yet enter, all become warm."""
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+        """`path` (root first) was used: keys not known yet enter, the others become warm."""
         ...
 
     def remove(self, key: BlockKey) -> None:
         """`key` left the tier; unknown keys are ignored."""
         ...
 
-    def coldest(self) -> Iterator[BlockKey]:
-        """Keys in the order in which to give them up; ends at the next change of the policy."""
+    def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
+        """Keys in the order in which to give them up; ends at the next change of the policy.
+
+        Keys of which `keep` holds cannot go now; a policy may leave them out, and what comes
+        before them on their path.
+        """
         ...
 
     def __contains__(self, key: object) -> bool: ...
@@ -39,7 +59,7 @@ class LRU:
         # were deleted before it.
         self._order: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def touch(self, path: Sequence[BlockKey]) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`; O(len(path))."""
         order = self._order
         for key in reversed(path):
@@ -50,7 +70,7 @@ class LRU:
         """See `EvictionPolicy.remove`."""
         self._order.pop(key, None)
 
-    def coldest(self) -> Iterator[BlockKey]:
+    def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`."""
         return iter(self._order)
 

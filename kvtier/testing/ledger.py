@@ -13,7 +13,8 @@ from random import Random
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
-from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.phd import PHD
+from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES, World
 
@@ -43,7 +44,7 @@ class AnyOrder:
         self._rng = rng
         self._keys: dict[BlockKey, None] = {}
 
-    def touch(self, path: Sequence[BlockKey]) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`."""
         self._keys.update(dict.fromkeys(path))
 
@@ -51,7 +52,7 @@ class AnyOrder:
         """See `EvictionPolicy.remove`."""
         self._keys.pop(key, None)
 
-    def coldest(self) -> Iterator[BlockKey]:
+    def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`; not what it says."""
         return iter(self._rng.sample([*self._keys], len(self._keys)))
 
@@ -99,7 +100,8 @@ class _Node(World):
 
     def __init__(self, rng: Random, seen: Counter[str], make_ledger: MakeLedger) -> None:
         specs = _random_tiers(rng)
-        policy: PolicyFactory = LRU if rng.random() < 0.5 else lambda: AnyOrder(rng)
+        policies: list[PolicyFactory] = [LRU, PHD, lambda: AnyOrder(rng)]
+        policy = rng.choice(policies)
         super().__init__(make_ledger(BLOCK_NBYTES, specs, policy), specs, rng, seen)
         self.failing = rng.choice([0.0, 0.1, 0.5])  # share of moves that fail
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.policy import LRU
+from kvtier.core.policy import LRU, Keep
 from kvtier.engine.pool import BlockPool, Changes
 
 
@@ -106,7 +106,7 @@ class TestAllocate:
 
     def test_the_given_policy_decides(self) -> None:
         class NewestFirst(LRU):
-            def coldest(self) -> Iterator[BlockKey]:
+            def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
                 return iter(reversed(list(super().coldest())))
 
         pool = BlockPool(2, NewestFirst)
@@ -116,7 +116,7 @@ class TestAllocate:
 
     def test_a_policy_that_forgets_parents_cannot_orphan_a_block(self) -> None:
         class RootFirst(LRU):
-            def coldest(self) -> Iterator[BlockKey]:
+            def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
                 return iter(sorted(super().coldest(), key=len))
 
         pool = BlockPool(3, RootFirst)

@@ -1,0 +1,103 @@
+"""`kvtier simulate evict`: what eviction policies would make of recorded traffic."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from kvtier.sim.evict import Workload
+    from kvtier.sim.sweep import Row
+
+_CAPACITIES = "0.005,0.01,0.02,0.05,0.1,0.2,0.5"
+
+
+def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parser of `kvtier simulate evict`."""
+    text = "how much of a trace's prompts each eviction policy finds again, by capacity"
+    evict = actions.add_parser("evict", help=text, description=text)
+    evict.add_argument(
+        "--trace", required=True, type=Path, metavar="FILE", help="Mooncake's format"
+    )
+    evict.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="where the trace names none; default 512"
+    )
+    evict.add_argument(
+        "--capacity", default=_CAPACITIES, metavar="SHARES",
+        help=f"of the blocks that the trace asks for, by comma; default {_CAPACITIES}",
+    )  # fmt: skip
+    evict.add_argument(
+        "--policy",
+        default="phd,lru,opt",
+        metavar="NAMES",
+        help="by comma, or all; default phd,lru,opt",
+    )
+    evict.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    evict.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+    evict.set_defaults(run=_evict)
+
+
+def _evict(options: argparse.Namespace) -> int:
+    from kvtier.sim import sweep
+    from kvtier.sim.evict import Workload
+    from kvtier.sim.trace import read_trace
+
+    capacities = _shares(options.capacity)
+    names = sweep.NAMES if options.policy == "all" else tuple(options.policy.split(","))
+    for name in names:
+        if name not in sweep.NAMES:
+            known = ", ".join(sweep.NAMES)
+            raise ConfigError(f"--policy {name!r}: must be of {known}, or all")
+    size = options.block_size
+    if size is not None and not 1 <= size <= 2**20:
+        raise ConfigError(f"--block-size {size}: must be 1 to {2**20}")
+    workload = Workload(read_trace(options.trace, size), options.trace.name)
+    total = len(names) * len(capacities) * len(workload.prompts)
+    with _progress() as bar:
+        task = bar.add_task("replaying", total=total)
+        rows = sweep.sweep(workload, names, capacities, lambda done: bar.advance(task, done))
+    _print(workload, rows)
+    if options.json is not None:
+        sweep.write_json(options.json, workload, rows)
+    if options.plot is not None:
+        sweep.plot(options.plot, workload, rows)
+    return 0
+
+
+def _shares(text: str) -> list[float]:
+    shares = []
+    for part in text.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ConfigError(f"--capacity {part!r}: must be a share above 0 and up to 1")
+        shares.append(share)
+    return shares
+
+
+def _progress() -> "Progress":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+def _print(workload: "Workload", rows: "list[Row]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{workload.name}: {len(workload.prompts)} requests")
+    for heading in ("policy", "capacity", "blocks", "tokens found", "prefill saved", "us a block"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for row in rows:
+        table.add_row(
+            row.policy, f"{100 * row.capacity_fraction:g}%", str(row.capacity_blocks),
+            f"{100 * row.token_hit_ratio:.2f}%", f"{100 * row.flop_saved:.2f}%",
+            f"{row.us_per_block:.2f}",
+        )  # fmt: skip
+    Console().print(table)

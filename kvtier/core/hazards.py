@@ -1,0 +1,237 @@
+"""When blocks of a class are asked for again, learned; and what keeping them is worth.
+
+For each class, `Hazards` counts how long after a use the next one came (observations that are
+still open included, as Kaplan and Meier do, 1958), and makes of it an index by age: the most hits
+a second that keeping a run from that age on can bring. That is Gittins' index of a job with an
+unknown length (Gittins, 1979; for caches see "LHD", Beckmann, NSDI '18).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+BINS: Final = 48
+MAX_AGE: Final = 3600  # seconds that an observation stays open
+_FIRST: Final = 2.0  # seconds of bin 0; each of the others is wider than the one before by
+_GROWTH: Final = 1.2
+_PRIOR: Final = 20.0  # observations that the prior weighs
+_DECAY: Final = 0.98  # of what was learned, at each rebuild
+_EMPTY: Final = 1e-12
+STATE_VERSION: Final = 1
+
+State = dict[str, int | list[list[float]]]
+
+
+def _bin_of(age: int) -> int:
+    if age < _FIRST:
+        return 0
+    return min(BINS - 1, 1 + int(math.log(age / _FIRST) / math.log(_GROWTH)))
+
+
+BIN_OF: Final = [_bin_of(age) for age in range(MAX_AGE)]  # by age in whole seconds
+# The bins that have ages in whole seconds, and where these begin and end.
+_AGES: Final = [
+    (j, BIN_OF.index(j), BIN_OF.index(j) + BIN_OF.count(j)) for j in sorted(set(BIN_OF))
+]
+_WIDTHS: Final = [_FIRST, *(_FIRST * _GROWTH ** (j - 1) * (_GROWTH - 1) for j in range(1, BINS))]
+# Nothing is known: uses become rarer in proportion to age, as LRU believes.
+_UNKNOWN: Final = [0.01, *([0.02 * math.log(_GROWTH)] * (BINS - 1))]
+
+
+def index(hazard: Sequence[float]) -> list[float]:
+    """By age, the best (expected hits) / (expected seconds held) over all ways to go on keeping.
+
+    `hazard` is by age too: the probability of a use in a bin, if there was none before. The
+    answer is the slope, right of each point, of the upper hull of hits over seconds.
+    """
+    alive, hits, held = 1.0, 0.0, 0.0
+    xs, ys = [0.0], [0.0]
+    for rate, width in zip(hazard, _WIDTHS, strict=True):
+        hits += alive * rate
+        held += alive * width * (1 - rate / 2)
+        alive *= 1 - rate
+        xs.append(held)
+        ys.append(hits)
+    slopes, hull = [0.0] * BINS, [BINS]
+    for i in range(BINS - 1, -1, -1):
+        x, y = xs[i], ys[i]
+        while len(hull) > 1:
+            one, two = hull[-1], hull[-2]
+            if (ys[one] - y) * (xs[two] - x) > (ys[two] - y) * (xs[one] - x):
+                break
+            hull.pop()
+        slopes[i] = (ys[hull[-1]] - y) / (xs[hull[-1]] - x + _EMPTY)
+        hull.append(i)
+    return slopes
+
+
+def _smooth(counts: list[float]) -> list[float]:
+    """Let each bin but the first have a share of its neighbours: few samples make a rough curve."""
+    first, *rest = counts
+    padded = [rest[0], *rest, rest[-1]]
+    return [first] + [
+        (a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)
+    ]
+
+
+class _Class:
+    """What was seen of one class."""
+
+    __slots__ = ("end", "hit", "open", "upto")
+
+    def __init__(self) -> None:
+        self.hit = [0.0] * BINS
+        self.end = [0.0] * BINS  # observations that ended in the bin, by a hit or by their age
+        self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
+        self.upto = 0  # the newest second of the ring
+
+    def advance(self, second: int) -> None:
+        """Make `second` the newest: what is older than the ring ends without a hit."""
+        gone = second - self.upto
+        if gone <= 0:
+            return
+        if gone >= MAX_AGE:
+            expired = sum(self.open)
+            self.open = [0] * MAX_AGE
+        else:
+            expired = 0
+            a, b = (self.upto + 1) % MAX_AGE, (second + 1) % MAX_AGE
+            for start, stop in ((a, b),) if a < b else ((a, MAX_AGE), (0, b)):
+                expired += sum(self.open[start:stop])
+                self.open[start:stop] = [0] * (stop - start)
+        self.end[-1] += expired
+        self.upto = second
+
+    def open_by_age(self) -> list[int]:
+        """Open observations in each bin."""
+        ring, newest = self.open, (self.upto + 1) % MAX_AGE
+        ages = ring[newest:] + ring[:newest]
+        ages.reverse()  # by age in seconds
+        found = [0] * BINS
+        for j, first, end in _AGES:
+            found[j] = sum(ages[first:end])
+        return found
+
+
+class Hazards:
+    """What was learned of `classes` classes; those of `apart` stay out of the common prior.
+
+    `index[c][bin]` is what a run of class c is worth at an age. Times are in seconds.
+    """
+
+    def __init__(self, classes: int, apart: frozenset[int] = frozenset()) -> None:
+        self._classes = [_Class() for _ in range(classes)]
+        self._apart = apart
+        self._pool = _UNKNOWN
+        self._pool_index = index(_UNKNOWN)
+        self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
+        self.index = [self._pool_index] * classes
+
+    def opened(self, c: int, at: float) -> None:
+        """A run of class c was used at `at`: from then on it waits for its next use."""
+        each, second = self._classes[c], int(at)
+        if second > each.upto:
+            each.advance(second)
+        each.open[second % MAX_AGE] += 1
+
+    def closed(self, c: int, at: float, now: float) -> None:
+        """The run that was used at `at` is used again."""
+        if self._taken(c, at, now):
+            age = int(now - at)
+            j = BIN_OF[age] if age < MAX_AGE else BINS - 1
+            self._classes[c].hit[j] += 1
+            self._classes[c].end[j] += 1
+
+    def moved(self, old: int, new: int, at: float, now: float) -> None:
+        """The class of an open observation was another one."""
+        if self._taken(old, at, now):
+            self.opened(new, at)
+
+    def _taken(self, c: int, at: float, now: float) -> bool:
+        """Take an open observation out of the ring; False where it has ended by its age."""
+        each, second = self._classes[c], int(at)
+        each.advance(int(now))
+        if second <= each.upto - MAX_AGE or not each.open[second % MAX_AGE]:
+            return False
+        each.open[second % MAX_AGE] -= 1
+        return True
+
+    def rebuild(self, c: int, now: float) -> None:
+        """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""
+        each = self._classes[c]
+        each.advance(int(now))
+        waiting, later = each.open_by_age(), 0.0
+        risk = [0.0] * BINS
+        for j in range(BINS - 1, -1, -1):
+            later += each.end[j]
+            risk[j] = later + waiting[j] / 2
+            later += waiting[j]
+        hits, risk = _smooth(each.hit), _smooth(risk)
+        self._sums[c] = (hits, risk)
+        if risk[0] <= 0:
+            self.index[c] = self._pool_index
+            return
+        self.index[c] = index([
+            (hit + _PRIOR * common) / (at_risk + _PRIOR)
+            for hit, at_risk, common in zip(hits, risk, self._pool, strict=True)
+        ])  # fmt: skip
+        each.hit = [_DECAY * x for x in each.hit]
+        each.end = [_DECAY * x for x in each.end]
+
+    def rebuild_pool(self) -> None:
+        """Learn what all classes have in common: the prior of each."""
+        counted = [s for c, s in enumerate(self._sums) if c not in self._apart]
+        hits = [sum(column) for column in zip(*(s[0] for s in counted), strict=True)]
+        risk = [sum(column) for column in zip(*(s[1] for s in counted), strict=True)]
+        self._pool = [
+            (hit + _PRIOR * unknown) / (at_risk + _PRIOR)
+            for hit, at_risk, unknown in zip(hits, risk, _UNKNOWN, strict=True)
+        ]
+        self._pool_index = index(self._pool)
+
+    def save(self) -> State:
+        """What was learned, for `restore`; what is still open counts as no use until now."""
+        now = max(each.upto for each in self._classes)
+        for each in self._classes:
+            each.advance(now)
+        return {
+            "version": STATE_VERSION,
+            "hit": [[*each.hit] for each in self._classes],
+            "end": [
+                [
+                    ended + waiting
+                    for ended, waiting in zip(each.end, each.open_by_age(), strict=True)
+                ]
+                for each in self._classes
+            ],
+        }
+
+    def restore(self, state: object) -> None:
+        """Begin with what another life had learned.
+
+        Raises:
+            ValueError: Not a state of this version and these classes; nothing has changed.
+        """
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise ValueError(f"not a learned state of version {STATE_VERSION}")
+        hit, end = (self._table(state.get(name), name) for name in ("hit", "end"))
+        for each, hits, ends in zip(self._classes, hit, end, strict=True):
+            each.hit, each.end = hits, ends
+        now = max(each.upto for each in self._classes)
+        for rebuild in range(2):  # the pool needs the sums, and the classes the pool
+            for c, each in enumerate(self._classes):
+                hits, ends = each.hit, each.end
+                self.rebuild(c, now)
+                if not rebuild:
+                    each.hit, each.end = hits, ends
+            self.rebuild_pool()
+
+    def _table(self, rows: object, name: str) -> list[list[float]]:
+        if not isinstance(rows, list) or len(rows) != len(self._classes):
+            raise ValueError(f"{name} must have {len(self._classes)} classes")
+        for row in rows:
+            if not isinstance(row, list) or len(row) != BINS:
+                raise ValueError(f"each class of {name} must have {BINS} bins")
+            if not all(isinstance(x, float) and 0 <= x < 1e15 for x in row):
+                raise ValueError(f"{name} must hold counts of 0 to 1e15")
+        return [[*row] for row in rows]

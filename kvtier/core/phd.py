@@ -1,0 +1,324 @@
+"""PHD, "prefix hit density": give up the run of blocks that is least worth its place.
+
+After a request nobody needs its blocks for a while (the user reads and types), then a return is
+likely, then ever less so. PHD learns that, class by class, from the uses that come and those that
+do not (`Hazards`), and gives up the run with the lowest index at its present age, deep end first.
+LRU keeps exactly the blocks that cannot be needed yet. Figures: docs/eviction.md.
+
+The classes are made of what is known at the time of a request:
+
+    gap   since the blocks' use before: never seen, below 20 s (a program asks), below 90 s, more
+    new   blocks that nobody had asked for: up to 3, up to 15, more
+    out   tokens generated: below 20, below 150, more; 100 until it is known
+
+and one more for shared prefixes: runs with several continuations, or at the root of a path.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.hazards import BIN_OF, MAX_AGE, Hazards, State
+from kvtier.core.policy import NO_USE, Keep, Use
+from kvtier.core.runs import Forest, Run
+
+SAMPLE: Final = 32  # runs that are compared to find a victim, at least; at most twice as many
+GHOSTS: Final = 16_384  # keys remembered after they left, at least; else as many as are here
+POOR: Final = 16
+MAX_GHOSTS: Final = 131_072
+SHARED: Final = 36  # the class of shared prefixes
+EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
+CYCLE: Final = 128  # requests between two looks at what a class has learned
+
+_Ghost = tuple[float, int]  # last use; class of the observation that is still open, or -1
+
+
+class PHD:
+    """See the module. An `EvictionPolicy`; deterministic, without a clock of its own."""
+
+    def __init__(self) -> None:
+        self._forest = Forest()
+        self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
+        self._ghosts: OrderedDict[BlockKey, _Ghost] = OrderedDict()
+        self._now = 0.0
+        self._requests = 0
+        self._last: int | None = None  # the request of the last touch
+        self._turn = 0  # where the next sample begins
+        self._mark: _Ghost = (0.0, -1)
+        self._poor: list[Run] = []  # of earlier samples, the next to go
+        self._found: list[Run] = []  # of the last sample
+        self._victim: Run | None = None  # goes on being given up until something is touched
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._forest.of
+
+    def __len__(self) -> int:
+        return len(self._forest.of)
+
+    # --- used -------------------------------------------------------------------------
+
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+        """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
+        keys = path if isinstance(path, list) else [*path]
+        if use.now > self._now:
+            self._now = use.now
+        self._victim = None
+        self._turn += 1
+        self._poor = self._found
+        if use.request is None:
+            self._enter(keys)
+            return
+        if use.request != self._last:
+            self._last = use.request
+            self._learn()
+        self._use(keys, use, use.request)
+
+    def _enter(self, keys: list[BlockKey]) -> None:
+        """Blocks came by themselves: a use is still to come."""
+        i, above = 0, None
+        while i < len(keys):
+            runs, i = self._forest.walk(keys, i, above)
+            above = runs[-1] if runs else above
+            end = self._unknown_until(keys, i)
+            if end > i:
+                above = self._forest.add(keys[i:end], above)
+                above.cls, above.t = _kind(0, None), self._now
+            i = end
+
+    def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
+        runs, i = self._forest.walk(keys, 0, None)
+        new = self._new(keys, runs, i, request)
+        kind = _kind(new, use.output_tokens)
+        above: Run | None = None
+        while True:
+            for run in runs:
+                above = self._use_run(run, above, request, kind, len(keys))
+                above.new = new
+            if i == len(keys):
+                return
+            end = self._unknown_until(keys, i)
+            above = self._append(keys[i:end], above, request, kind)
+            above.new = new
+            runs, i = self._forest.walk(keys, end, above)
+
+    def _new(self, keys: list[BlockKey], runs: list[Run], known: int, request: int) -> int:
+        """How many blocks of this request nobody had asked for, as far as it was told."""
+        before = 0
+        for run in runs:
+            if run.request == request:  # what was new then is known no more, but counted
+                before = run.new
+            elif run.request is None and run.blocks[0] not in self._ghosts:
+                before += len(run.blocks)
+        for i in range(known, len(keys)):
+            if keys[i] not in self._ghosts:
+                return before + len(keys) - i
+        return before
+
+    def _use_run(self, run: Run, above: Run | None, request: int, kind: int, length: int) -> Run:
+        """A request used all of `run`; the run that its blocks are in now."""
+        if run.request == request:  # it was told before, when less was known of the request
+            if run.cls != SHARED and run.cls % 9 != kind:
+                cls = run.cls - run.cls % 9 + kind
+                if run.open:
+                    self._hazards.moved(run.cls, cls, run.t, self._now)
+                run.cls = cls
+            return run
+        now = self._now
+        if run.request is None:
+            gap = self._gaps(run.blocks)[0]
+        else:
+            gap = _gap(now - run.t)
+            if run.open:
+                self._hazards.closed(run.cls, run.t, now)
+        if length > len(run.blocks) and (run.children > 1 or self._forest.parent(run) is None):
+            run.cls = SHARED
+        else:
+            run.cls = gap + kind
+        run.t, run.request, run.open = now, request, False
+        if (
+            above is not None
+            and above.cls == run.cls
+            and above.children == 1
+            and above.request == request
+        ):
+            self._forest.merge(above, run)
+        else:
+            run.open = True
+            self._hazards.opened(run.cls, now)
+        return run
+
+    def _append(self, keys: list[BlockKey], above: Run | None, request: int, kind: int) -> Run:
+        """New keys below `above`; the last of the runs that they make up."""
+        gaps = self._gaps(keys)
+        i = 0
+        if (
+            above is not None
+            and above.request == request
+            and above.cls == kind == gaps[0] + kind  # never seen, as these
+            and not above.children
+        ):  # more of what the same request had begun to tell
+            i = _same(gaps, 0)
+            self._forest.extend(above, keys[:i])
+        while i < len(keys):
+            end = _same(gaps, i)
+            above = self._forest.add(keys[i:end], above)
+            above.cls, above.t = gaps[i] + kind, self._now
+            above.request, above.open = request, True
+            self._hazards.opened(above.cls, self._now)
+            i = end
+        assert above is not None, "an empty path has no new keys"
+        return above
+
+    def _gaps(self, keys: list[BlockKey]) -> list[int]:
+        """By key, the part of the class that says when it was last used; they are no ghosts now."""
+        ghosts, now = self._ghosts, self._now
+        gaps = [0] * len(keys)
+        for i, key in enumerate(keys):
+            ghost = ghosts.pop(key, None)
+            if ghost is not None:
+                at, cls = ghost
+                gaps[i] = _gap(now - at)
+                if cls >= 0:
+                    self._hazards.closed(cls, at, now)
+        return gaps
+
+    def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
+        known = self._forest.of
+        for i in range(start, len(keys)):
+            if keys[i] in known:
+                return i
+        return len(keys)
+
+    def _learn(self) -> None:
+        """Look at one class, or at what all have in common: no request waits for all of them."""
+        self._requests += 1
+        turn, rest = divmod(self._requests % CYCLE, 3)
+        if rest or turn > SHARED + 1:
+            return
+        if turn <= SHARED:
+            self._hazards.rebuild(turn, self._now)
+        else:
+            self._hazards.rebuild_pool()
+
+    # --- given up ---------------------------------------------------------------------
+
+    def remove(self, key: BlockKey) -> None:
+        """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
+        run = self._forest.remove(key)
+        if run is None:
+            return
+        if not run.blocks:
+            if run is self._victim:
+                self._victim = None
+            self._turn += 1
+        if run.request is not None:
+            if run.blocks or not run.open:
+                if self._mark[0] != run.t:
+                    self._mark = (run.t, -1)  # one for all blocks of a run
+                self._ghosts[key] = self._mark
+            else:
+                self._ghosts[key] = (run.t, run.cls)
+        limit = min(MAX_GHOSTS, max(GHOSTS, len(self._forest.of)))
+        while len(self._ghosts) > limit:
+            self._ghosts.popitem(last=False)
+
+    def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
+        """See `EvictionPolicy.coldest`; O(SAMPLE) a run.
+
+        The first run is the worst of a sample, and stays so until something is touched.
+        """
+        passed: set[Run] = set()
+        freed: dict[Run, int] = {}  # children that were passed
+        bared: list[Run] = []  # runs of which all children were
+        run = self._victim
+        if run is None or run.place < 0:
+            run = self._sampled(passed, bared)
+        while run is not None:
+            passed.add(run)
+            whole = True
+            for key in reversed(run.blocks):
+                if keep is not None and keep(key):
+                    whole = False
+                    break
+                self._victim = self._victim or run
+                yield key
+            above = self._forest.parent(run)
+            if whole and above is not None:
+                freed[above] = freed.get(above, 0) + 1
+                if freed[above] == above.children:
+                    bared.append(above)
+            run = self._sampled(passed, bared)
+
+    def _sampled(self, passed: set[Run], bared: list[Run]) -> Run | None:
+        """The run with the lowest index among some leaves, and all of `bared`."""
+        leaves = self._forest.leaves
+        step = len(leaves) // SAMPLE
+        if step > 1:
+            # Evenly spread over the array, from another place each time.
+            first = (self._turn + len(passed)) * 40_503 % 65_536 * step >> 16
+            again = [run for run in self._poor if run.place >= 0]
+            worst = self._worst([*leaves[first::step], *again, *bared], passed)
+            if worst is not None:
+                return worst
+        return self._worst([*leaves, *bared], passed)
+
+    def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
+        """The first of `runs` to give up; those next to it are compared again next time."""
+        index, now = self._hazards.index, self._now
+        order: list[tuple[float, float, int]] = []
+        for i, run in enumerate(runs):
+            age = int(now - run.t)
+            order.append((index[run.cls][BIN_OF[age] if age < MAX_AGE else -1], run.t, i))
+        order.sort()
+        poor: dict[Run, None] = {}
+        worst = None
+        for _, _, i in order:
+            run = runs[i]
+            if run in passed:
+                continue
+            if worst is None:
+                worst = run
+            poor[run] = None
+            if len(poor) > POOR:
+                break
+        self._found = [*poor]
+        return worst
+
+    # --- kept over a restart ----------------------------------------------------------
+
+    def save(self) -> State:
+        """What was learned: plain lists and numbers, for `restore`."""
+        return self._hazards.save()
+
+    def restore(self, state: object) -> None:
+        """Go on with what an earlier life had learned.
+
+        Raises:
+            ValueError: Not such a state, or one of another version; nothing has changed.
+        """
+        self._hazards.restore(state)
+
+    def check(self) -> None:
+        """Assert every invariant; O(keys)."""
+        self._forest.check()
+        assert not self._ghosts.keys() & self._forest.of.keys() or any(
+            run.request is None for run in self._forest.of.values()
+        ), "a ghost is here"
+
+
+def _gap(seconds: float) -> int:
+    return 9 if seconds < 20 else 18 if seconds < 90 else 27
+
+
+def _kind(new: int, output: int | None) -> int:
+    out = EXPECTED_OUTPUT if output is None else output
+    return (0 if new <= 3 else 3 if new <= 15 else 6) + (0 if out < 20 else 1 if out < 150 else 2)
+
+
+def _same(gaps: list[int], start: int) -> int:
+    """The end of the stretch of equal gaps that begins at `start`."""
+    end = start + 1
+    while end < len(gaps) and gaps[end] == gaps[start]:
+        end += 1
+    return end

@@ -1,0 +1,179 @@
+"""The keys of a tier as a forest of runs: blocks that were last used together, and so go together.
+
+A run's parent is the nearest run above it on a path that was touched; the keys between may have
+left. Every step costs O(runs) and not O(blocks) where it can: a split leaves the lower part its
+identity, and a merge the deeper run, so that the runs below need not be told.
+"""
+
+from itertools import islice
+
+from kvtier.core.blocks import BlockKey
+
+
+class Run:
+    """Blocks last used by the same request and of the same class, shallow to deep."""
+
+    __slots__ = (
+        "blocks",
+        "children",
+        "cls",
+        "new",
+        "open",
+        "parent",
+        "place",
+        "request",
+        "t",
+    )
+
+    def __init__(self, blocks: list[BlockKey], parent: "Run | None") -> None:
+        self.blocks = blocks  # empty: gone, its children are its parent's
+        self.parent = parent
+        self.children = 0
+        self.place = -1  # among the leaves; -1: it has children
+        self.cls = 0
+        self.t = 0.0  # of the last use, in seconds
+        self.request: int | None = None  # the last one; None: it was never asked for
+        self.new = 0  # blocks of that request that nobody had asked for before, down to here
+        self.open = False  # whether it is observed when the next use comes
+
+
+class Forest:
+    """Runs by key, and those without children in an array, in no order."""
+
+    def __init__(self) -> None:
+        self.of: dict[BlockKey, Run] = {}
+        self.leaves: list[Run] = []
+
+    def add(self, blocks: list[BlockKey], parent: Run | None) -> Run:
+        """A new run below `parent`, of keys that are not here."""
+        run = Run(blocks, parent)
+        if parent is not None:
+            self._unleaf(parent)
+            parent.children += 1
+        self.of.update(dict.fromkeys(blocks, run))
+        self._leaf(run)
+        return run
+
+    def extend(self, run: Run, blocks: list[BlockKey]) -> None:
+        """Put keys that are not here at the deep end of a leaf."""
+        run.blocks += blocks
+        self.of.update(dict.fromkeys(blocks, run))
+
+    def split(self, run: Run, at: int) -> Run:
+        """Cut before blocks[at]; the upper part, which is new and is the one still observed."""
+        upper = Run(run.blocks[:at], run.parent)
+        upper.cls, upper.t, upper.open = run.cls, run.t, run.open
+        upper.request, upper.new, upper.children = run.request, run.new, 1
+        del run.blocks[:at]
+        run.parent, run.open = upper, False
+        self.of.update(dict.fromkeys(upper.blocks, upper))
+        return upper
+
+    def merge(self, upper: Run, lower: Run) -> None:
+        """Put `upper`, whose only child is `lower`, before it; `lower` is what remains."""
+        lower.blocks = upper.blocks + lower.blocks
+        lower.parent, lower.open = upper.parent, upper.open
+        lower.t = upper.t
+        self.of.update(dict.fromkeys(upper.blocks, lower))
+        upper.blocks = []
+
+    def parent(self, run: Run) -> Run | None:
+        """The run above."""
+        above = run.parent
+        while above is not None and not above.blocks:
+            above = above.parent
+        run.parent = above
+        return above
+
+    def walk(self, path: list[BlockKey], start: int, above: Run | None) -> tuple[list[Run], int]:
+        """The runs that the known keys of path[start:] make up, up to the first unknown one.
+
+        They are cut where the path leaves them, and each is made a child of the one before it,
+        the first of `above`. Also the index of that unknown key.
+        """
+        runs: list[Run] = []
+        i, end = start, len(path)
+        while i < end and (run := self.of.get(path[i])) is not None:
+            if run.blocks[0] != path[i]:
+                self.split(run, run.blocks.index(path[i]))
+            if above is not None and run.parent is not above and self.parent(run) is not above:
+                self._move(run, above)
+            length = len(run.blocks)
+            if path[i : i + length] != run.blocks:
+                length = _common(run.blocks, path, i)
+                run = self.split(run, length)
+            runs.append(run)
+            above = run
+            i += length
+        return runs, i
+
+    def remove(self, key: BlockKey) -> Run | None:
+        """Take one key out; the run that it was in, None if it is not here."""
+        run = self.of.pop(key, None)
+        if run is None:
+            return None
+        if run.blocks[-1] != key:
+            at = run.blocks.index(key) + 1
+            self.of[key] = run  # for a moment, so that the split is an ordinary one
+            run = self.split(run, at)
+            del self.of[key]
+        run.blocks.pop()
+        if not run.blocks:
+            above = self.parent(run)
+            if run.place >= 0:
+                self._unleaf(run)
+            if above is not None:
+                above.children += run.children - 1
+                if not above.children:
+                    self._leaf(above)
+        return run
+
+    def _move(self, run: Run, above: Run) -> None:
+        before = self.parent(run)
+        if before is not None:
+            before.children -= 1
+            if not before.children:
+                self._leaf(before)
+        self._unleaf(above)
+        above.children += 1
+        run.parent = above
+
+    def _leaf(self, run: Run) -> None:
+        run.place = len(self.leaves)
+        self.leaves.append(run)
+
+    def _unleaf(self, run: Run) -> None:
+        if run.place < 0:
+            return
+        last = self.leaves.pop()
+        if last is not run:
+            self.leaves[run.place] = last
+            last.place = run.place
+        run.place = -1
+
+    def check(self) -> None:
+        """Assert every invariant; O(keys)."""
+        runs = {id(run): run for run in self.of.values()}.values()
+        children = dict.fromkeys(map(id, runs), 0)
+        for run in runs:
+            assert run.blocks, "a run without blocks is known"
+            assert all(self.of.get(key) is run for key in run.blocks), "a key is in another run"
+            above = self.parent(run)
+            if above is not None:
+                children[id(above)] += 1
+        assert sum(len(run.blocks) for run in runs) == len(self.of), "a key is lost"
+        for run in runs:
+            assert run.children == children[id(run)], "children are miscounted"
+            assert (run.place >= 0) == (not run.children), "a leaf is none, or the other way"
+        assert [run.place for run in self.leaves] == [*range(len(self.leaves))]
+        assert all(id(run) in children for run in self.leaves)
+
+
+def _common(blocks: list[BlockKey], path: list[BlockKey], start: int) -> int:
+    """How many of `blocks` the path goes on with at `start`, where they differ somewhere."""
+    length = 0
+    for block, key in zip(blocks, islice(path, start, None), strict=False):
+        if block != key:
+            break
+        length += 1
+    return length

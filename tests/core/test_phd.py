@@ -1,0 +1,193 @@
+"""PHD: what it learns, what it gives up first, and that its books stay right."""
+
+import json
+from random import Random
+
+import pytest
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.hazards import BINS, MAX_AGE, Hazards, index
+from kvtier.core.phd import GHOSTS, PHD
+from kvtier.core.policy import EvictionPolicy, Use
+from kvtier.testing.policies import PolicyTests, path
+
+
+class TestPHD(PolicyTests):
+    @pytest.fixture
+    def policy(self) -> PHD:
+        return PHD()
+
+
+def prompt(name: int, blocks: int) -> list[BlockKey]:
+    return [BlockKey(name.to_bytes(8, "big") + bytes([n])) for n in range(blocks)]
+
+
+class Cache:
+    """A tier of some blocks, used by whole prompts at given times."""
+
+    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.requests = 0
+
+    def ask(self, keys: list[BlockKey], now: float, output: int | None = None) -> int:
+        """Leading blocks that were there."""
+        hits = next((n for n, key in enumerate(keys) if key not in self.policy), len(keys))
+        self.requests += 1
+        self.policy.touch(keys, Use(now, self.requests, output))
+        over = len(self.policy) - self.capacity
+        victims = [key for key, _ in zip(self.policy.coldest(), range(over), strict=False)]
+        for key in victims:
+            self.policy.remove(key)
+        return hits
+
+
+def returning_users(policy: EvictionPolicy, capacity: int, seed: int = 0) -> float:
+    """Each user asks twice, a minute apart; in between many ask once. The share of hits."""
+    rng, cache, hits, asked = Random(seed), Cache(policy, capacity), 0, 0
+    coming: list[tuple[float, int]] = []
+    for second in range(3000):
+        now = float(second)
+        coming.append((now + 55 + 10 * rng.random(), second))
+        cache.ask(prompt(second, 6), now)  # who comes back: a prompt of 6 blocks
+        for n in range(3):
+            cache.ask(prompt(1_000_000 + 3 * second + n, 20), now)  # who does not: 20
+        while coming and coming[0][0] <= now:
+            _, user = coming.pop(0)
+            hits += cache.ask(prompt(user, 6), now)
+            asked += 6
+    return hits / asked
+
+
+def test_learns_which_prompts_come_back_where_lru_has_forgotten_them_all():
+    from kvtier.core.policy import LRU
+
+    assert returning_users(LRU(), capacity=500) == 0.0  # they live 8 s
+    assert returning_users(PHD(), capacity=500) > 0.8
+
+
+def test_what_was_learned_serves_another_life():
+    first = PHD()
+    returning_users(first, capacity=500)
+    saved = json.loads(json.dumps(first.save()))  # plain data
+    blind, taught = PHD(), PHD()
+    taught.restore(saved)
+    for policy in (blind, taught):
+        cache = Cache(policy, 500)
+        for second in range(60):
+            cache.ask(prompt(second, 6), float(second))
+            for n in range(3):
+                cache.ask(prompt(1_000_000 + 3 * second + n, 20), float(second))
+    there = [sum(prompt(user, 6)[0] in each for user in range(55)) for each in (blind, taught)]
+    assert there[0] < 30
+    assert there[1] > 50
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None, [], {}, {"version": 0}, {"version": 1, "hit": [], "end": []},
+        {"version": 1, "hit": [[0.0] * BINS] * 37, "end": [[0.0] * 3] * 37},
+        {"version": 1, "hit": [[-1.0] * BINS] * 37, "end": [[0.0] * BINS] * 37},
+        {"version": 1, "hit": [[float("nan")] * BINS] * 37, "end": [[0.0] * BINS] * 37},
+        {"version": 1, "hit": [["0"] * BINS] * 37, "end": [[0.0] * BINS] * 37},
+    ],
+)  # fmt: skip
+def test_a_bad_state_is_refused_and_nothing_changes(state):
+    policy = PHD()
+    before = policy.save()
+    with pytest.raises(ValueError):
+        policy.restore(state)
+    assert policy.save() == before
+
+
+def test_pieces_of_a_request_are_one_use():
+    """A prompt that is found, loaded and written over seconds was not asked for twice."""
+    policy = PHD()
+    for n in range(400):
+        keys = prompt(n, 30)
+        for step, end in enumerate((3, 3, 17, 17, 29, 30)):
+            policy.touch(keys[:end], Use(n * 100.0 + 5 * step, n))
+        policy.touch(keys, Use(n * 100.0 + 40, n, 300))
+    assert not any(map(any, policy.save()["hit"]))
+    once = PHD()
+    for n in range(400):
+        once.touch(prompt(n, 30), Use(n * 100.0, n, 300))
+    count = [sum(map(sum, each.save()["end"])) for each in (policy, once)]
+    assert count[0] == pytest.approx(count[1], rel=0.02)
+    policy.check()
+
+
+def test_a_block_lost_in_the_middle_leaves_the_rest_in_order():
+    policy = PHD()
+    keys = prompt(1, 9)
+    policy.touch(keys, Use(0.0, 1))
+    for gone in (4, 0, 8):
+        policy.remove(keys[gone])
+        policy.check()
+    left = [key for n, key in enumerate(keys) if n not in {4, 0, 8}]
+    assert [*policy.coldest()] == left[::-1]
+    policy.touch(keys, Use(50.0, 2))  # all come back
+    policy.check()
+    assert [*policy.coldest()] == keys[::-1]
+
+
+def test_the_books_stay_right_whatever_comes_and_goes():
+    rng = Random(5)
+    policy = PHD()
+    now = 0.0
+    for n in range(3000):
+        now += rng.choice([0.0, 1.0, 100.0, 4000.0])
+        keys = path(*(rng.randrange(3) for _ in range(rng.randint(1, 8))))
+        some = [key for key in keys if key in policy or rng.random() < 0.9]
+        policy.touch(some, Use(now, rng.choice([n, n - 1, None]), rng.choice([None, 10, 500])))
+        while len(policy) > 60:
+            policy.remove(next(iter(policy.coldest())))
+        if rng.random() < 0.2 and keys[0] in policy:
+            policy.remove(keys[0])
+        if not n % 10:
+            policy.check()
+
+
+def test_memory_is_bounded():
+    """Ghosts and open observations do not grow with the requests."""
+    cache = Cache(PHD(), 100)
+    for n in range(GHOSTS // 2):
+        cache.ask(prompt(n, 4), float(n))
+    assert len(cache.policy._ghosts) == GHOSTS
+    assert all(len(each.open) == MAX_AGE for each in cache.policy._hazards._classes)
+
+
+def test_the_index_prefers_what_is_due_soon():
+    """Uses come 60 s after the one before, and never later than 120 s."""
+    hazards = Hazards(1)
+    for n in range(2000):
+        hazards.opened(0, n)
+        if n >= 60:
+            hazards.closed(0, n - 60, n)
+    hazards.rebuild_pool()
+    hazards.rebuild(0, 2000)
+    just, due, late = (hazards.index[0][b] for b in (0, 18, 25))  # 0 s, 51 s, 183 s
+    assert due > 3 * just
+    assert due > 3 * late
+
+
+def test_the_index_of_an_even_hazard_is_even():
+    """Without memory in the hazard there is none in the worth: ages are alike."""
+    widths = [2.0, *(2.0 * 1.2 ** (j - 1) * 0.2 for j in range(1, BINS))]
+    worth = index([min(1.0, 0.001 * width) for width in widths[:30]] + [0.0] * (BINS - 30))
+    assert max(worth[:20]) < 1.2 * min(worth[:20])
+
+
+def test_observations_end_after_an_hour_without_a_hit():
+    hazards = Hazards(1)
+    hazards.opened(0, 10)
+    hazards.opened(0, 2000)
+    hazards.closed(0, 10, 10 + MAX_AGE)  # too late: it was counted as no use
+    hazards.closed(0, 2000, 2000 + MAX_AGE - 1)
+    saved = hazards.save()
+    assert sum(saved["hit"][0]) == 1
+    assert sum(saved["end"][0]) == 2
+    hazards.opened(0, 9000)
+    hazards.rebuild(0, 90_000)  # a long silence
+    assert sum(map(sum, hazards.save()["end"])) == pytest.approx(3 * 0.98)

@@ -1,0 +1,164 @@
+"""Replay, the bound, the workloads, and the commands around them."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from kvtier.cli import main
+from kvtier.core.phd import PHD
+from kvtier.core.policies import POLICIES
+from kvtier.core.policy import LRU
+from kvtier.errors import ConfigError
+from kvtier.sim.belady import optimum
+from kvtier.sim.evict import Workload, replay
+from kvtier.sim.trace import Request, read_trace
+from kvtier.sim.workloads import KINDS, generate
+
+
+def asked(*paths: str, block_tokens: int = 4) -> Workload:
+    """Prompts named by their blocks, a second apart; a capital is a partly filled block."""
+    requests = []
+    for at, path in enumerate(paths):
+        tokens = sum(block_tokens - each.isupper() for each in path)
+        requests.append(Request(float(at), tokens, 1, tuple(map(ord, path)), block_tokens))
+    return Workload(requests)
+
+
+class TestReplay:
+    def test_counts_leading_blocks_only(self) -> None:
+        workload = asked("abc", "abX", "abd", "xbc")
+        result = replay(workload, LRU, 100)
+        # abX: two blocks of 11 tokens; abd: two of 12; xbc: b and c are others below x.
+        assert result.hits.hit_tokens == 8 + 8
+        assert result.hits.tokens == 12 + 11 + 12 + 12
+        assert result.hits.hit_blocks == 4
+        assert workload.footprint == 8  # with X
+
+    def test_the_partly_filled_block_is_never_kept(self) -> None:
+        assert replay(asked("aX", "aX"), LRU, 100).hits.hit_blocks == 1
+
+    def test_a_small_cache_forgets_the_oldest_and_deepest(self) -> None:
+        assert replay(asked("abc", "xy", "abc"), LRU, 4).hits.hit_blocks == 2
+        assert replay(asked("abc", "xy", "abc"), LRU, 5).hits.hit_blocks == 3
+
+    def test_a_prompt_larger_than_the_cache_keeps_its_beginning(self) -> None:
+        for policy in POLICIES.values():
+            assert replay(asked("abcdef", "abcdef"), policy, 3).hits.hit_blocks <= 3
+
+    def test_a_trace_without_a_full_block_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no request has a full block"):
+            asked("A", "B")
+
+
+class TestOptimum:
+    def test_nothing_beats_it_and_it_can_be_reached(self) -> None:
+        """On tiny workloads, against every choice that there is."""
+        paths = ["ab", "ac", "xy", "ab", "xy", "ac", "z", "ab", "x"]
+        for capacity in range(1, 6):
+            assert optimum(asked(*paths), capacity).hits.hit_blocks == _best(paths, capacity)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_bounds_every_policy(self, kind: str) -> None:
+        workload = Workload(generate(kind, 3, 600))
+        for fraction in (0.01, 0.1, 1.0):
+            capacity = workload.capacity(fraction)
+            bound = optimum(workload, capacity).hits
+            for policy in POLICIES.values():
+                assert replay(workload, policy, capacity).hits.hit_blocks <= bound.hit_blocks
+        assert bound.hit_blocks == replay(workload, LRU, capacity).hits.hit_blocks  # all fits
+
+
+def _best(paths: list[str], capacity: int) -> int:
+    """The most hits by trying every content of the cache after every request."""
+    states: dict[frozenset[str], int] = {frozenset(): 0}
+    for path in paths:
+        after: dict[frozenset[str], int] = {}
+        prefixes = [path[: n + 1] for n in range(len(path))]
+        for kept, hits in states.items():
+            found = next((n for n, each in enumerate(prefixes) if each not in kept), len(path))
+            there = sorted(kept | {*prefixes})
+            for size in range(min(capacity, len(there)) + 1):
+                for chosen in combinations(there, size):
+                    state = frozenset(chosen)
+                    after[state] = max(after.get(state, 0), hits + found)
+        states = after
+    return max(states.values())
+
+
+class TestWorkloads:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_seed_means_the_same_traffic_again(self, kind: str) -> None:
+        first, again, other = (list(generate(kind, seed, 200)) for seed in (1, 1, 2))
+        assert first == again != other
+        assert list(generate(kind, 1, 50)) == first[:50]
+        times = [request.at_s for request in first]
+        assert times == sorted(times)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_equal_ids_mean_equal_beginnings(self, kind: str) -> None:
+        parents: dict[int, int | None] = {}
+        for request in generate(kind, 4, 500, block_tokens=128):
+            assert len(request.blocks) == -(-request.input_tokens // 128)
+            for above, block in zip([None, *request.blocks], request.blocks, strict=False):
+                assert parents.setdefault(block, above) == above
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_phd_is_not_behind_lru(self, kind: str) -> None:
+        workload = Workload(generate(kind, 5, 2500))
+        for fraction in (0.01, 0.05, 0.2):
+            capacity = workload.capacity(fraction)
+            phd, lru = (replay(workload, each, capacity).hits.token_ratio for each in (PHD, LRU))
+            assert phd >= lru - 0.005
+
+
+class TestCommands:
+    def test_a_generated_trace_is_replayed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trace, out, png = (tmp_path / name for name in ("t.jsonl.gz", "out.json", "p.png"))
+        arguments = ["trace", "generate", "chat", "--seed", "3", "--requests", "300"]
+        assert main([*arguments, "--out", str(trace)]) == 0
+        assert len([*read_trace(trace)]) == 300
+        assert main(["trace", "show", str(trace)]) == 0
+        assert "300 requests" in capsys.readouterr().out
+        arguments = ["simulate", "evict", "--trace", str(trace), "--capacity", "0.01,0.1"]
+        assert main([*arguments, "--policy", "all", "--json", str(out), "--plot", str(png)]) == 0
+        assert "tokens found" in capsys.readouterr().out
+        figures = json.loads(out.read_text())
+        assert figures["trace"] == "t.jsonl.gz"
+        assert figures["footprint_blocks"] > 300
+        by_name = {(r["policy"], r["capacity_fraction"]): r for r in figures["results"]}
+        assert {name for name, _ in by_name} == {*POLICIES, "opt"}
+        for row in by_name.values():
+            assert 0 <= row["flop_saved"] <= row["token_hit_ratio"] <= 1
+            best = by_name["opt", row["capacity_fraction"]]["token_hit_ratio"]
+            assert row["token_hit_ratio"] <= best + 0.01  # the bound is in blocks
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--capacity", "0.1,2"], "--capacity '2': must be a share above 0 and up to 1"),
+            (["--capacity", "x"], "--capacity 'x'"),
+            (["--policy", "fifo"], "--policy 'fifo': must be of phd, lru"),
+            (["--block-size", "0"], "--block-size 0: must be 1 to 1048576"),
+            (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
+            (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: No such file"),
+            (["--plot", "out.nothing"], "--plot out.nothing: "),
+        ],
+    )
+    def test_a_mistake_is_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    ) -> None:
+        trace = tmp_path / "t.jsonl"
+        trace.write_text('{"timestamp": 0, "input_length": 512, "hash_ids": [1]}\n')
+        assert main(["simulate", "evict", "--trace", str(trace), *arguments]) == 2
+        errors = capsys.readouterr().err
+        assert said in errors
+        assert "Traceback" not in errors
+
+    def test_a_missing_trace_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["simulate", "evict", "--trace", "/nowhere.jsonl"]) == 2
+        assert "trace /nowhere.jsonl: No such file" in capsys.readouterr().err
