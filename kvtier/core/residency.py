@@ -17,8 +17,10 @@ well: dropping it would only have it copied down again, and so on in a circle. A
 could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from operator import eq
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
@@ -26,6 +28,7 @@ from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsag
 from kvtier.core.policy import LRU, PolicyFactory
 from kvtier.core.tiers import Tier, TierSpec
 
+RUN = 64  # neighbouring slots that are compared at once
 LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
 
 
@@ -46,6 +49,11 @@ class Residency:
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, policy(), block_nbytes) for spec in tiers]
         self._blocks: dict[BlockKey, Block] = {}
+        # Beside `_blocks`: a read of what lies in host memory, on every engine's path, looks at
+        # few places, since the processor's caches do not hold a large ledger.
+        self._in_host: dict[BlockKey, Slot] = {}
+        self._key_at: list[BlockKey | None] = [None] * self.slots  # the same, by slot
+        self._pins = array("I", bytes(4 * self.slots))  # leases on each slot
         self._moves = 0
         self._draining_all = False
         self._effects: list[Effect] = []
@@ -152,6 +160,28 @@ class Residency:
                 return tier
         return None
 
+    def _leading_slots(self, keys: Sequence[BlockKey]) -> list[Slot]:
+        """The slots of `keys` in the host tier, from the first key on up to the first gap.
+
+        Neighbours of a path mostly lie in neighbouring slots: these are compared as a whole
+        instead of looked up one by one, which is what costs in a large ledger.
+        """
+        slots: list[Slot] = []
+        previous = -1
+        while len(slots) < len(keys):
+            slot = self._in_host.get(keys[len(slots)])
+            if slot is None:
+                break
+            slots.append(slot)
+            if len(slots) == 1 or slot == previous + 1:
+                wanted = keys[len(slots) : len(slots) + RUN]
+                found = self._key_at[slot + 1 : slot + 1 + len(wanted)]
+                same = [*map(eq, wanted, found)]
+                run = same.index(False) if False in same else len(same)
+                slots += map(Slot, range(slot + 1, slot + 1 + run))
+            previous = slots[-1]
+        return slots
+
     def _lies_below(self, key: BlockKey, tier: int) -> bool:
         for copies in self._tiers[tier + 1 :]:  # noqa: SIM110 - on every write's path
             if key in copies.sizes:
@@ -160,6 +190,11 @@ class Residency:
 
     def _place(self, key: BlockKey, tier: int, nbytes: int) -> None:
         self._tiers[tier].add(key, nbytes)
+        if tier == HOST:
+            slot = self._blocks[key].slot
+            assert slot is not None
+            self._in_host[key] = slot
+            self._key_at[slot] = key
         self._effects.append(Held(key, tier))
         self._sort(key)
 
@@ -171,6 +206,7 @@ class Residency:
         if gone:
             self._effects.append(Gone(key, tier))
         if tier == HOST:
+            self._key_at[self._in_host.pop(key)] = None
             self._free_slot(self._blocks[key])
         self._sort(key)
 
@@ -181,7 +217,7 @@ class Residency:
 
     def _free_slot(self, block: Block) -> None:
         assert block.slot is not None
-        assert block.pins == 0
+        assert self._pins[block.slot] == 0
         self._free.append(block.slot)
         block.slot = None
         block.phase = Phase.STABLE
@@ -247,8 +283,9 @@ class Residency:
         return None, overdue
 
     def _idle(self, key: BlockKey, tier: int) -> bool:
-        block = self._blocks[key]
-        return block.move is None and (tier != HOST or block.pins == 0)
+        if self._blocks[key].move is not None:
+            return False
+        return tier != HOST or self._pins[self._in_host[key]] == 0
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
@@ -328,6 +365,10 @@ class Residency:
         assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
         moves = [block.move for block in self._blocks.values() if block.move is not None]
         assert len(moves) == self._moves
+        host = {key: self._blocks[key].slot for key in self._tiers[HOST].sizes}
+        at = {key: slot for slot, key in enumerate(self._key_at) if key is not None}
+        assert self._in_host == host == at, "a block is not where it should be"
+        assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target != HOST for move in moves)
             assert copies.coming == coming <= copies.spec.queue

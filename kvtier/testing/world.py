@@ -207,6 +207,10 @@ class World:
             self.seen["read checked"] += len(held)
         else:
             assert lease.loading, "nothing is awaited, but nobody was told"
+            come = lease.arrived()
+            assert held[:come] == lease.keys[:come], "a reader has a wrong block before the end"
+            assert come == len(held) or lease.keys[come] in lease.loading
+            self.seen["read in part"] += come > 0
 
     def check_cascade(self) -> None:
         """Right after a commit: what the host tier has too much of is on its way down."""

@@ -10,7 +10,7 @@ from types import ModuleType
 import kvtier.core
 from kvtier.core.ledger import Ledger
 
-MODULES = ("copies", "residency", "ledger")  # in the order in which they import each other
+MODULES = ("copies", "lease", "residency", "ledger")  # in the order in which they import each other
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,23 @@ def bug(name: str, *edits: str) -> Bug:
 
 
 BUGS = [
-    bug("a loading block is not pinned", "Phase.LOADING, 1", "Phase.LOADING, 0"),
+    bug("a loading block is not pinned", "slot, Phase.LOADING, 1", "slot, Phase.LOADING, 0"),
     bug(
         "leases are not cut when a load fails",
         "self._cut(lease, lease.keys.index(move.key))",
         "pass",
     ),
     bug("the only copy is dropped", "below is None or below.paused", "True"),
-    bug("leased blocks are dropped", "(tier != HOST or block.pins == 0)", "True"),
-    bug("moving blocks are dropped", "return block.move is None and", "return"),
+    bug(
+        "leased blocks are dropped",
+        "return tier != HOST or self._pins[self._in_host[key]] == 0",
+        "return True",
+    ),
+    bug("moving blocks are dropped", "if self._blocks[key].move is not None:", "if False:"),
     bug(
         "slots of abandoned writes leak",
-        "block.pins -= 1\n            self._free_slot(block)",
-        "block.pins -= 1",
+        "self._pins[block.slot] -= 1\n            self._free_slot(block)",
+        "self._pins[block.slot] -= 1",
     ),
     bug("a paused tier is read", "if key in copies and not copies.paused", "if key in copies"),
     bug("a paused tier is written", "return not self.paused and", "return"),
@@ -110,8 +114,8 @@ BUGS = [
     bug("resume forgets what waited", "paused = False\n        self._drain()", "paused = False"),
     bug(
         "a commit starts no copies",
-        "self._touch(lease.path)\n        self._drain()",
-        "self._touch(lease.path)",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)\n        self._drain()",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)",
     ),
     bug(
         "a lease tells the wrong source",
@@ -124,6 +128,21 @@ BUGS = [
         "if block.slot is None:",
     ),
     bug("a failed load frees no slot", "self._free_slot(block)\n            source", "source"),
+    bug(
+        "what still loads counts as arrived",
+        "while self.keys[self._arrived] not in self.loading:",
+        "while self._arrived < len(self.keys) - 1:",
+    ),
+    bug(
+        "neighbouring slots are believed to be neighbouring blocks",
+        "run = same.index(False) if False in same else len(same)",
+        "run = len(same)",
+    ),
+    bug(
+        "a slot is remembered beyond its block",
+        "self._key_at[self._in_host.pop(key)] = None",
+        "self._in_host.pop(key)",
+    ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]
 
