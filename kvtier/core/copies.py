@@ -40,6 +40,7 @@ class Copies:
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
         self.paused = False
+        self.refusing = False  # the newest copy into this tier failed
         self.undrained: OrderedDict[BlockKey, int] = OrderedDict()  # bytes of each, oldest first
         self.undrained_nbytes = 0
 

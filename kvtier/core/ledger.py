@@ -75,7 +75,7 @@ class Ledger(Residency):
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)
-        by_tier[HOST] = len(self._leading_slots(keys))
+        by_tier[HOST] = len(self._in_host.leading(keys))
         for key in keys[by_tier[HOST] :]:
             tier = self._readable_in(key)
             if tier is None:
@@ -99,7 +99,7 @@ class Ledger(Residency):
         and the position of the first of them in the path, how many it is worth while to load.
         """
         lease = self._open(client, keys, writing=False)
-        lease.slots = self._leading_slots(keys[first:])
+        lease.slots = self._in_host.leading(keys[first:])
         for slot in lease.slots:
             self._pins[slot] += 1
         end = first + len(lease.slots)

@@ -12,23 +12,25 @@ What may be dropped to make room, coldest first and at most `LOOK` candidates de
                paused or its queue is full
     last       a block that lies nowhere warmer
 
+Where none may go and the tier below refused the newest copy (its store is full, or may write no
+more today), the coldest that lies nowhere warmer goes all the same: a tier that takes nothing must
+not stop those above it.
+
 Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
 well: dropping it would only have it copied down again, and so on in a circle. A candidate that
 could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
 """
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from operator import eq
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
-RUN = 64  # neighbouring slots that are compared at once
 LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
 
 
@@ -49,11 +51,8 @@ class Residency:
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, policy(), block_nbytes) for spec in tiers]
         self._blocks: dict[BlockKey, Block] = {}
-        # Beside `_blocks`: a read of what lies in host memory, on every engine's path, looks at
-        # few places, since the processor's caches do not hold a large ledger.
-        self._in_host: dict[BlockKey, Slot] = {}
-        self._key_at: list[BlockKey | None] = [None] * self.slots  # the same, by slot
-        self._pins = array("I", bytes(4 * self.slots))  # leases on each slot
+        self._in_host = SlotTable(self.slots)
+        self._pins = self._in_host.pins
         self._moves = 0
         self._draining_all = False
         self._effects: list[Effect] = []
@@ -160,28 +159,6 @@ class Residency:
                 return tier
         return None
 
-    def _leading_slots(self, keys: Sequence[BlockKey]) -> list[Slot]:
-        """The slots of `keys` in the host tier, from the first key on up to the first gap.
-
-        Neighbours of a path mostly lie in neighbouring slots: these are compared as a whole
-        instead of looked up one by one, which is what costs in a large ledger.
-        """
-        slots: list[Slot] = []
-        previous = -1
-        while len(slots) < len(keys):
-            slot = self._in_host.get(keys[len(slots)])
-            if slot is None:
-                break
-            slots.append(slot)
-            if len(slots) == 1 or slot == previous + 1:
-                wanted = keys[len(slots) : len(slots) + RUN]
-                found = self._key_at[slot + 1 : slot + 1 + len(wanted)]
-                same = [*map(eq, wanted, found)]
-                run = same.index(False) if False in same else len(same)
-                slots += map(Slot, range(slot + 1, slot + 1 + run))
-            previous = slots[-1]
-        return slots
-
     def _lies_below(self, key: BlockKey, tier: int) -> bool:
         for copies in self._tiers[tier + 1 :]:  # noqa: SIM110 - on every write's path
             if key in copies.sizes:
@@ -193,8 +170,7 @@ class Residency:
         if tier == HOST:
             slot = self._blocks[key].slot
             assert slot is not None
-            self._in_host[key] = slot
-            self._key_at[slot] = key
+            self._in_host.enter(key, slot)
         self._effects.append(Held(key, tier))
         self._sort(key)
 
@@ -206,7 +182,7 @@ class Residency:
         if gone:
             self._effects.append(Gone(key, tier))
         if tier == HOST:
-            self._key_at[self._in_host.pop(key)] = None
+            self._in_host.leave(key)
             self._free_slot(self._blocks[key])
         self._sort(key)
 
@@ -275,17 +251,22 @@ class Residency:
     def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
         """The coldest copy that may go, and those before it that first want a lower copy."""
         overdue: list[BlockKey] = []
+        last_resort: BlockKey | None = None
+        refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
         for key in islice(self._tiers[tier].policy.coldest(), LOOK):
             if self._may_go(key, tier):
                 return key, overdue
-            if key in self._tiers[tier].undrained:
+            warmer = any(key in copies for copies in self._tiers[:tier])
+            if refused and last_resort is None and self._idle(key, tier) and not warmer:
+                last_resort = key
+            elif key in self._tiers[tier].undrained:
                 overdue.append(key)
-        return None, overdue
+        return last_resort, overdue
 
     def _idle(self, key: BlockKey, tier: int) -> bool:
         if self._blocks[key].move is not None:
             return False
-        return tier != HOST or self._pins[self._in_host[key]] == 0
+        return tier != HOST or self._pins[self._in_host.of[key]] == 0
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
@@ -342,6 +323,7 @@ class Residency:
         """
         target = self._tiers[move.target]
         target.coming -= 1
+        target.refusing = not ok
         if not ok:
             if not target.paused and not target.spec.shared:
                 victim, _ = self._coldest(move.target)
@@ -366,8 +348,8 @@ class Residency:
         moves = [block.move for block in self._blocks.values() if block.move is not None]
         assert len(moves) == self._moves
         host = {key: self._blocks[key].slot for key in self._tiers[HOST].sizes}
-        at = {key: slot for slot, key in enumerate(self._key_at) if key is not None}
-        assert self._in_host == host == at, "a block is not where it should be"
+        assert self._in_host.of == host, "a block is not where it should be"
+        self._in_host.check()
         assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target != HOST for move in moves)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
@@ -17,7 +17,9 @@ from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.stores.base import Parts, Store
 
-BATCH_NBYTES: Final = 8 << 20  # of one store call: bounds the memory that is in flight
+# Of one store call. Small enough that the first blocks of a load arrive early and that checksums
+# of one piece are made while another is written; with the threads it bounds the memory in flight.
+PIECE_NBYTES: Final = 4 << 20
 HOST: Final = 0
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class Movers:
     """The threads that copy blocks of one layout between the arena and the lower tiers.
 
     Loads and demotions have pools of their own, so that a load never waits behind a demotion.
-    `report` is called on a pool's thread with each finished batch.
+    What is to be moved is cut into pieces of PIECE_NBYTES, in order; each of a pool's threads
+    has one piece in hand. `report` is called on such a thread with each finished piece.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class Movers:
         self._arena = arena
         self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
         self._report = report
-        self._batch = max(1, BATCH_NBYTES // layout.nbytes)
+        self._piece = max(1, PIECE_NBYTES // layout.nbytes)
         self._load_pools = [self._pool("load", each, each.threads) for each in tiers]
-        self._drain_pools = [self._pool("drain", each, 1) for each in tiers]
+        self._drain_pools = [self._pool("drain", each, each.threads) for each in tiers]
+        self._forgetting: list[tuple[Future[None], ...]] = [() for _ in tiers]
 
     @staticmethod
     def _pool(name: str, tier: LowerTier, threads: int) -> ThreadPoolExecutor:
@@ -95,21 +99,23 @@ class Movers:
         for move in moves:
             groups.setdefault((move.source, move.target), []).append(move)
         for (source, target), group in groups.items():
-            pool = self._load_pools[source - 1] if target == HOST else self._drain_pools[target - 1]
-            work = self._load if target == HOST else self._drain
-            # A small load is spread over the pool's threads, so that they share the decoding.
-            size = self._batch
-            if target == HOST:
-                size = min(size, -(-len(group) // self._tiers[source - 1].threads))
+            lower = source - 1
+            pool, work = self._load_pools[lower], self._load
+            after: tuple[Future[None], ...] = ()
+            if target != HOST:
+                lower = target - 1
+                pool, work, after = self._drain_pools[lower], self._drain, self._due(target)
+            # What is small is spread over the pool's threads, so that they share the codec's work.
+            size = min(self._piece, -(-len(group) // self._tiers[lower].threads))
             for at in range(0, len(group), size):
-                pool.submit(self._run, work, group[at : at + size])
+                pool.submit(self._run, work, group[at : at + size], after)
 
     def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
         """Run something else on a tier's store: a probe, a deletion."""
         return self._load_pools[tier - 1].submit(work, self._tiers[tier - 1].store)
 
     def forget(self, tier: int, keys: Sequence[BlockKey]) -> None:
-        """Delete copies, in order with the demotions into the same tier."""
+        """Delete copies, before any demotion into the same tier that is started later."""
 
         def work() -> None:
             try:
@@ -117,7 +123,17 @@ class Movers:
             except StoreUnavailable:
                 metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
 
-        self._drain_pools[tier - 1].submit(work)
+        deleted = self._drain_pools[tier - 1].submit(work)
+        self._forgetting[tier - 1] = (*self._due(tier), deleted)
+
+    def _due(self, tier: int) -> tuple[Future[None], ...]:
+        """Deletions that may not have been made yet: they make the room that a demotion needs.
+
+        Whoever waits for them stands behind them in the same pool, so that they have begun.
+        """
+        due = tuple(each for each in self._forgetting[tier - 1] if not each.done())
+        self._forgetting[tier - 1] = due
+        return due
 
     def close(self) -> None:
         """Finish what has begun, drop what has not, close the stores."""
@@ -128,8 +144,14 @@ class Movers:
 
     # --- on a pool's thread -----------------------------------------------------------
 
-    def _run(self, work: Callable[[list[Move]], list[Moved]], batch: list[Move]) -> None:
-        """One batch; whatever happens, every move of it is reported."""
+    def _run(
+        self,
+        work: Callable[[list[Move]], list[Moved]],
+        batch: list[Move],
+        after: Sequence[Future[None]],
+    ) -> None:
+        """One piece; whatever happens, every move of it is reported."""
+        wait(after)
         start = time.perf_counter()
         unavailable: int | None = None
         try:

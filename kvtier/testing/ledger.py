@@ -29,6 +29,7 @@ STATES = (
     "read of what is moving", "read cut by a failed load", "read cut by settle", "read checked",
     "read in part", "load declined",
     "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
+    "dropped for good while refused",
     "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
@@ -148,6 +149,10 @@ class _Node(World):
             before = path[first : lease.indexes[0]]
             assert filling or self.ledger.match(before).blocks == len(before), "a parent was lost"
         self.carry_out()
+        if lease.refused and len(self.specs) > 1 and self.refused[1]:
+            busy = {key for each in self.leases.values() for key in each.keys}
+            idle = self.announced[HOST] - busy - {move.key for move in self.moves}
+            assert idle <= {*path}, "a tier that takes nothing stops the host tier"
         for key, slot in zip(lease.keys, lease.slots, strict=True):
             self.claim(slot, key, lease)
             assert key not in readable or not self.is_held(key), "granted although it is held"

@@ -10,7 +10,13 @@ from types import ModuleType
 import kvtier.core
 from kvtier.core.ledger import Ledger
 
-MODULES = ("copies", "lease", "residency", "ledger")  # in the order in which they import each other
+MODULES = (
+    "copies",
+    "lease",
+    "slots",
+    "residency",
+    "ledger",
+)  # in the order in which they import each other
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ BUGS = [
     bug("the only copy is dropped", "below is None or below.paused", "True"),
     bug(
         "leased blocks are dropped",
-        "return tier != HOST or self._pins[self._in_host[key]] == 0",
+        "return tier != HOST or self._pins[self._in_host.of[key]] == 0",
         "return True",
     ),
     bug("moving blocks are dropped", "if self._blocks[key].move is not None:", "if False:"),
@@ -140,8 +146,18 @@ BUGS = [
     ),
     bug(
         "a slot is remembered beyond its block",
-        "self._key_at[self._in_host.pop(key)] = None",
-        "self._in_host.pop(key)",
+        "self._key_at[self.of.pop(key)] = None",
+        "self.of.pop(key)",
+    ),
+    bug(
+        "a tier that takes nothing stops the host tier",
+        "if refused and last_resort",
+        "if False and last_resort",
+    ),
+    bug(
+        "what a tier refused once counts for ever",
+        "target.refusing = not ok",
+        "target.refusing |= not ok",
     ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]
