@@ -19,7 +19,7 @@ class SlotTable:
 
     def __init__(self, slots: int) -> None:
         self.of: dict[BlockKey, Slot] = {}
-        self.pins = array("I", bytes(4 * slots))
+        self.pins = array("i", bytes(4 * slots))
         self._key_at: list[BlockKey | None] = [None] * slots
 
     def enter(self, key: BlockKey, slot: Slot) -> None:

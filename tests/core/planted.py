@@ -59,8 +59,8 @@ BUGS = [
     bug("capacity is not respected", "while not copies.fits(nbytes)", "while False"),
     bug(
         "failed copies keep their room",
-        "target.coming -= 1\n        if",
-        "target.coming -= ok\n        if",
+        "target.coming -= 1\n        target.refusing",
+        "target.coming -= ok\n        target.refusing",
     ),
     bug(
         "a copy starts during a load",
