@@ -161,7 +161,7 @@ class _Cascade:
                 if left and not lease.filled:
                     time.sleep(0.001)
         while self._status().layouts[0].moves:
-            time.sleep(0.002)
+            time.sleep(0.01)  # each look costs the daemon a few ms
         assert self._client.match(keys).blocks == len(keys)
 
     def _cascade_read(self, keys: Sequence[BlockKey]) -> None:
