@@ -3,8 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier import metrics
@@ -15,11 +16,13 @@ from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
+from kvtier.node.backlog import After, Backlog
 from kvtier.stores.base import Parts, Store
 
-# Of one store call. Small enough that the first blocks of a load arrive early and that checksums
-# of one piece are made while another is written; with the threads it bounds the memory in flight.
-PIECE_NBYTES: Final = 4 << 20
+# Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
+# that their first blocks arrive early; of demotions one piece is encoded while another is written.
+LOAD_NBYTES: Final = 4 << 20
+DRAIN_NBYTES: Final = 8 << 20
 HOST: Final = 0
 
 log = logging.getLogger(__name__)
@@ -68,9 +71,9 @@ class _NoAnswer(Exception):
 class Movers:
     """The threads that copy blocks of one layout between the arena and the lower tiers.
 
-    Loads and demotions have pools of their own, so that a load never waits behind a demotion.
-    What is to be moved is cut into pieces of PIECE_NBYTES, in order; each of a pool's threads
-    has one piece in hand. `report` is called on such a thread with each finished piece.
+    Loads and demotions have pools of their own, so that a load never waits behind a demotion; a
+    third thread of each tier deletes. `report` is called on a pool's thread with each batch that
+    has ended.
     """
 
     def __init__(
@@ -84,10 +87,11 @@ class Movers:
         self._arena = arena
         self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
         self._report = report
-        self._piece = max(1, PIECE_NBYTES // layout.nbytes)
         self._load_pools = [self._pool("load", each, each.threads) for each in tiers]
         self._drain_pools = [self._pool("drain", each, each.threads) for each in tiers]
-        self._forgetting: list[tuple[Future[None], ...]] = [() for _ in tiers]
+        self._forget_pools = [self._pool("forget", each, 1) for each in tiers]
+        self._forgetting: list[After] = [() for _ in tiers]
+        self._backlogs: dict[tuple[int, int], Backlog] = {}
 
     @staticmethod
     def _pool(name: str, tier: LowerTier, threads: int) -> ThreadPoolExecutor:
@@ -99,16 +103,20 @@ class Movers:
         for move in moves:
             groups.setdefault((move.source, move.target), []).append(move)
         for (source, target), group in groups.items():
-            lower = source - 1
-            pool, work = self._load_pools[lower], self._load
-            after: tuple[Future[None], ...] = ()
-            if target != HOST:
-                lower = target - 1
-                pool, work, after = self._drain_pools[lower], self._drain, self._due(target)
-            # What is small is spread over the pool's threads, so that they share the codec's work.
-            size = min(self._piece, -(-len(group) // self._tiers[lower].threads))
-            for at in range(0, len(group), size):
-                pool.submit(self._run, work, group[at : at + size], after)
+            after = () if target == HOST else self._due(target)
+            self._backlog(source, target).add(group, after)
+
+    def _backlog(self, source: int, target: int) -> Backlog:
+        if backlog := self._backlogs.get((source, target)):
+            return backlog
+        lower = (source if target == HOST else target) - 1
+        pools, work, nbytes = self._drain_pools, self._drain, DRAIN_NBYTES
+        if target == HOST:
+            pools, work, nbytes = self._load_pools, self._load, LOAD_NBYTES
+        most = max(1, nbytes // self._layout.nbytes)
+        backlog = Backlog(pools[lower], self._tiers[lower].threads, most, partial(self._run, work))
+        self._backlogs[source, target] = backlog
+        return backlog
 
     def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
         """Run something else on a tier's store: a probe, a deletion."""
@@ -123,35 +131,28 @@ class Movers:
             except StoreUnavailable:
                 metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
 
-        deleted = self._drain_pools[tier - 1].submit(work)
+        deleted = self._forget_pools[tier - 1].submit(work)
         self._forgetting[tier - 1] = (*self._due(tier), deleted)
 
-    def _due(self, tier: int) -> tuple[Future[None], ...]:
-        """Deletions that may not have been made yet: they make the room that a demotion needs.
-
-        Whoever waits for them stands behind them in the same pool, so that they have begun.
-        """
+    def _due(self, tier: int) -> After:
+        """Deletions that may not have been made yet: they make the room that a demotion needs."""
         due = tuple(each for each in self._forgetting[tier - 1] if not each.done())
         self._forgetting[tier - 1] = due
         return due
 
     def close(self) -> None:
         """Finish what has begun, drop what has not, close the stores."""
-        for pool in (*self._load_pools, *self._drain_pools):
+        for backlog in self._backlogs.values():
+            backlog.close()
+        for pool in (*self._load_pools, *self._drain_pools, *self._forget_pools):
             pool.shutdown(wait=True, cancel_futures=True)
         for tier in self._tiers:
             tier.store.close()
 
     # --- on a pool's thread -----------------------------------------------------------
 
-    def _run(
-        self,
-        work: Callable[[list[Move]], list[Moved]],
-        batch: list[Move],
-        after: Sequence[Future[None]],
-    ) -> None:
-        """One piece; whatever happens, every move of it is reported."""
-        wait(after)
+    def _run(self, work: Callable[[list[Move]], list[Moved]], batch: list[Move]) -> None:
+        """One batch; whatever happens, every move of it is reported."""
         start = time.perf_counter()
         unavailable: int | None = None
         try:
