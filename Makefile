@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo setup test check bench proto clean
+.PHONY: demo setup test check bench fuzz proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvtier demo
@@ -23,6 +23,14 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py all
+
+# Each target for FUZZ_S seconds; what is found new is kept in .fuzz.
+FUZZ_S ?= 120
+fuzz: $(VENV)/.dev
+	@for name in wire frame sealed_frame record sealed_record redis_reply; do \
+	  mkdir -p .fuzz/$$name && echo "== $$name" && \
+	  $(BIN)/python -m tests.fuzz.run $$name .fuzz/$$name -max_total_time=$(FUZZ_S) || exit 1; \
+	done
 
 proto: $(VENV)/.dev
 	$(BIN)/python -m kvtier.wire.generate

@@ -20,6 +20,7 @@ NAMES = (
     "match",
     "host_path",
     "redis",
+    "cascade",
     "restore",
     "route",
     "route_sim",

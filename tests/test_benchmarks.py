@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         "redis",
         "route",
         "route_sim",
+        "cascade",
         pytest.param("restore", marks=pytest.mark.model),
     ],
 )

@@ -25,7 +25,6 @@ class Block:
 
     phase: Phase = Phase.STABLE
     slot: Slot | None = None
-    pins: int = 0  # leases on the slot
     move: Move | None = None  # at most one under way
     undrained_in: int | None = None  # the tier in whose `undrained` order it stands
 
@@ -41,7 +40,8 @@ class Copies:
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
         self.paused = False
-        self.undrained: OrderedDict[BlockKey, int] = OrderedDict()  # bytes of each, coldest first
+        self.refusing = False  # the newest copy into this tier failed
+        self.undrained: OrderedDict[BlockKey, int] = OrderedDict()  # bytes of each, oldest first
         self.undrained_nbytes = 0
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -69,9 +69,15 @@ class Copies:
 
     def touch(self, path: Sequence[BlockKey]) -> None:
         """A request used `path` (root first): what of it is here becomes warm, its root most."""
-        known = [key for key in path if key in self.sizes]
-        self.policy.touch(known)
-        for key in reversed(known):
+        self.policy.touch([key for key in path if key in self.sizes])
+
+    def saved(self, path: Sequence[BlockKey]) -> None:
+        """`path` has just come in: its deep end goes down first, as it is dropped first.
+
+        Later uses change nothing about that order: what is old is copied down also while it is
+        hot, once, and uses, on every engine's path, have less to do.
+        """
+        for key in reversed(path):
             if key in self.undrained:
                 self.undrained.move_to_end(key)
 

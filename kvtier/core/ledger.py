@@ -23,14 +23,13 @@ disconnect of every lease on it and the end of the move that reads or fills it.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from typing import NamedTuple
 
-from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.blocks import BlockKey
 from kvtier.core.copies import Block, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
+from kvtier.core.lease import Lease, Match
 from kvtier.core.policy import LRU, PolicyFactory
 from kvtier.core.residency import Residency
 from kvtier.core.tiers import TierSpec
@@ -39,35 +38,6 @@ __all__ = [
     "HOST", "Effect", "Forget", "Gone", "Held", "Lease", "Ledger", "Match", "Move", "Settled",
     "TierUsage",
 ]  # fmt: skip
-
-
-class Match(NamedTuple):
-    """Leading blocks of a prompt held here without a gap; each counted in its warmest tier."""
-
-    blocks: int
-    by_tier: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Lease:
-    """A client's right to touch the slots of some blocks, until commit, release or disconnect.
-
-    `keys` and `slots` go together; of a read lease also `sources`, the tier that each block came
-    from, and of a write lease `indexes`, the position of each in the path that was asked for.
-    A read lease is settled once `loading` is empty; only then may its slots be read. Until then
-    a load that fails can cut it short.
-    """
-
-    id: int
-    client: int
-    writing: bool
-    path: Sequence[BlockKey]
-    keys: list[BlockKey] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    indexes: list[int] = field(default_factory=list)
-    loading: set[BlockKey] = field(default_factory=set)
-    refused: int = 0  # of a write: blocks from the first one on that found no slot
 
 
 class Ledger(Residency):
@@ -98,38 +68,45 @@ class Ledger(Residency):
         """Leases that have not ended."""
         return len(self._leases)
 
+    def lease(self, lease_id: int) -> Lease:
+        """The lease as it is now."""
+        return self._leases[lease_id]
+
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)
-        in_host = self._tiers[HOST].sizes
-        for key in keys:
-            if key in in_host:  # the common case, on every engine's path
-                by_tier[HOST] += 1
-                continue
+        by_tier[HOST] = len(self._in_host.leading(keys))
+        for key in keys[by_tier[HOST] :]:
             tier = self._readable_in(key)
             if tier is None:
                 break
             by_tier[tier] += 1
         return Match(sum(by_tier), tuple(by_tier))
 
-    def read(self, client: int, keys: Sequence[BlockKey], first: int = 0) -> Lease:
+    def read(
+        self,
+        client: int,
+        keys: Sequence[BlockKey],
+        first: int = 0,
+        worth: Callable[[Sequence[int], int], int] | None = None,
+    ) -> Lease:
         """Pin the held blocks of keys[first:] in host slots, and start loading what lies lower.
 
         `keys` is the whole path; what comes before `first` only becomes warm: the engine has it.
+        It becomes warm when the lease ends, and before room is made for what must be loaded.
         The lease ends before the first block for which no slot can be had, or that is on its way
-        between two lower tiers.
+        between two lower tiers. `worth` is asked, of the tiers that blocks would be loaded from
+        and the position of the first of them in the path, how many it is worth while to load.
         """
         lease = self._open(client, keys, writing=False)
-        self._touch(keys)
-        held = keys[first : first + self.match(keys[first:]).blocks]
-        pinned = self._pin(held)  # or room for a block is made by dropping the next
-        for key in held:
-            if pinned and pinned[0] == key:
-                pinned.popleft()
-            elif not self._load(key, pinned):
-                break
-            self._add(lease, key)
-        self._unpin(pinned)
+        lease.slots = self._in_host.leading(keys[first:])
+        for slot in lease.slots:
+            self._pins[slot] += 1
+        end = first + len(lease.slots)
+        lease.keys += keys[first:end]
+        lease.sources += [HOST] * len(lease.slots)
+        if end < len(keys):
+            self._read_lower(lease, keys[end:], end, worth)
         if not lease.loading:
             self._effects.append(Settled(lease.id))
         return lease
@@ -154,7 +131,7 @@ class Ledger(Residency):
                 lease.refused = len(keys) - index
                 break
             block = self._blocks.setdefault(key, Block())
-            block.phase, block.slot, block.pins = Phase.FILLING, slot, 1
+            block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
             lease.keys.append(key)
             lease.slots.append(slot)
             lease.indexes.append(index)
@@ -183,9 +160,11 @@ class Ledger(Residency):
         self._close(lease)
         for key in lease.keys[:filled]:
             block = self._blocks[key]
+            assert block.slot is not None
             block.phase = Phase.STABLE
-            block.pins -= 1
+            self._pins[block.slot] -= 1
             self._place(key, HOST, self.block_nbytes)
+        self._tiers[HOST].saved(lease.keys[:filled])
         self._undo(lease.keys[filled:])
         self._touch(lease.path)
         self._drain()
@@ -198,6 +177,7 @@ class Ledger(Residency):
             self._undo(lease.keys)
         else:
             self._cut(lease, 0)
+            self._touch(lease.path)
         self._drain()
 
     def settle(self, lease_id: int) -> None:
@@ -247,7 +227,8 @@ class Ledger(Residency):
             assert self._blocks[key].phase is Phase.LOADING
             assert all(key in self._leases[lease_id].loading for lease_id in ids)
         for key, block in self._blocks.items():
-            assert block.pins == pins[key] + writers[key]
+            pinned = 0 if block.slot is None else self._pins[block.slot]
+            assert pinned == pins[key] + writers[key]
             assert writers[key] == (block.phase is Phase.FILLING)
 
     # --- leases -----------------------------------------------------------------------
@@ -285,39 +266,66 @@ class Ledger(Residency):
         for key in keys:
             block = self._blocks.get(key)
             if block is not None and block.slot is not None:
-                block.pins += 1
+                self._pins[block.slot] += 1
                 pinned.append(key)
         return pinned
 
     def _unpin(self, keys: Iterable[BlockKey]) -> None:
         for key in keys:
-            self._blocks[key].pins -= 1
+            slot = self._blocks[key].slot
+            assert slot is not None
+            self._pins[slot] -= 1
 
     def _cut(self, lease: Lease, length: int) -> None:
         """Shorten a read lease to its first `length` blocks."""
-        for key in lease.keys[length:]:
-            self._blocks[key].pins -= 1
-            if key in lease.loading:
-                lease.loading.remove(key)
-                self._waiting[key].remove(lease.id)
-                if not self._waiting[key]:
-                    del self._waiting[key]
+        for slot in lease.slots[length:]:
+            self._pins[slot] -= 1
+        for key in lease.loading.intersection(lease.keys[length:]) if lease.loading else ():
+            lease.loading.remove(key)
+            self._waiting[key].remove(lease.id)
+            if not self._waiting[key]:
+                del self._waiting[key]
         del lease.keys[length:], lease.slots[length:], lease.sources[length:]
 
     def _undo(self, keys: Sequence[BlockKey]) -> None:
         """Free the slots of blocks that were not filled."""
         for key in keys:
             block = self._blocks[key]
-            block.pins -= 1
+            assert block.slot is not None
+            self._pins[block.slot] -= 1
             self._free_slot(block)
             self._sort(key)
 
     def _settled(self, lease: Lease) -> None:
-        """Every block of a read lease is in its slot: now they are as warm as one path."""
-        self._touch(lease.path)
+        """Every block of a read lease is in its slot."""
         self._effects.append(Settled(lease.id))
 
     # --- loads ------------------------------------------------------------------------
+
+    def _read_lower(
+        self,
+        lease: Lease,
+        keys: Sequence[BlockKey],
+        first: int,
+        worth: Callable[[Sequence[int], int], int] | None,
+    ) -> None:
+        """Go on with a read lease where the host tier's own blocks end."""
+        held = keys[: self.match(keys).blocks]
+        if held and worth is not None:
+            sources = [tier for key in held if (tier := self._warmest(key)) is not None]
+            lease.refused = len(held) - worth(sources, first)
+            held = held[: len(held) - lease.refused]
+        if not held:
+            return
+        self._touch(lease.path)
+        pinned = self._pin(held)  # or room for a block is made by dropping the next
+        for key in held:
+            if pinned and pinned[0] == key:
+                pinned.popleft()
+            elif not self._load(key, pinned):
+                break
+            self._add(lease, key)
+        self._unpin(pinned)
 
     def _readable_in(self, key: BlockKey) -> int | None:
         block = self._blocks.get(key)
@@ -343,7 +351,7 @@ class Ledger(Residency):
         if source is not None:
             block = self._blocks[key]
             if block.slot is None and block.move is None:
-                block.slot, block.phase, block.pins = slot, Phase.LOADING, 1
+                block.slot, block.phase, self._pins[slot] = slot, Phase.LOADING, 1
                 self._start(block, Move(key, source, HOST, slot))
                 return True
         self._free.append(slot)

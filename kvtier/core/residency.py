@@ -12,6 +12,10 @@ What may be dropped to make room, coldest first and at most `LOOK` candidates de
                paused or its queue is full
     last       a block that lies nowhere warmer
 
+Where none may go and the tier below refused the newest copy (its store is full, or may write no
+more today), the coldest that lies nowhere warmer goes all the same: a tier that takes nothing must
+not stop those above it.
+
 Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
 well: dropping it would only have it copied down again, and so on in a circle. A candidate that
 could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
@@ -24,6 +28,7 @@ from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
 LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
@@ -46,6 +51,8 @@ class Residency:
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, policy(), block_nbytes) for spec in tiers]
         self._blocks: dict[BlockKey, Block] = {}
+        self._in_host = SlotTable(self.slots)
+        self._pins = self._in_host.pins
         self._moves = 0
         self._draining_all = False
         self._effects: list[Effect] = []
@@ -160,6 +167,10 @@ class Residency:
 
     def _place(self, key: BlockKey, tier: int, nbytes: int) -> None:
         self._tiers[tier].add(key, nbytes)
+        if tier == HOST:
+            slot = self._blocks[key].slot
+            assert slot is not None
+            self._in_host.enter(key, slot)
         self._effects.append(Held(key, tier))
         self._sort(key)
 
@@ -171,6 +182,7 @@ class Residency:
         if gone:
             self._effects.append(Gone(key, tier))
         if tier == HOST:
+            self._in_host.leave(key)
             self._free_slot(self._blocks[key])
         self._sort(key)
 
@@ -181,7 +193,7 @@ class Residency:
 
     def _free_slot(self, block: Block) -> None:
         assert block.slot is not None
-        assert block.pins == 0
+        assert self._pins[block.slot] == 0
         self._free.append(block.slot)
         block.slot = None
         block.phase = Phase.STABLE
@@ -239,16 +251,22 @@ class Residency:
     def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
         """The coldest copy that may go, and those before it that first want a lower copy."""
         overdue: list[BlockKey] = []
+        last_resort: BlockKey | None = None
+        refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
         for key in islice(self._tiers[tier].policy.coldest(), LOOK):
             if self._may_go(key, tier):
                 return key, overdue
-            if key in self._tiers[tier].undrained:
+            warmer = any(key in copies for copies in self._tiers[:tier])
+            if refused and last_resort is None and self._idle(key, tier) and not warmer:
+                last_resort = key
+            elif key in self._tiers[tier].undrained:
                 overdue.append(key)
-        return None, overdue
+        return last_resort, overdue
 
     def _idle(self, key: BlockKey, tier: int) -> bool:
-        block = self._blocks[key]
-        return block.move is None and (tier != HOST or block.pins == 0)
+        if self._blocks[key].move is not None:
+            return False
+        return tier != HOST or self._pins[self._in_host.of[key]] == 0
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
@@ -305,6 +323,7 @@ class Residency:
         """
         target = self._tiers[move.target]
         target.coming -= 1
+        target.refusing = not ok
         if not ok:
             if not target.paused and not target.spec.shared:
                 victim, _ = self._coldest(move.target)
@@ -328,6 +347,10 @@ class Residency:
         assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
         moves = [block.move for block in self._blocks.values() if block.move is not None]
         assert len(moves) == self._moves
+        host = {key: self._blocks[key].slot for key in self._tiers[HOST].sizes}
+        assert self._in_host.of == host, "a block is not where it should be"
+        self._in_host.check()
+        assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target != HOST for move in moves)
             assert copies.coming == coming <= copies.spec.queue

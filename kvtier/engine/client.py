@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Final, NamedTuple
 
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout, Slot
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
 from kvtier.wire import local
@@ -16,6 +18,8 @@ from kvtier.wire.local import Op, Value
 
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 5.0  # beyond what the request itself may wait
+RECEIVE_NBYTES: Final = 64 << 10
+_TIMEVAL = struct.Struct("@ll")
 
 
 class TierMatch(NamedTuple):
@@ -27,11 +31,16 @@ class TierMatch(NamedTuple):
 
 @dataclass(slots=True)
 class ReadLease:
-    """Slots that hold blocks keys[first], keys[first + 1], ...; valid until the context ends."""
+    """Slots of blocks keys[first], keys[first + 1], ...; valid until the context ends.
+
+    The first `arrived` of them hold their blocks. The others may come (`TierClient.more`), or be
+    cut off.
+    """
 
     id: int
     slots: list[Slot]
     sources: list[Tier]  # where each block was before this read
+    arrived: int
 
 
 @dataclass(slots=True)
@@ -61,6 +70,9 @@ class TierClient:
     def __init__(self, path: str, layout: BlockLayout, name: str = "") -> None:
         self.layout = layout
         self._decoder = local.Decoder()
+        self._received = memoryview(bytearray(RECEIVE_NBYTES))
+        self._timeout_s = 0.0
+        self._wait_s = 0.0  # of the newest read
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(CONNECT_S)
@@ -103,6 +115,10 @@ class TierClient:
             for fd in fds:
                 os.close(fd)
             raise
+        # From here on the kernel keeps the time: one system call to send, one to receive.
+        self._socket.settimeout(None)
+        send_by = _TIMEVAL.pack(int(ANSWER_S), 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_by)
         self.node, self.epoch = str(node), epoch
         self.tiers = [Tier(tier) for tier in tiers]
         self.arena = Arena.attach(fds[0], self.layout.nbytes, slots)
@@ -116,29 +132,62 @@ class TierClient:
 
     @contextmanager
     def read(
-        self, keys: Sequence[BlockKey], first: int = 0, *, wait_s: float = 2.0
+        self,
+        keys: Sequence[BlockKey],
+        first: int = 0,
+        *,
+        wait_s: float = 2.0,
+        wanted: int | None = None,
+        compute: ComputeCost | None = None,
     ) -> Iterator[ReadLease]:
         """Lease the held blocks of keys[first:]; `keys` is the whole path from the root.
 
-        Waits up to `wait_s` for what lies in lower tiers and then gives what has come.
+        What lies in lower tiers has `wait_s` to arrive and is cut off then. The lease is given
+        once the first `wanted` blocks have arrived, or all that will: None asks for all. With
+        `compute` nothing is loaded that is faster computed again.
         """
-        packed = local.pack_keys(keys)
-        answer = self._ask(wait_s + ANSWER_S, Op.READ, packed, first, int(wait_s * 1000))
-        lease, slots, sources = answer
+        self._wait_s = wait_s
+        block_us, growth_ns = 0, 0
+        if compute is not None:
+            block_us, growth_ns = max(1, int(compute.block_s * 1e6)), int(compute.growth_s * 1e9)
+        lease, slots, sources, arrived = self._ask(
+            wait_s + ANSWER_S, Op.READ, local.pack_keys(keys), first,
+            len(keys) if wanted is None else wanted, int(wait_s * 1000), block_us, growth_ns,
+        )  # fmt: skip
         if not (isinstance(lease, int) and isinstance(slots, bytes) and isinstance(sources, bytes)):
             raise self._broken("READ")
+        if not isinstance(arrived, int):
+            raise self._broken("READ")
+        tiers = [self.tiers[each] for each in sources]
         try:
-            yield ReadLease(lease, self._slots(slots), [self.tiers[each] for each in sources])
+            yield ReadLease(lease, self._slots(slots), tiers, arrived)
         finally:
             # Where the daemon is lost, so is the lease; the caller hears of it at the next call.
             with suppress(ArenaLost):
-                self._tell(ANSWER_S, Op.RELEASE, lease)
+                self._tell(Op.RELEASE, lease)
+
+    def more(self, lease: ReadLease) -> None:
+        """Wait until more of a lease's blocks have arrived, or those that will not are cut off.
+
+        Do not call it once `lease.arrived` is the number of slots.
+        """
+        timeout_s = self._wait_s + ANSWER_S
+        arrived, blocks = self._ask(timeout_s, Op.AWAIT, lease.id, lease.arrived)
+        if not (isinstance(arrived, int) and isinstance(blocks, int)):
+            raise self._broken("AWAIT")
+        if not lease.arrived <= arrived <= blocks <= len(lease.slots):
+            raise self._broken("AWAIT")
+        if arrived == lease.arrived and arrived < blocks:
+            raise self._broken("AWAIT")  # or we would ask for ever
+        lease.arrived = arrived
+        del lease.slots[blocks:], lease.sources[blocks:]
 
     @contextmanager
     def write(self, keys: Sequence[BlockKey], first: int = 0) -> Iterator[WriteLease]:
         """Lease slots for the absent ones of keys[first:]; may grant fewer, never waits.
 
-        What `filled` counts at the end of the context is kept from then on.
+        What `filled` counts at the end of the context is kept from then on. That is told and
+        not asked: should the daemon be gone by then, the next call says so.
         """
         lease, indexes, slots = self._ask(ANSWER_S, Op.WRITE, local.pack_keys(keys), first)
         if not (isinstance(lease, int) and isinstance(indexes, bytes) and isinstance(slots, bytes)):
@@ -148,16 +197,15 @@ class TierClient:
             yield granted
         except BaseException:
             with suppress(ArenaLost):
-                self._tell(ANSWER_S, Op.RELEASE, lease)
+                self._tell(Op.RELEASE, lease)
             raise
-        self._ask(ANSWER_S, Op.COMMIT, lease, granted.filled)
+        self._tell(Op.COMMIT, lease, granted.filled)
 
     @property
     def alive(self) -> bool:
         """Whether the daemon has not hung up; asks the kernel, not the daemon."""
         try:
-            self._socket.settimeout(0)
-            return self._socket.recv(1, socket.MSG_PEEK) != b""
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
             return True
         except OSError:
@@ -171,24 +219,24 @@ class TierClient:
     def _slots(self, raw: bytes) -> list[Slot]:
         return [Slot(each) for each in local.unpack_numbers(raw)]
 
-    def _tell(self, timeout_s: float, op: Op, *arguments: Value) -> None:
+    def _tell(self, op: Op, *arguments: Value) -> None:
         """A request without an answer, or the first half of one with."""
         message = local.encode(op, *arguments)
         try:
-            self._socket.settimeout(timeout_s)
             self._socket.sendall(message)
         except OSError as error:
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""
-        self._tell(timeout_s, op, *arguments)
+        self._tell(op, *arguments)
         try:
+            self._set_timeout(timeout_s)
             while True:
-                data = self._socket.recv(1 << 18)
-                if not data:
+                count = self._socket.recv_into(self._received)
+                if not count:
                     raise self._lost("the node daemon hung up")
-                messages = self._decoder.feed(data)
+                messages = self._decoder.feed(self._received[:count])
                 if messages:
                     break
         except OSError as error:  # a time-out is one as well
@@ -198,6 +246,13 @@ class TierClient:
             self.close()
             raise RemoteProtocolError(f"the node daemon refused {op.name}: {values[0]!s}")
         return values
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        if timeout_s != self._timeout_s:
+            seconds, rest = divmod(timeout_s, 1.0)
+            receive_by = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, receive_by)
+            self._timeout_s = timeout_s
 
     def _lost(self, text: str) -> ArenaLost:
         self.close()

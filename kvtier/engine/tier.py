@@ -12,15 +12,17 @@ from typing import Final, TypeVar
 
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey, Namespace, block_keys
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import ReadLease, TierClient
 from kvtier.engine.copier import ArenaTensor
-from kvtier.engine.paged import PagedKV
+from kvtier.engine.paged import Done, PagedKV
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
 SAVE_BLOCKS: Final = 32  # leased at once
+STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
 _RATES: Final = 8  # newest measurements of a tier's speed that count
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ T = TypeVar("T")
 
 class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
+
+    `compute` says what a block costs to be computed again, where that is known: then nothing is
+    loaded from a lower tier that takes longer.
 
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
     thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that is
@@ -43,6 +48,7 @@ class EngineTier:
         *,
         wait_s: float = 2.0,
         pin: bool = False,
+        compute: Callable[[], ComputeCost | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
@@ -51,6 +57,8 @@ class EngineTier:
         self._paged = paged
         self._wait_s = wait_s
         self._pin = pin
+        self._compute = compute
+        self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
         self._client: TierClient | None = None
         self._arena: ArenaTensor | None = None
@@ -186,11 +194,22 @@ class EngineTier:
         """Restore the last blocks of `path`."""
         assert self._arena is not None
         start = self._clock()
-        with client.read(path, len(path) - len(block_ids), wait_s=self._wait_s) as lease:
-            count = len(lease.slots)
-            if count:
-                rows = self._arena.rows(lease.slots)
-                self._paged.scatter(block_ids[:count], rows).wait()
+        first, copies, done = len(path) - len(block_ids), list[Done](), 0
+        with client.read(
+            path, first, wait_s=self._wait_s, wanted=self._step, compute=self._compute()
+        ) as lease:
+            try:
+                while True:  # what has arrived is copied while the rest is loaded
+                    if lease.arrived > done:
+                        rows = self._arena.rows(lease.slots[done : lease.arrived])
+                        copies.append(self._paged.scatter(block_ids[done : lease.arrived], rows))
+                        done = lease.arrived
+                    if done == len(lease.slots):
+                        break
+                    client.more(lease)
+            finally:  # no slot is given back while it is read
+                for each in copies:
+                    each.wait()
         self._measure(lease, self._clock() - start)
         return lease.sources
 

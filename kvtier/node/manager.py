@@ -12,15 +12,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kvtier import metrics
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.ledger import Forget, Gone, Held, Lease, Ledger, Match, Move, Settled, TierUsage
+from kvtier.core.breakeven import ComputeCost, worth_loading
+from kvtier.core.effects import HOST, Forget, Gone, Held, Move, Settled, TierUsage
+from kvtier.core.ledger import Lease, Ledger, Match
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import StoreUnavailable
 from kvtier.node.movers import LowerTier, Movers, Outcome
+from kvtier.node.speed import Speed
 from kvtier.stores.base import Store
 
 MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared store
@@ -29,6 +33,32 @@ SCAN_BATCH: Final = 4096
 Changes = Iterable[tuple[Tier, BlockKey, bool]]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an engine asks of `TierManager.read`.
+
+    The answer comes once `wanted` leading blocks are in their slots; `wait_s` is the deadline of
+    the loads. With `compute` nothing is loaded that is faster computed again.
+    """
+
+    client: int
+    keys: Sequence[BlockKey]
+    first: int
+    wanted: int
+    wait_s: float
+    compute: ComputeCost | None = None
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A read lease that is not settled, and who waits for more of it."""
+
+    lease: Lease
+    deadline: asyncio.TimerHandle
+    wanted: int = 0
+    waiter: asyncio.Future[None] | None = None
 
 
 class TierManager:
@@ -55,7 +85,8 @@ class TierManager:
         self._announce = announce
         self._movers = Movers(layout, arena, lower, self._report)
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
-        self._settled: dict[int, asyncio.Future[None]] = {}
+        self._loading: dict[int, _Loading] = {}  # read leases that are not settled
+        self._speeds = [Speed() for _ in specs]
         self._retries: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -84,21 +115,22 @@ class TierManager:
         """What is known here of a prompt; looks, changes nothing, asks no store."""
         return self._ledger.match(keys)
 
-    def read(
-        self, client: int, keys: Sequence[BlockKey], first: int, wait_s: float
-    ) -> Lease | Coroutine[None, None, Lease]:
-        """Pin the held blocks of keys[first:] in the arena; at once where nothing must be loaded.
+    def read(self, asked: Reading) -> Lease | Coroutine[None, None, Lease]:
+        """Pin the held blocks of keys[first:] in the arena and load those that lie lower.
 
-        Otherwise the returned coroutine ends when all are loaded, or after `wait_s` with the
-        leading ones that are.
+        At once, or when `wanted` of them have arrived; `more` tells of the others. Those that
+        have not come by the deadline are cut off.
         """
-        if self._to_probe(keys, first):
-            return self._read_slowly(client, keys, first, wait_s)
-        lease = self._ledger.read(client, keys, first)
-        if lease.loading:
-            return self._settle(lease, wait_s, self._begin_waiting(lease))
-        self._carry_out_soon()
-        return lease
+        if self._to_probe(asked.keys, asked.first):
+            return self._read_slowly(asked)
+        return self._begin(asked, asked.wait_s)
+
+    def more(self, lease_id: int, have: int) -> Lease | Coroutine[None, None, Lease]:
+        """The read lease once more than `have` of its blocks have arrived, or all that will."""
+        loading = self._loading.get(lease_id)
+        if loading is None or loading.lease.arrived() > have:
+            return self._ledger.lease(lease_id)
+        return self._wait(loading, have + 1)
 
     def write(self, client: int, keys: Sequence[BlockKey], first: int) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
@@ -115,11 +147,14 @@ class TierManager:
     def release(self, lease: int) -> None:
         """The client no longer touches the lease's slots."""
         self._ledger.release(lease)
+        self._end_loading(lease)
         self._carry_out_soon()
 
     def disconnect(self, client: int) -> None:
         """The client is gone, and with it every lease that it had."""
         metrics.LEASES_LOST.inc(self._ledger.disconnect(client))
+        for loading in [each for each in self._loading.values() if each.lease.client == client]:
+            self._end_loading(loading.lease.id)
         self._carry_out()
 
     # --- for the daemon ---------------------------------------------------------------
@@ -174,6 +209,8 @@ class TierManager:
         self._closed = True
         for handle in self._retries.values():
             handle.cancel()
+        for lease_id in [*self._loading]:
+            self._end_loading(lease_id)
         await asyncio.to_thread(self._movers.close)
         self.arena.close()
 
@@ -186,16 +223,13 @@ class TierManager:
         known: int = first + self._ledger.match(keys[first:]).blocks
         return keys[known : known + MAX_PROBED]
 
-    async def _read_slowly(
-        self, client: int, keys: Sequence[BlockKey], first: int, wait_s: float
-    ) -> Lease:
+    async def _read_slowly(self, asked: Reading) -> Lease:
         start = self._loop.time()
-        probed = self._to_probe(keys, first)
+        probed = self._to_probe(asked.keys, asked.first)
         if probed:
-            await self._probe(probed, wait_s)
-        lease = self._ledger.read(client, keys, first)
-        left_s = max(0.0, wait_s - (self._loop.time() - start))
-        return await self._settle(lease, left_s, self._begin_waiting(lease))
+            await self._probe(probed, asked.wait_s)
+        result = self._begin(asked, max(0.0, asked.wait_s - (self._loop.time() - start)))
+        return result if isinstance(result, Lease) else await result
 
     async def _probe(self, keys: Sequence[BlockKey], wait_s: float) -> None:
         """Ask the shared store how many of `keys` it has; the ledger learns of them."""
@@ -216,22 +250,49 @@ class TierManager:
             return
         self._ledger.found(shared, ((key, self.layout.nbytes) for key in keys[:found]))
 
-    def _begin_waiting(self, lease: Lease) -> asyncio.Future[None]:
-        future = self._loop.create_future()
-        self._settled[lease.id] = future
-        self._carry_out()
-        return future
+    def _begin(self, asked: Reading, wait_s: float) -> Lease | Coroutine[None, None, Lease]:
+        compute, worth = asked.compute, None
+        if compute is not None:
+            load_s = [each.seconds_a_block(self._loop.time()) for each in self._speeds]
 
-    async def _settle(self, lease: Lease, wait_s: float, settled: asyncio.Future[None]) -> Lease:
-        try:
-            async with asyncio.timeout(wait_s):
-                await settled
-        except TimeoutError:
-            self._ledger.settle(lease.id)
-            self._carry_out()
-        finally:
-            self._settled.pop(lease.id, None)
-        return lease
+            def worth(sources: Sequence[int], first: int) -> int:
+                return worth_loading(sources, first, compute, load_s)
+
+        lease = self._ledger.read(asked.client, asked.keys, asked.first, worth)
+        metrics.DECLINED_BLOCKS.inc(lease.refused)
+        if not lease.loading:
+            self._carry_out_soon()
+            return lease
+        deadline = self._loop.call_later(wait_s, self._too_late, lease.id)
+        loading = self._loading[lease.id] = _Loading(lease, deadline)
+        self._carry_out()
+        if lease.arrived() >= asked.wanted:
+            return lease
+        return self._wait(loading, asked.wanted)
+
+    def _wait(self, loading: _Loading, wanted: int) -> Coroutine[None, None, Lease]:
+        # Made here and not in the coroutine: what happens before that first runs must wake it.
+        waiter = loading.waiter = self._loop.create_future()
+        loading.wanted = wanted
+
+        async def woken() -> Lease:
+            await waiter
+            return loading.lease
+
+        return woken()
+
+    def _too_late(self, lease_id: int) -> None:
+        lease = self._loading[lease_id].lease
+        before = len(lease.keys)
+        self._ledger.settle(lease_id)
+        metrics.LATE_BLOCKS.inc(before - len(lease.keys))
+        self._carry_out()
+
+    def _end_loading(self, lease_id: int) -> None:
+        """The lease is settled or over: nobody has anything to wait for."""
+        if loading := self._loading.pop(lease_id, None):
+            loading.deadline.cancel()
+            _wake(loading)
 
     def _carry_out_soon(self) -> None:
         """Let the engine have its answer first."""
@@ -254,8 +315,7 @@ class TierManager:
                 case Forget(key, tier):
                     forgotten.setdefault(tier, []).append(key)
                 case Settled(lease):
-                    if (future := self._settled.get(lease)) and not future.done():
-                        future.set_result(None)
+                    self._end_loading(lease)
                 case Held(key, tier):
                     changes.append((self.specs[tier].tier, key, True))
                 case Gone(key, tier):
@@ -263,6 +323,9 @@ class TierManager:
         for tier, keys in forgotten.items():
             self._movers.forget(tier, keys)
         if moves:
+            for move in moves:
+                if move.target == HOST:
+                    self._speeds[move.source].begin(self._loop.time())
             self._movers.start(moves)
         if changes:
             self._announce(changes)
@@ -276,10 +339,15 @@ class TierManager:
         if outcome.unavailable is not None:
             self._pause(outcome.unavailable)
         for move, ok, nbytes, source_lost in outcome.moved:
+            if move.target == HOST:
+                self._speeds[move.source].end(self._loop.time(), ok=ok)
             self._ledger.moved(move, ok, nbytes)
             if source_lost:
                 self._ledger.lost(move.source, [move.key])
                 self._movers.forget(move.source, [move.key])
+        for loading in self._loading.values():
+            if loading.lease.arrived() >= loading.wanted:
+                _wake(loading)
         self._carry_out()
         if not self._ledger.moves:
             self._at_rest.set()
@@ -315,6 +383,11 @@ class TierManager:
         log.warning("%s tier answers again", self._lower[tier - 1].tier.label)
         self._ledger.resume(tier)
         self._carry_out()
+
+
+def _wake(loading: _Loading) -> None:
+    if loading.waiter is not None and not loading.waiter.done():
+        loading.waiter.set_result(None)
 
 
 def _scan(store: Store) -> list[tuple[BlockKey, int]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier import metrics
@@ -15,9 +16,13 @@ from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
+from kvtier.node.backlog import After, Backlog
 from kvtier.stores.base import Parts, Store
 
-BATCH_NBYTES: Final = 8 << 20  # of one store call: bounds the memory that is in flight
+# Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
+# that their first blocks arrive early; of demotions one piece is encoded while another is written.
+LOAD_NBYTES: Final = 4 << 20
+DRAIN_NBYTES: Final = 8 << 20
 HOST: Final = 0
 
 log = logging.getLogger(__name__)
@@ -66,8 +71,9 @@ class _NoAnswer(Exception):
 class Movers:
     """The threads that copy blocks of one layout between the arena and the lower tiers.
 
-    Loads and demotions have pools of their own, so that a load never waits behind a demotion.
-    `report` is called on a pool's thread with each finished batch.
+    Loads and demotions have pools of their own, so that a load never waits behind a demotion; a
+    third thread of each tier deletes. `report` is called on a pool's thread with each batch that
+    has ended.
     """
 
     def __init__(
@@ -81,9 +87,11 @@ class Movers:
         self._arena = arena
         self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
         self._report = report
-        self._batch = max(1, BATCH_NBYTES // layout.nbytes)
         self._load_pools = [self._pool("load", each, each.threads) for each in tiers]
-        self._drain_pools = [self._pool("drain", each, 1) for each in tiers]
+        self._drain_pools = [self._pool("drain", each, each.threads) for each in tiers]
+        self._forget_pools = [self._pool("forget", each, 1) for each in tiers]
+        self._forgetting: list[After] = [() for _ in tiers]
+        self._backlogs: dict[tuple[int, int], Backlog] = {}
 
     @staticmethod
     def _pool(name: str, tier: LowerTier, threads: int) -> ThreadPoolExecutor:
@@ -95,21 +103,27 @@ class Movers:
         for move in moves:
             groups.setdefault((move.source, move.target), []).append(move)
         for (source, target), group in groups.items():
-            pool = self._load_pools[source - 1] if target == HOST else self._drain_pools[target - 1]
-            work = self._load if target == HOST else self._drain
-            # A small load is spread over the pool's threads, so that they share the decoding.
-            size = self._batch
-            if target == HOST:
-                size = min(size, -(-len(group) // self._tiers[source - 1].threads))
-            for at in range(0, len(group), size):
-                pool.submit(self._run, work, group[at : at + size])
+            after = () if target == HOST else self._due(target)
+            self._backlog(source, target).add(group, after)
+
+    def _backlog(self, source: int, target: int) -> Backlog:
+        if backlog := self._backlogs.get((source, target)):
+            return backlog
+        lower = (source if target == HOST else target) - 1
+        pools, work, nbytes = self._drain_pools, self._drain, DRAIN_NBYTES
+        if target == HOST:
+            pools, work, nbytes = self._load_pools, self._load, LOAD_NBYTES
+        most = max(1, nbytes // self._layout.nbytes)
+        backlog = Backlog(pools[lower], self._tiers[lower].threads, most, partial(self._run, work))
+        self._backlogs[source, target] = backlog
+        return backlog
 
     def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
         """Run something else on a tier's store: a probe, a deletion."""
         return self._load_pools[tier - 1].submit(work, self._tiers[tier - 1].store)
 
     def forget(self, tier: int, keys: Sequence[BlockKey]) -> None:
-        """Delete copies, in order with the demotions into the same tier."""
+        """Delete copies, before any demotion into the same tier that is started later."""
 
         def work() -> None:
             try:
@@ -117,11 +131,20 @@ class Movers:
             except StoreUnavailable:
                 metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
 
-        self._drain_pools[tier - 1].submit(work)
+        deleted = self._forget_pools[tier - 1].submit(work)
+        self._forgetting[tier - 1] = (*self._due(tier), deleted)
+
+    def _due(self, tier: int) -> After:
+        """Deletions that may not have been made yet: they make the room that a demotion needs."""
+        due = tuple(each for each in self._forgetting[tier - 1] if not each.done())
+        self._forgetting[tier - 1] = due
+        return due
 
     def close(self) -> None:
         """Finish what has begun, drop what has not, close the stores."""
-        for pool in (*self._load_pools, *self._drain_pools):
+        for backlog in self._backlogs.values():
+            backlog.close()
+        for pool in (*self._load_pools, *self._drain_pools, *self._forget_pools):
             pool.shutdown(wait=True, cancel_futures=True)
         for tier in self._tiers:
             tier.store.close()

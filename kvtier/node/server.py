@@ -8,18 +8,20 @@ import socket
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from kvtier import metrics
-from kvtier.core.blocks import BlockLayout
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.ledger import Lease
 from kvtier.errors import ConfigError, KVTierError, RemoteProtocolError
-from kvtier.node.manager import TierManager
+from kvtier.node.manager import Reading, TierManager
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
 
 HELLO_S: Final = 5.0  # an engine must have said hello by then
 MAX_WAIT_S: Final = 60.0
+MAX_COST: Final = 10**12  # of computing a block, in us or ns
 LINGER_S: Final = 1.0  # for a refused engine to read why
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
@@ -135,15 +137,18 @@ class Connection(asyncio.Protocol):
             case Op.MATCH, [bytes(keys)]:
                 found = self.manager.match(local.unpack_keys(keys))
                 self._reply(found.blocks, list(found.by_tier))
-            case Op.READ, [bytes(keys), int(first), int(wait_ms)]:
-                self._read(self.manager, keys, first, wait_ms / 1000)
+            case Op.READ, [bytes(keys), *rest]:
+                self._read(self.manager, local.unpack_keys(keys), *rest)
+            case Op.AWAIT, [int(lease), int(have)]:
+                if lease not in self._leases:
+                    raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
+                self._answer(self.manager.more(lease, have), self._reply_more)
             case Op.WRITE, [bytes(keys), int(first)]:
                 self._write(self.manager, keys, first)
             case Op.COMMIT, [int(lease), int(filled)]:
                 if lease not in self._writes:
                     raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
                 self._writes.discard(lease)
-                self._reply()  # what follows is no affair of the engine's any more
                 self.manager.commit(lease, filled)
             case Op.RELEASE, [int(lease)]:
                 if lease not in self._leases | self._writes:
@@ -174,25 +179,42 @@ class Connection(asyncio.Protocol):
         # The first bytes on a new connection: they fit, so this neither waits nor splits.
         socket.send_fds(self._socket, [reply], [manager.arena.fd])
 
-    def _read(self, manager: TierManager, raw: bytes, first: int, wait_s: float) -> None:
-        keys = local.unpack_keys(raw)
+    def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
+        first, wanted, wait_ms, block_us, growth_ns = (int(cast("int", each)) for each in numbers)
+        wait_s = wait_ms / 1000
         if not 0 <= first <= len(keys) or not 0 <= wait_s <= MAX_WAIT_S:
             raise RemoteProtocolError(
                 f"READ from {first} of {len(keys)} keys, "
                 f"waiting {wait_s:g} s (limit {MAX_WAIT_S:g})"
             )
-        result = manager.read(self._client, keys, first, wait_s)
+        if not 0 <= block_us <= MAX_COST or not 0 <= growth_ns <= MAX_COST:
+            raise RemoteProtocolError(
+                f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
+            )
+        compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
+        request = Reading(self._client, keys, first, wanted, wait_s, compute)
+        self._answer(manager.read(request), self._reply_read)
+
+    def _answer(
+        self, result: Lease | Coroutine[None, None, Lease], reply: Callable[[Lease], None]
+    ) -> None:
+        """Reply at once, or when the lease has come so far."""
+
+        async def later(coming: Coroutine[None, None, Lease]) -> None:
+            reply(await coming)
+
         if isinstance(result, Lease):
-            self._granted_read(result)
+            reply(result)
         else:
-            self._later(self._read_later(result))
+            self._later(later(result))
 
-    async def _read_later(self, coming: Coroutine[None, None, Lease]) -> None:
-        self._granted_read(await coming)
-
-    def _granted_read(self, lease: Lease) -> None:
+    def _reply_read(self, lease: Lease) -> None:
         self._leases.add(lease.id)
-        self._reply(lease.id, local.pack_numbers(lease.slots), bytes(lease.sources))
+        slots = local.pack_numbers(lease.slots)
+        self._reply(lease.id, slots, bytes(lease.sources), lease.arrived())
+
+    def _reply_more(self, lease: Lease) -> None:
+        self._reply(lease.arrived(), len(lease.keys))
 
     def _write(self, manager: TierManager, raw: bytes, first: int) -> None:
         keys = local.unpack_keys(raw)

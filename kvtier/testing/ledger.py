@@ -28,7 +28,9 @@ STATES = (
     "block granted", "write refused", "write beside a filling block", "write over a paused tier",
     "commit", "partial commit", "write abandoned", "read waits", "read shares a load",
     "read of what is moving", "read cut by a failed load", "read cut by settle", "read checked",
+    "read in part", "load declined",
     "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
+    "dropped for good while refused",
     "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
@@ -149,6 +151,10 @@ class _Node(World):
             before = path[first : lease.indexes[0]]
             assert filling or self.ledger.match(before).blocks == len(before), "a parent was lost"
         self.carry_out()
+        if lease.refused and len(self.specs) > 1 and self.refused[1]:
+            busy = {key for each in self.leases.values() for key in each.keys}
+            idle = self.announced[HOST] - busy - {move.key for move in self.moves}
+            assert idle <= {*path}, "a tier that takes nothing stops the host tier"
         for key, slot in zip(lease.keys, lease.slots, strict=True):
             self.claim(slot, key, lease)
             assert key not in readable or not self.is_held(key), "granted although it is held"
@@ -161,9 +167,12 @@ class _Node(World):
         path = self.path()
         first = self._first(path)
         held = path[first : first + self.ledger.match(path[first:]).blocks]
-        warmest = {key: self.ledger.match([key]).by_tier.index(1) for key in held}
+        alone = {key: self.ledger.match([key]).by_tier for key in held}
+        assert all(1 in by_tier for by_tier in alone.values()), "held in a path, but not alone"
+        warmest = {key: by_tier.index(1) for key, by_tier in alone.items()}
         loading = {move.key: move.source for move in self.moves if move.target == HOST}
-        lease = self.ledger.read(self.rng.randrange(CLIENTS), path, first)
+        worth = self.rng.choice([None, None, self._worth])
+        lease = self.ledger.read(self.rng.randrange(CLIENTS), path, first, worth)
         self.leases[lease.id] = lease
         assert lease.keys == held[: len(lease.keys)]
         self.carry_out()
@@ -175,6 +184,11 @@ class _Node(World):
         moving = {move.key for move in self.moves if move.source != HOST != move.target}
         missed = held[len(lease.keys) :]
         self.seen["read of what is moving"] += bool(missed) and missed[0] in moving
+
+    def _worth(self, sources: Sequence[int], _first: int) -> int:
+        """How many blocks somebody wants to load: any number."""
+        self.seen["load declined"] += 1
+        return self.rng.randint(0, len(sources))
 
     def _end_lease(self) -> None:
         if not self.leases:

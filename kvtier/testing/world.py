@@ -44,6 +44,7 @@ class World:
         self.leases: dict[int, Lease] = {}
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
         self.clearing = False
+        self.refused = [False] * len(specs)  # whether the newest copy into a tier failed
 
     # --- moves and effects ------------------------------------------------------------
 
@@ -85,6 +86,8 @@ class World:
         kept = self.ledger.paused(move.source)
         if not ok and not down and not kept and self.specs[move.source].shared:
             self.stores[move.source].forget(move.key)
+        if down:
+            self.refused[move.target] = not ok
         self.ledger.moved(move, ok, nbytes)
         result = "ok" if ok else "failed"
         source, target = self.name(move.source), self.name(move.target)
@@ -158,7 +161,9 @@ class World:
         assert not shared or key not in self.stores[tier].frames, "others can still read it"
         if tier == HOST and not self.clearing and len(self.specs) > 1:
             copied = any(key in held for held in self.announced)
-            assert copied or self.ledger.paused(1), "the only copy of a block was dropped"
+            free = self.ledger.paused(1) or self.refused[1]
+            assert copied or free, "the only copy of a block was dropped"
+            self.seen["dropped for good while refused"] += not copied and not self.ledger.paused(1)
             self.seen["dropped for good while paused"] += not copied
 
     # --- what must always hold --------------------------------------------------------
@@ -207,6 +212,10 @@ class World:
             self.seen["read checked"] += len(held)
         else:
             assert lease.loading, "nothing is awaited, but nobody was told"
+            come = lease.arrived()
+            assert held[:come] == lease.keys[:come], "a reader has a wrong block before the end"
+            assert come == len(held) or lease.keys[come] in lease.loading
+            self.seen["read in part"] += come > 0
 
     def check_cascade(self) -> None:
         """Right after a commit: what the host tier has too much of is on its way down."""

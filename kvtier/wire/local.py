@@ -4,7 +4,8 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
     request   [op, *arguments]          reply   [True, *values]  or  [False, text]
 
-RELEASE has no reply; of all others an engine has one under way at a time. HELLO comes first; its
+COMMIT and RELEASE have no reply (a refused one is told, as the last words before hanging up, to
+whatever is asked next); of all others an engine has one under way at a time. HELLO comes first; its
 reply carries the arena's descriptor (SCM_RIGHTS). Leases end with the connection. Keys travel as
 one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as one byte each.
 """
@@ -21,7 +22,7 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
 
@@ -35,19 +36,25 @@ class Op(IntEnum):
 
     HELLO = 1  # version, layout, engine's name -> node, epoch, slot_nbytes, slots, tiers
     MATCH = 2  # keys -> blocks, blocks by tier
-    READ = 3  # keys, first, wait in ms -> lease, slots, sources
+    # A read is answered once `wanted` leading blocks are in their slots, or as many as there will
+    # be; AWAIT once there are more than `have`. `wait` is the deadline of the lease's loads, from
+    # READ on. With a block us the daemon does not load what is faster computed again: the time
+    # that this takes for the path's first block, and how many ns more for each one before it.
+    READ = 3  # keys, first, wanted, wait ms, block us, growth ns -> lease, slots, sources, arrived
     WRITE = 4  # keys, first -> lease, indexes, slots
-    COMMIT = 5  # lease, filled ->
+    COMMIT = 5  # lease, filled; no reply
     RELEASE = 6  # lease; no reply
+    AWAIT = 7  # lease, have -> arrived, blocks that the lease has now
 
 
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.HELLO: (int, str, str),
     Op.MATCH: (bytes,),
-    Op.READ: (bytes, int, int),
+    Op.READ: (bytes, int, int, int, int, int),
     Op.WRITE: (bytes, int),
     Op.COMMIT: (int, int),
     Op.RELEASE: (int,),
+    Op.AWAIT: (int, int),
 }
 
 
@@ -69,7 +76,7 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[list[Value]]:
+    def feed(self, data: bytes | memoryview) -> list[list[Value]]:
         """The messages that `data` completes.
 
         Raises:

@@ -10,7 +10,13 @@ from types import ModuleType
 import kvtier.core
 from kvtier.core.ledger import Ledger
 
-MODULES = ("copies", "residency", "ledger")  # in the order in which they import each other
+MODULES = (
+    "copies",
+    "lease",
+    "slots",
+    "residency",
+    "ledger",
+)  # in the order in which they import each other
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,23 @@ def bug(name: str, *edits: str) -> Bug:
 
 
 BUGS = [
-    bug("a loading block is not pinned", "Phase.LOADING, 1", "Phase.LOADING, 0"),
+    bug("a loading block is not pinned", "slot, Phase.LOADING, 1", "slot, Phase.LOADING, 0"),
     bug(
         "leases are not cut when a load fails",
         "self._cut(lease, lease.keys.index(move.key))",
         "pass",
     ),
     bug("the only copy is dropped", "below is None or below.paused", "True"),
-    bug("leased blocks are dropped", "(tier != HOST or block.pins == 0)", "True"),
-    bug("moving blocks are dropped", "return block.move is None and", "return"),
+    bug(
+        "leased blocks are dropped",
+        "return tier != HOST or self._pins[self._in_host.of[key]] == 0",
+        "return True",
+    ),
+    bug("moving blocks are dropped", "if self._blocks[key].move is not None:", "if False:"),
     bug(
         "slots of abandoned writes leak",
-        "block.pins -= 1\n            self._free_slot(block)",
-        "block.pins -= 1",
+        "self._pins[block.slot] -= 1\n            self._free_slot(block)",
+        "self._pins[block.slot] -= 1",
     ),
     bug("a paused tier is read", "if key in copies and not copies.paused", "if key in copies"),
     bug("a paused tier is written", "return not self.paused and", "return"),
@@ -49,8 +59,8 @@ BUGS = [
     bug("capacity is not respected", "while not copies.fits(nbytes)", "while False"),
     bug(
         "failed copies keep their room",
-        "target.coming -= 1\n        if",
-        "target.coming -= ok\n        if",
+        "target.coming -= 1\n        target.refusing",
+        "target.coming -= ok\n        target.refusing",
     ),
     bug(
         "a copy starts during a load",
@@ -110,8 +120,8 @@ BUGS = [
     bug("resume forgets what waited", "paused = False\n        self._drain()", "paused = False"),
     bug(
         "a commit starts no copies",
-        "self._touch(lease.path)\n        self._drain()",
-        "self._touch(lease.path)",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)\n        self._drain()",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)",
     ),
     bug(
         "a lease tells the wrong source",
@@ -124,6 +134,31 @@ BUGS = [
         "if block.slot is None:",
     ),
     bug("a failed load frees no slot", "self._free_slot(block)\n            source", "source"),
+    bug(
+        "what still loads counts as arrived",
+        "while self.keys[self._arrived] not in self.loading:",
+        "while self._arrived < len(self.keys) - 1:",
+    ),
+    bug(
+        "neighbouring slots are believed to be neighbouring blocks",
+        "run = same.index(False) if False in same else len(same)",
+        "run = len(same)",
+    ),
+    bug(
+        "a slot is remembered beyond its block",
+        "self._key_at[self.of.pop(key)] = None",
+        "self.of.pop(key)",
+    ),
+    bug(
+        "a tier that takes nothing stops the host tier",
+        "if refused and last_resort",
+        "if False and last_resort",
+    ),
+    bug(
+        "what a tier refused once counts for ever",
+        "target.refusing = not ok",
+        "target.refusing |= not ok",
+    ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]
 

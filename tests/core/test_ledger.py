@@ -1,6 +1,7 @@
 """Leases: what the ledger grants, to whom, and for how long."""
 
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -494,3 +495,38 @@ def calls_of_a_round(slots: int) -> int:
 
 def test_the_work_of_a_request_does_not_grow_with_what_is_held():
     assert calls_of_a_round(2048) <= 1.1 * calls_of_a_round(64)
+
+
+def test_a_read_lease_says_which_leading_blocks_have_arrived():
+    node = three_tiers()
+    lowered(node, prompt("abc"))
+    lease = node.ledger.read(1, prompt("abc"))
+    node.effects()
+    loads = sorted(node.moves, key=lambda move: move.key)
+    assert lease.arrived() == 0
+    node.ledger.moved(loads[1], ok=True)
+    assert lease.arrived() == 0, "not before the one in front of it"
+    node.ledger.moved(loads[0], ok=True)
+    assert lease.arrived() == 2
+    node.ledger.settle(lease.id)
+    assert (lease.arrived(), lease.keys) == (2, prompt("ab")), "what came is not lost"
+
+
+def test_what_is_not_worth_loading_is_not_loaded():
+    node = three_tiers()
+    lowered(node, prompt("abcd"))
+    asked = []
+
+    def worth(sources: Sequence[int], first: int) -> int:
+        asked.append((list(sources), first))
+        return 2
+
+    lease = node.ledger.read(1, prompt("abcd"), 1, worth)
+    assert asked == [([DISK] * 3, 1)]
+    assert lease.keys == prompt("abcd")[1:3]
+    assert lease.refused == 1
+    node.effects()
+    assert len(node.moves) == 2
+    node.rest()
+    assert node.ledger.read(1, prompt("abc"), 1, worth).keys == prompt("abc")[1:]
+    assert len(asked) == 1, "what lies in host memory needs no load"

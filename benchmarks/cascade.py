@@ -1,0 +1,223 @@
+"""Does the cascade keep up with the disk, and do saves stay out of a slow disk's way?
+
+A real daemon whose host tier holds a quarter of what is written: blocks of 2 MiB are saved as
+fast as they are taken, until all lie on the disk, then read back from there, in turn with the
+same bytes through a `DiskStore` alone in the same file system. Beside it: saves into a manager
+over a store that takes 20 ms a block, in turn with saves where there is no lower tier.
+"""
+
+import asyncio
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from benchmarks.common import Bar, paired_ratio, scratch, server, summary
+from kvtier.arena import Arena
+from kvtier.codec import codecs, frame
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.tiers import Tier, TierSpec
+from kvtier.engine.client import TierClient
+from kvtier.node.manager import TierManager
+from kvtier.node.movers import LowerTier
+from kvtier.stores.disk import DiskStore
+from kvtier.stores.faulty import Fault, FaultyStore
+from kvtier.stores.memory import MemoryStore
+from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.pb import node_pb2, node_pb2_grpc
+
+LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 32, 8, 64),), 32, "bfloat16")  # 2 MiB
+BLOCK = LAYOUT.nbytes
+BATCH = 16  # blocks of one save or read
+SLOW_S = 0.02
+
+
+def new_keys(count: int) -> list[BlockKey]:
+    return [BlockKey(os.urandom(16)) for _ in range(count)]
+
+
+def run(*, tiny: bool) -> dict[str, object]:
+    rounds, blocks = (2, 2 * BATCH) if tiny else (8, 8 * BATCH)
+    with scratch() as folder:
+        toml = f"""
+            [node]
+            socket = "{folder}/node.sock"
+            listen = "127.0.0.1:0"
+            [host]
+            bytes = {blocks * BLOCK // 4 + BATCH * BLOCK}
+            drain_at = 0.0
+            [disk]
+            path = "{folder}/disk"
+            bytes = {4 * blocks * BLOCK}
+        """
+        with server("node", toml, folder) as address:
+            bench = _Cascade(folder, address, blocks)
+            try:
+                for number in range(-1, rounds):
+                    bench.round()
+                    if number < 0:  # first touches: segments are made, memory is mapped
+                        bench.forget()
+                figures = bench.figures()
+            finally:
+                bench.close()
+        times = {**bench.times, **asyncio.run(_beside_a_slow_disk(3 if tiny else 40))}
+    write = paired_ratio(times["cascade write"], times["store write"])
+    read = paired_ratio(times["cascade read"], times["store read"])
+    slow = 1 / paired_ratio(times["save over a slow disk"], times["save without a disk"])
+    return {
+        "bytes": blocks * BLOCK,
+        "times": {name: summary(each) for name, each in times.items()},
+        **figures,
+        "bars": [
+            Bar("cascade write, speed of the store alone", write, at_least=0.8).as_dict(),
+            Bar("cascade read, speed of the store alone", read, at_least=0.8).as_dict(),
+            Bar("save over a slow disk, in saves without one", slow, at_most=1.25).as_dict(),
+        ],
+    }
+
+
+class _Cascade:
+    """One daemon, one engine's connection, and a store of the same size of its own."""
+
+    def __init__(self, folder: Path, address: str, blocks: int) -> None:
+        self._client = TierClient(f"{folder}/node.sock", LAYOUT)
+        self._channel = grpc.insecure_channel(address)
+        self._node = node_pb2_grpc.NodeStub(self._channel)
+        self._store = DiskStore(folder / "alone", 4 * blocks * BLOCK)
+        self._pool = Arena.create(BLOCK, blocks)  # stands for VRAM
+        self._pool.view[:] = os.urandom(1 << 20) * (len(self._pool.view) >> 20)
+        self._blocks = blocks
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.times: dict[str, list[float]] = {
+            f"{what} {way}": [] for what in ("store", "cascade") for way in ("write", "read")
+        }
+        self._written, self._cpu_s, self._rounds = self._counted(), self._cpu(), 0
+
+    def round(self) -> None:
+        """The same blocks through the store alone and through the daemon, down and up."""
+        keys = new_keys(self._blocks)
+        self._timed("store write", self._store_write, keys)
+        self._timed("cascade write", self._cascade_write, keys)
+        self._node.Clear(node_pb2.NodeClearRequest(tiers=[TO_WIRE[Tier.HOST]]))
+        self._timed("store read", self._store_read, keys)
+        self._timed("cascade read", self._cascade_read, keys)
+        self._store.delete(keys)
+        self._rounds += 1
+
+    def figures(self) -> dict[str, object]:
+        """Sustained speeds, what the daemon's processor did for a GB, and bytes on disk a byte."""
+        nbytes = self._blocks * BLOCK
+        saved = self._rounds * nbytes
+        return {
+            "gb_per_s": {
+                name: round(nbytes / summary(each)["median_s"] / 1e9, 3)
+                for name, each in self.times.items()
+            },
+            "daemon_cpu_s_per_gb_in_and_out": round((self._cpu() - self._cpu_s) / saved * 1e9, 3),
+            "write_amplification": round((self._counted() - self._written) / saved, 4),
+            "direct_io": self._store.direct,
+        }
+
+    def close(self) -> None:
+        self._client.close()
+        self._channel.close()
+        self._store.close()
+        self._pool.close()
+
+    def _timed(self, name: str, work: object, keys: Sequence[BlockKey]) -> None:
+        assert callable(work)
+        start = time.perf_counter()
+        work(keys)
+        self.times[name].append(time.perf_counter() - start)
+
+    def _store_write(self, keys: Sequence[BlockKey]) -> None:
+        for at in range(0, len(keys), BATCH):
+            frames = [
+                (key, frame.encode(key, self._pool.slot(at + i), LAYOUT, codecs.RAW))
+                for i, key in enumerate(keys[at : at + BATCH])
+            ]
+            assert all(self._store.write(frames))
+
+    def _store_read(self, keys: Sequence[BlockKey]) -> None:
+        for at in range(0, len(keys), BATCH):
+            assert all(each is not None for each in self._store.read(keys[at : at + BATCH]))
+
+    def _cascade_write(self, keys: Sequence[BlockKey]) -> None:
+        for at in range(0, len(keys), BATCH):
+            left = list(range(at, at + BATCH))
+            while left:  # a full host tier refuses; the disk makes room
+                with self._client.write([keys[i] for i in left]) as lease:
+                    for index, slot in zip(lease.indexes, lease.slots, strict=True):
+                        self._client.arena.slot(slot)[:] = self._pool.slot(left[index])
+                    lease.filled = len(lease.slots)
+                left = left[lease.filled :]
+                if left and not lease.filled:
+                    time.sleep(0.001)
+        while self._status().layouts[0].moves:
+            time.sleep(0.01)  # each look costs the daemon a few ms
+        assert self._client.match(keys).blocks == len(keys)
+
+    def _cascade_read(self, keys: Sequence[BlockKey]) -> None:
+        for at in range(0, len(keys), BATCH):
+            with self._client.read(keys[at : at + BATCH], wait_s=30.0) as lease:
+                assert lease.sources == [Tier.DISK] * BATCH
+
+    def _status(self) -> node_pb2.NodeStatus:
+        return self._node.Status(node_pb2.NodeStatusRequest())
+
+    def _counted(self) -> float:
+        return self._status().counters["kvtier_disk_written_bytes_total"]
+
+    def _cpu(self) -> float:
+        """Seconds of processor time that the daemon has taken."""
+        raw = self._client._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid = struct.unpack("3i", raw)[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _beside_a_slow_disk(rounds: int) -> dict[str, list[float]]:
+    capacity = (rounds + 1) * BATCH * BLOCK
+    host = TierSpec(tier=Tier.HOST, capacity=capacity, drain_at=0)
+    disk = TierSpec(tier=Tier.DISK, capacity=capacity, drain_at=capacity)
+    store = FaultyStore(
+        MemoryStore(capacity * 2), lambda _: Fault.SLOW, wait=lambda: time.sleep(SLOW_S)
+    )
+    managers = {
+        "save over a slow disk": await _manager(
+            [host, disk], [LowerTier(Tier.DISK, store, codecs.RAW, 2, 1.0)]
+        ),
+        "save without a disk": await _manager([host], []),
+    }
+    block = bytes(BLOCK)
+    times: dict[str, list[float]] = {name: [] for name in managers}
+    for number in range(-1, rounds):
+        for name, manager in managers.items():
+            keys = new_keys(BATCH)
+            start = time.perf_counter()
+            lease = manager.write(1, keys, 0)
+            assert len(lease.slots) == BATCH
+            for slot in lease.slots:
+                manager.arena.slot(slot)[:] = block
+            manager.commit(lease.id, BATCH)
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+            await asyncio.sleep(0)  # the daemon's loop goes on: moves are started
+    assert managers["save over a slow disk"].moves > 0
+    for manager in managers.values():
+        await manager.close()
+    return times
+
+
+async def _manager(specs: list[TierSpec], lower: list[LowerTier]) -> TierManager:
+    arena = Arena.create(BLOCK, specs[0].capacity // BLOCK)
+    manager = TierManager(LAYOUT, arena, specs, lower, lambda _: None)
+    await manager.start()
+    return manager
