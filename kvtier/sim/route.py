@@ -48,7 +48,7 @@ def simulate(
     if not requests:
         raise ConfigError("trace: no requests")
     cluster = _Cluster(nodes, setup)
-    choose = policy(name, setup, Random(seed))  # noqa: S311 - for ties, seeded so that a run comes again
+    choose = policy(name, setup, Random(seed))
     start, end = requests[0].at_s, requests[-1].at_s
     lose = start + setup.lose_at * (end - start) if setup.lose_at < 1 else float("inf")
     join = start + setup.join_at * (end - start) if setup.join_at < 1 else float("inf")
