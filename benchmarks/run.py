@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import machine, write_json
 
 NAMES = ("ledger", "match", "host_path", "redis", "restore")
+ALONE = ("vllm",)  # each needs a venv of its own, so `all` leaves it out
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*NAMES, "all"])
+    parser.add_argument("name", choices=[*NAMES, *ALONE, "all"])
     parser.add_argument("--json", type=Path, help="write the figures there (of `all`: a folder)")
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that it runs")
     options = parser.parse_args()
