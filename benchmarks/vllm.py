@@ -44,6 +44,7 @@ TINY = Size(prompt=200, repeats=1, unique=2, unique_tokens=100, rounds=1)
 class Sample:
     """Seconds of one case, repeat by repeat."""
 
+    name: str
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
@@ -85,7 +86,9 @@ def bars(found: dict[str, Sample]) -> list[Bar]:
 
 
 def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
-    found = {name: Sample() for name in ("cold", "host", "own cpu", "disk", "own fs", "off", "on")}
+    found = {
+        name: Sample(name) for name in ("cold", "host", "own cpu", "disk", "own fs", "off", "on")
+    }
     rng = random.Random(1)
 
     def prompt(tokens: int) -> list[int]:
@@ -166,6 +169,7 @@ def taken(sample: Sample, engine: Engine, node: Process) -> Iterator[None]:
     yield
     sample.wall.append(time.perf_counter() - start)
     sample.cpu.append(max(cpu_s(pids) - cpu, 1 / TICKS))
+    print(f"{sample.name}: {sample.wall[-1]:.3f} s, {sample.cpu[-1]:.2f} CPU s", file=sys.stderr)
 
 
 def tree(pid: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -10,9 +12,10 @@ from aiohttp import web
 
 from kvtier.core.tiers import Tier
 from kvtier.engine.sequence import Done, FinishReason, Request, Started, Tokens
+from kvtier.engine.vllm.announced import Announced, read_announced, write_announced
 from kvtier.engine.vllm.gateway import Served
 from kvtier.engine.vllm.http import Http
-from kvtier.errors import InvalidRequest, Overloaded, WorkerLost
+from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 
 SERVED = Served(
     model="m", revision="r", block_tokens=16, max_tokens=100, vocab_size=1000,
@@ -146,3 +149,36 @@ async def test_a_caller_that_gives_up_ends_the_request(server, http):
                 break
     async with asyncio.timeout(60):
         await server.gone.wait()
+
+
+def test_who_an_engine_is_goes_through_a_file(tmp_path):
+    path = tmp_path / "who"
+    said = Announced(b"r" * 32, b"n" * 32, "revision")
+    write_announced(str(path), said, "sha256_cbor", 16)
+    assert read_announced(path, 16) == said
+    with pytest.raises(ConfigError, match=r"block_tokens is 32, but .* blocks of 16"):
+        read_announced(path, 32)
+    write_announced(str(path), said, "sha256", 16)
+    with pytest.raises(ConfigError, match="must be sha256_cbor"):
+        read_announced(path, 16)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"worker\.announced"):
+        read_announced(path, 16)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ('engine = "vllm-http"', "worker.url must say where vLLM's HTTP API is"),
+        ('engine = "vllm-http"\nurl = "http://127.0.0.1:9"', "worker.url: no vLLM answers there"),
+        ('engine = "sglang2"', "worker.engine"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line(tmp_path, more, line):
+    config = tmp_path / "kvtier.toml"
+    config.write_text(f'[worker]\nmodel = "{tmp_path}"\nlisten = "127.0.0.1:0"\n{more}\n')
+    command = [sys.executable, "-m", "kvtier.cli", "worker", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr

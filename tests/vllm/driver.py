@@ -106,6 +106,14 @@ class Engine:
             found[" ".join([name, *words])] = value
         return found
 
+    def core(self) -> int:
+        """The process id of its EngineCore, where the scheduler and the tier live."""
+        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        for pid in below.split():
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+        raise AssertionError(f"no EngineCore below {self.process.pid}")
+
     def _send(self, value: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(value) + "\n")

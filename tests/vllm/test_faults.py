@@ -1,8 +1,10 @@
 """Whatever fails under vLLM: its answers stay right, nothing hangs, and it goes on living."""
 
+import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +161,44 @@ def test_a_full_arena(engine, node, prompts, expected):
         engine.generate([fresh(seed * 10 + n, 900) for n in range(3)], 1)
     engine.forget()
     assert ask(engine, prompts) == expected
+
+
+def test_a_soak(engine, node, prompts, expected):
+    """Prompts that share prefixes, and a kill of the daemon now and then; KVTIER_SOAK_S long."""
+    seconds = float(os.environ.get("KVTIER_SOAK_S", "20"))
+    every_s = min(60.0, seconds / 3)  # between two kills
+    begun = time.monotonic()
+    core = engine.core()
+    engine.forget()
+    counts, rounds, killed = (open_files(core), memory(core)), 0, begun
+    while time.monotonic() < begun + seconds:
+        tail = fresh(rounds, 48)
+        engine.begin([[*prompts[n % 4][:256], *tail] for n in range(6)], 4)
+        if time.monotonic() > killed + every_s:
+            node.process.kill()
+            node.process.restart()
+            killed = time.monotonic()
+        assert [len(ids) for ids, _ in engine.end()] == [4] * 6
+        rounds += 1
+        if rounds % 5 == 0:
+            engine.forget()
+        if rounds == 20:  # by then every buffer has its size
+            counts = (open_files(core), memory(core))
+    assert open_files(core) <= counts[0] + 16
+    assert memory(core) <= counts[1] + (256 << 20)
+    wait_for("leases to end", lambda: not busy(node))
+    print(f"{rounds} rounds; open files {counts[0]} -> {open_files(core)}; "
+          f"bytes {counts[1]} -> {memory(core)}")  # fmt: skip
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def memory(pid: int) -> int:
+    """Bytes of its own, without what it maps of files and shared memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 def busy(node: Node) -> bool:

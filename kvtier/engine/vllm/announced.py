@@ -47,5 +47,7 @@ def read_announced(path: Path, block_tokens: int) -> Announced:
     if algorithm != HASH:
         raise ConfigError(f"vLLM runs with --prefix-caching-hash-algo {algorithm}, must be {HASH}")
     if tokens != block_tokens:
-        raise ConfigError(f"worker.block_tokens is {block_tokens}, but vLLM's blocks have {tokens}")
+        raise ConfigError(
+            f"worker.block_tokens is {block_tokens}, but that vLLM's tier has blocks of {tokens}"
+        )
     return said

@@ -188,8 +188,9 @@ def _identify(spec: OffloadingSpec, row_nbytes: int, settings: TierSettings) -> 
         adapters = settings.adapters_revision or life
         who = identity(known, row_nbytes, weights, adapters, settings.tenant)
         if settings.announce:
-            said_by = Announced(who.root, bytes.fromhex(str(known["none_hash"])), weights)
-            write_announced(settings.announce, said_by, str(known["hash"]), spec.tokens_per_hash)
+            tokens = spec.tokens_per_hash * spec.blocks_per_chunk
+            told = Announced(who.root, bytes.fromhex(str(known["none_hash"])), weights)
+            write_announced(settings.announce, told, str(known["hash"]), tokens)
     except Exception as error:
         logger.warning("kvtier is off, nothing is kept or restored: %s", error)
         return None
