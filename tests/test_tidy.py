@@ -15,7 +15,13 @@ MAX_PUBLIC_METHODS = 15
 
 PACKAGE = Path(kvtier.__path__[0])
 # The only places where any failure of ours becomes a miss, a counter, or an answer to a client.
-SHELLS = {"engine/tier.py", "node/movers.py", "node/server.py"}
+SHELLS = {
+    "engine/tier.py",
+    "engine/vllm/line.py",
+    "engine/vllm/tier.py",
+    "node/movers.py",
+    "node/server.py",
+}
 # `cluster/local.py` sets what Ray takes from the environment and in no other way.
 USES_ENVIRONMENT = {"config/host.py", "cluster/local.py"}
 

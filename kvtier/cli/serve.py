@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import dataclasses
 import importlib
 import os
 import signal
@@ -38,11 +39,20 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         command.add_argument(
             "--until-eof", action="store_true", help="also stop when standard input ends"
         )
+        if name == "worker":
+            command.add_argument(
+                "--engine",
+                choices=["transformers", "vllm", "vllm-http"],
+                help="what computes; as worker.engine",
+            )
         command.set_defaults(run=_serve, server=name)
 
 
 def _serve(options: argparse.Namespace) -> int:
     config = configuration.load(options.config)
+    if getattr(options, "engine", None):
+        worker = dataclasses.replace(config.worker, engine=options.engine)
+        config = dataclasses.replace(config, worker=worker)
     module = importlib.import_module(_SERVERS[options.server])
     serve = cast("_Serve", module.serve)
     asyncio.run(_until_told(serve, config, options.server, until_eof=options.until_eof))

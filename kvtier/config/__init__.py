@@ -8,7 +8,14 @@ line that names the key, the value and the limit.
 import tomllib
 from pathlib import Path
 
-from kvtier.config.host import cache_dir, memory_available, node_name, redis_url, sentinel_password
+from kvtier.config.host import (
+    cache_dir,
+    memory_available,
+    node_name,
+    redis_url,
+    sentinel_password,
+    vllm_speaks_on_stderr,
+)
 from kvtier.config.settings import (
     Config,
     DiskConfig,
@@ -43,6 +50,7 @@ __all__ = [
     "parse_size",
     "redis_url",
     "sentinel_password",
+    "vllm_speaks_on_stderr",
 ]
 
 

@@ -59,6 +59,12 @@ def _secret(path: str, name: str) -> str:
         raise ConfigError(f"{name}: {error}") from None
 
 
+def vllm_speaks_on_stderr() -> None:
+    """To be called before vLLM is imported: our own standard output has lines that others read."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: $KVTIER_CACHE, else kvtier in the user's cache folder."""
     if given := os.environ.get("KVTIER_CACHE"):

@@ -71,6 +71,10 @@ class RedisConfig:
 class WorkerConfig:
     """`[worker]`: one engine with one model."""
 
+    # transformers: the worker's own; vllm: AsyncLLM in the worker; vllm-http: `vllm serve` at `url`
+    engine: str = field(
+        default="transformers", metadata=one_of("transformers", "vllm", "vllm-http")
+    )
     model: str = "smollm2"  # a folder of a Transformers causal LM, or smollm2 for the built-in one
     name: str = ""  # what requests call the model; empty: the folder's name
     node: str = ""  # empty: the host's name
@@ -86,6 +90,10 @@ class WorkerConfig:
     max_waiting: int = field(default=64, metadata=limits(0, 65536))
     wait_s: float = field(default=2.0, metadata=limits(0.0, 60))  # for a load from lower tiers
     threads: int = field(default=0, metadata=limits(0, 1024))  # 0: torch decides
+    url: str = ""  # of vLLM's HTTP API; these four are for vllm-http
+    events: str = ""  # its --kv-events-config endpoint; empty: nothing is known of its VRAM
+    replay: str = ""  # and replay_endpoint
+    announced: str = ""  # the file of its kvtier.announce; empty: it runs without kvtier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,5 @@
 """The model that a worker serves: from a folder on this machine, never from a hub."""
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from kvtier.config import WorkerConfig, cache_dir
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Namespace
 from kvtier.engine import smollm2
+from kvtier.engine.revision import revision as fingerprint
 from kvtier.errors import ConfigError
 
 BUILT_IN: Final = "smollm2"
@@ -66,7 +64,7 @@ def load(config: WorkerConfig, progress: Callable[[str], None] = _silent) -> Loa
     path = smollm2.folder(cache_dir(), progress) if config.model == BUILT_IN else Path(config.model)
     device = _device(config.device)
     settings = _read_config(path)
-    revision = _revision(path, progress)
+    revision = fingerprint(path, progress)
     progress(f"loading {path}")
     dtype: torch.dtype = getattr(torch, config.dtype)
     model = _read_weights(path, dtype, device)
@@ -178,42 +176,6 @@ def _eos(model: PreTrainedModel) -> frozenset[int]:
     if ids is None:
         ids = model.config.eos_token_id
     return frozenset([ids] if isinstance(ids, int) else ids or ())
-
-
-def _revision(path: Path, progress: Callable[[str], None]) -> str:
-    """A fingerprint of the folder's weights and settings, by content and not by name or date."""
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"worker.model {path}: no *.safetensors")
-    whole = hashlib.sha256((path / "config.json").read_bytes())
-    for file in weights:
-        whole.update(f"{file.name} {_digest(file, progress)}\n".encode())
-    return whole.hexdigest()[:16]
-
-
-def _digest(file: Path, progress: Callable[[str], None]) -> str:
-    """SHA-256 of a file; remembered in the cache folder while its size and date stay the same."""
-    stat = file.stat()
-    identity = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-    name = hashlib.sha256(identity.encode()).hexdigest()
-    known = cache_dir() / "digests" / name
-    try:
-        text = known.read_text()
-        if len(text) == hashlib.sha256().digest_size * 2:
-            return text
-    except OSError:
-        pass  # not known yet
-    progress(f"fingerprinting {file}")
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as scratch:
-            scratch.write(digest)
-        Path(scratch.name).replace(known)
-    except OSError as error:
-        progress(f"fingerprint of {file} not remembered: {error}")
-    return digest
 
 
 def _line(error: Exception) -> str:

@@ -1,12 +1,19 @@
-"""A worker with its tiers: the engine, its gRPC service and the node daemon put together."""
+"""`kvtier worker`: an engine with the node's tiers under it."""
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
-from kvtier.config import Config
-from kvtier.engine import worker
-from kvtier.engine.embedded import attach
+from kvtier.config import Config, vllm_speaks_on_stderr
+from kvtier.errors import ConfigError
+
+# What computes under each name: loaded only when asked for.
+_OTHERS: Final = {
+    "vllm": "kvtier.engine.vllm.inprocess",
+    "vllm-http": "kvtier.engine.vllm.http",
+}
 
 
 async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -15,7 +22,20 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     A node daemon that is not there yet, or goes away, costs misses and nothing else.
 
     Raises:
-        ConfigError: The address is taken, or the model cannot be loaded.
+        ConfigError: The address is taken, the model cannot be loaded, or the engine is not there.
     """
+    if config.worker.engine in _OTHERS:
+        vllm_speaks_on_stderr()
+        try:
+            module = importlib.import_module(_OTHERS[config.worker.engine])
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"worker.engine is {config.worker.engine}, but {error.name} is not installed"
+            ) from None
+        await module.serve(config, started=started, stop=stop)
+        return
+    from kvtier.engine import worker
+    from kvtier.engine.embedded import attach
+
     make_tier = partial(attach, config.worker)
     await worker.serve(config, started=started, stop=stop, make_tier=make_tier)

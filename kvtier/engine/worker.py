@@ -10,6 +10,7 @@ import grpc
 from kvtier.config import Config, node_name
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
+from kvtier.engine.answers import to_wire
 from kvtier.engine.model import LoadedModel, load
 from kvtier.engine.pool import Changes
 from kvtier.engine.sequence import (
@@ -17,24 +18,16 @@ from kvtier.engine.sequence import (
     Done,
     Event,
     Failed,
-    FinishReason,
     Request,
-    Started,
-    Tokens,
 )
 from kvtier.engine.transformers import STOPPING, Engine, Handle, MakeTiers
 from kvtier.errors import InvalidRequest, RequestError, UnknownModel, WorkerLost
-from kvtier.wire.feed import TO_WIRE, FeedServicer
+from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
 
 DRAIN_S: Final = 30.0  # for running requests, once the worker is told to stop
 MAX_REQUEST_ID: Final = 128  # characters
-
-_REASONS: Final = {
-    FinishReason.STOP: worker_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: worker_pb2.FINISH_REASON_LENGTH,
-}
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +108,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             event = await events.get()
             if isinstance(event, Failed):
                 await refuse(context, event.error)
-            yield _to_wire(event)
+            yield to_wire(event)
             if isinstance(event, Done):
                 return
 
@@ -168,34 +161,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 shared_bytes_per_s=load.bytes_per_s.get(Tier.SHARED, 0.0),
             ),
         )
-
-
-def _to_wire(event: Started | Tokens | Done) -> worker_pb2.WorkerResponse:
-    match event:
-        case Started():
-            restored = [
-                worker_pb2.TierTokens(tier=TO_WIRE[tier], tokens=tokens)
-                for tier, tokens in sorted(event.restored.items())
-            ]
-            started = worker_pb2.Started(
-                prompt_tokens=event.prompt_tokens,
-                restored=restored,
-                computed_tokens=event.computed_tokens,
-                queue_s=event.queue_s,
-                restore_s=event.restore_s,
-                prefill_s=event.prefill_s,
-                first_logits=event.first_logits,
-            )
-            return worker_pb2.WorkerResponse(started=started)
-        case Tokens(ids):
-            return worker_pb2.WorkerResponse(tokens=worker_pb2.Tokens(ids=ids))
-        case Done():
-            done = worker_pb2.Done(
-                finish_reason=_REASONS[event.finish_reason],
-                completion_tokens=event.completion_tokens,
-                saved_tokens=event.saved_tokens,
-            )
-            return worker_pb2.WorkerResponse(done=done)
 
 
 async def serve(

@@ -13,6 +13,7 @@ import grpc
 
 from kvtier import metrics
 from kvtier.config import RouterConfig
+from kvtier.core import vllm_keys
 from kvtier.core.blocks import MAX_BLOCK_TOKENS
 from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
@@ -27,6 +28,7 @@ TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 2.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MAX_ROOT: Final = 64  # bytes
+KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 << 20),  # tokenizer files are large
@@ -239,6 +241,8 @@ def _check(info: worker_pb2.WorkerInfo) -> None:
         value = getattr(info, name)
         if not 1 <= len(value) <= 256:
             raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
+    if info.key_scheme not in KEY_SCHEMES:
+        raise RemoteProtocolError(f"worker info: key_scheme {info.key_scheme[:64]!r} is unknown")
     if not 1 <= len(info.root) <= MAX_ROOT:
         raise RemoteProtocolError(f"worker info: root has {len(info.root)} bytes, limit {MAX_ROOT}")
 

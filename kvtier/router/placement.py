@@ -12,6 +12,7 @@ from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
 from kvtier.core.tiers import Tier
+from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.router.link import Link, State
 from kvtier.router.members import Members
 from kvtier.wire.feed import TO_WIRE
@@ -43,7 +44,8 @@ class Prompt:
         """The block keys that this worker gives the prompt."""
         kind = (info.root, info.block_tokens)
         if kind not in self._keys:
-            self._keys[kind] = block_keys(info.root, self.ids, info.block_tokens)
+            chain = prompt_keys if info.key_scheme == SCHEME else block_keys
+            self._keys[kind] = chain(info.root, self.ids, info.block_tokens)
         return self._keys[kind]
 
 

@@ -1,0 +1,193 @@
+"""vLLM with kvtier under it, beside vLLM alone and vLLM's own tiers: real engines, on the CPU.
+
+Same prompts, same settings, all engines alive at once and measured in turn. CPU seconds are those
+of the engine's processes and of the node daemon together. Run it with .venv-vllm's Python.
+"""
+
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.common import Bar, scratch, summary
+from kvtier.config import cache_dir
+from tests.launching import Process, disk_toml, node_toml
+from tests.vllm.driver import BLOCK, ROW, Engine, transfer
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Size:
+    prompt: int  # tokens
+    repeats: int
+    unique: int  # prompts of a round without a hit
+    unique_tokens: int
+    rounds: int
+
+    @property
+    def blocks(self) -> int:
+        """What the tiers must hold: each prompt of each case, with room."""
+        return self.repeats * (self.prompt // BLOCK + 2) + 32
+
+
+FULL = Size(prompt=3000, repeats=5, unique=6, unique_tokens=640, rounds=8)
+TINY = Size(prompt=200, repeats=1, unique=2, unique_tokens=100, rounds=1)
+
+
+@dataclass
+class Sample:
+    """Seconds of one case, repeat by repeat."""
+
+    name: str
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+
+
+def run(*, tiny: bool) -> dict[str, object]:
+    size = TINY if tiny else FULL
+    model = cache_dir() / "smollm2-135m-instruct"
+    with scratch() as folder:
+        found = measure(model, folder, size)
+    times = {
+        name: {"wall": summary(each.wall), "cpu": summary(each.cpu)} for name, each in found.items()
+    }
+    return {
+        "times": times,
+        "prompt_tokens": size.prompt,
+        "block_bytes": ROW,
+        "cached_tokens": {name: each.cached for name, each in found.items()},
+        "lmcache": "not run: its release for this vLLM cannot be installed beside it here",
+        "bars": [bar.as_dict() for bar in bars(found)],
+    }
+
+
+def bars(found: dict[str, Sample]) -> list[Bar]:
+    def ratio(one: str, other: str, what: str = "cpu") -> float:
+        pairs = zip(getattr(found[one], what), getattr(found[other], what), strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    return [
+        Bar("restored from host / cold, wall", ratio("host", "cold", "wall"), at_most=1 / 12),
+        Bar("restored from host / vLLM's CPU tier, CPU s", ratio("host", "own cpu"), at_most=1.3),
+        Bar("restored from disk / vLLM's fs, after a restart, CPU s", ratio("disk", "own fs"),
+            at_most=1.0),
+        Bar("restored from disk / vLLM's fs, after a restart, wall",
+            ratio("disk", "own fs", "wall"), at_most=1.0),
+        Bar("throughput on / off, unique prompts, wall", ratio("off", "on", "wall"), at_least=0.97),
+        Bar("throughput on / off, unique prompts, CPU s", ratio("off", "on"), at_least=0.97),
+    ]  # fmt: skip
+
+
+def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
+    found = {
+        name: Sample(name) for name in ("cold", "host", "own cpu", "disk", "own fs", "off", "on")
+    }
+    rng = random.Random(1)
+
+    def prompt(tokens: int) -> list[int]:
+        return [rng.randrange(1000, 40000) for _ in range(tokens)]
+
+    prompts = [prompt(size.prompt) for _ in range(size.repeats)]
+    nbytes = size.blocks * ROW * 2
+    toml = node_toml(folder, host=f"{nbytes}", more=disk_toml(folder, f"{nbytes * 2}"))
+    # As a user has it: half of the host tier fills before copies go down; the rest when it ends.
+    node = Process("node", toml.replace("drain_at = 0.0\n", ""), folder)
+    fs = {
+        "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": nbytes, "spec_name": "KvtierSpec",
+            "spec_module_path": "kvtier.engine.vllm.spec", "offload_prompt_only": False,
+            "secondary_tiers": [{"type": "fs", "root_dir": str(folder / "fs")}],
+        },
+    }  # fmt: skip
+    ours = transfer(folder / "node.sock", cpu_blocks=size.blocks * 2, lookup_s=10, load_s=20)
+    settings = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+
+    def start(config: dict[str, object] | None) -> Engine:
+        return Engine(model, folder, config, **settings)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: node.process.poll() is None and node.terminate())
+        off, on, own = (stack.enter_context(start(each)) for each in (None, ours, fs))
+        for engine in (off, on, own):  # first uses pay for much
+            engine.generate([prompt(size.unique_tokens)], 1)
+        compare_unique(found, off, on, node, size, prompt)
+        for each in prompts:
+            timed(found["cold"], off, node, each)
+            for engine in (on, own):
+                engine.generate([each], 1)
+        for each in prompts:
+            on.forget()
+            timed(found["host"], on, node, each)
+            own.forget(all_of_vllm=False)
+            timed(found["own cpu"], own, node, each)
+        for engine in (off, on, own):
+            engine.close()
+        node.terminate()
+        node.restart()
+        on, own = (stack.enter_context(start(each)) for each in (ours, fs))
+        for engine in (on, own):
+            engine.generate([prompt(size.unique_tokens)], 1)
+        for each in prompts:
+            timed(found["disk"], on, node, each)
+            timed(found["own fs"], own, node, each)
+    return found
+
+
+def compare_unique(
+    found: dict[str, Sample], off: Engine, on: Engine, node: Process, size: Size,
+    prompt: Callable[[int], list[int]],
+) -> None:  # fmt: skip
+    """Rounds of prompts that nobody has seen, in turn with kvtier and without."""
+    for number in range(size.rounds):
+        engines = [(off, "off"), (on, "on")]
+        for engine, name in engines if number % 2 else reversed(engines):
+            some = [prompt(size.unique_tokens) for _ in range(size.unique)]
+            with taken(found[name], engine, node):
+                engine.generate(some, 4)
+
+
+def timed(sample: Sample, engine: Engine, node: Process, prompt: list[int]) -> None:
+    with taken(sample, engine, node):
+        ((_, cached),) = engine.answers([prompt], 1)
+    sample.cached.append(cached)
+
+
+@contextmanager
+def taken(sample: Sample, engine: Engine, node: Process) -> Iterator[None]:
+    """Adds the wall and CPU seconds of its context."""
+    pids = [*tree(engine.process.pid), node.pid]
+    cpu, start = cpu_s(pids), time.perf_counter()
+    yield
+    sample.wall.append(time.perf_counter() - start)
+    sample.cpu.append(max(cpu_s(pids) - cpu, 1 / TICKS))
+    print(f"{sample.name}: {sample.wall[-1]:.3f} s, {sample.cpu[-1]:.2f} CPU s", file=sys.stderr)
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children += (task / "children").read_text().split()
+    return [pid, *(each for child in children for each in tree(int(child)))]
+
+
+def cpu_s(pids: list[int]) -> float:
+    """User and system seconds of these processes."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS
+
+
+if __name__ == "__main__":
+    sys.exit("run it with benchmarks/run.py vllm")

@@ -1,0 +1,72 @@
+"""`--kv-transfer-config '{"kv_connector": "KvtierConnector", "kv_role": "kv_both"}'` is enough."""
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    PromMetric,
+    PromMetricT,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvtier.engine.vllm.facts import KEY, engine_facts
+from kvtier.engine.vllm.settings import completed
+from kvtier.engine.vllm.tier import KvtierTier
+from kvtier.errors import ConfigError
+
+
+class KvtierConnector(OffloadingConnector):
+    """vLLM's own OffloadingConnector, with kvtier filled in as its tier."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        complete(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """See `KVConnectorBase_V1`; in a step without work it waits a moment, see `Hub.rest`."""
+        meta = super().build_connector_meta(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            for tier in getattr(self.scheduler.manager, "secondary_tiers", ()):
+                if isinstance(tier, KvtierTier):
+                    tier.rest()
+        return meta
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """See `KVConnectorBase_V1`; runs in the API server's process."""
+        complete(vllm_config)
+        return super().build_prom_metrics(
+            vllm_config, metric_types, labelnames, per_engine_labelvalues
+        )
+
+
+def complete(config: VllmConfig) -> None:
+    """Fill in what a user need not write. Idempotent.
+
+    Raises:
+        ConfigError: What the user wrote makes no sense.
+    """
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    extra = transfer.kv_connector_extra_config
+    if KEY in extra:
+        return
+    whole = completed(extra)
+    try:
+        whole[KEY] = engine_facts(config)
+    except ConfigError as error:
+        whole[KEY] = str(error)  # the tier says it, and is off
+    extra.update(whole)
+    # A failed load is a miss, not a failed request.
+    transfer.kv_load_failure_policy = "recompute"

@@ -1,0 +1,256 @@
+"""A vLLM engine, wherever it runs, behind kvtier's gRPC: Worker, and the feed of its VRAM."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import grpc
+
+from kvtier.config import Config, node_name
+from kvtier.core.tiers import Tier
+from kvtier.core.vllm_keys import SCHEME
+from kvtier.engine.answers import to_wire
+from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
+from kvtier.engine.vllm.events import Changes, Residency
+from kvtier.engine.vllm.subscriber import Subscriber
+from kvtier.errors import InvalidRequest, Overloaded, RequestError, UnknownModel, WorkerLost
+from kvtier.wire.feed import FeedServicer
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvtier.wire.rpc import Server, refuse
+
+DRAIN_S: Final = 30.0
+MAX_REQUEST_ID: Final = 128  # characters
+PROBE_S: Final = 1.0  # between two looks whether the engine lives
+RATE_SHARE: Final = 0.2  # of the newest measurement in the mean
+
+log = logging.getLogger(__name__)
+
+Answer = AsyncGenerator[Started | Tokens | Done, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What routers must know of an engine."""
+
+    model: str
+    revision: str
+    block_tokens: int
+    max_tokens: int
+    vocab_size: int
+    kv_bytes_per_token: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_files: dict[str, bytes]
+    none_hash: bytes
+    root: bytes  # of the namespace
+    events: str  # where its KV events come from; empty: nowhere
+    replay: str
+
+
+class Backend(Protocol):
+    """One engine."""
+
+    served: Served
+
+    def answer(self, request: Request) -> Answer:
+        """Compute a request that was checked. RequestError: it cannot be served."""
+        ...
+
+    async def clear(self) -> None:
+        """Empty VRAM of what no request uses."""
+        ...
+
+    async def alive(self) -> bool:
+        """Whether the engine answers."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class GatewayServicer(worker_pb2_grpc.WorkerServicer):
+    """See worker.proto. Lives on one loop."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self.draining = False
+        self.running: set[object] = set()
+        self.rested = asyncio.Event()  # while nothing runs
+        self.rested.set()
+        self._backend = backend
+        self._limit = config.worker.max_running + config.worker.max_waiting
+        self._waiting_tokens = 0
+        self._prefill = 0.0  # tokens a second
+        served = backend.served
+        self.residency = Residency(served.none_hash, served.root, served.block_tokens)
+        self.feed = FeedServicer(lambda: {Tier.VRAM: self.residency.keys()}, self._heartbeat)
+        self.node = node_name(config.worker.node)
+        self.worker_id = f"{self.node}-{self.feed.epoch:016x}"
+
+    async def Describe(  # noqa: N802 - gRPC's name
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerInfo:
+        """See worker.proto."""
+        served = self._backend.served
+        return worker_pb2.WorkerInfo(
+            worker_id=self.worker_id, node=self.node, model=served.model,
+            revision=served.revision, block_tokens=served.block_tokens,
+            max_tokens=served.max_tokens, root=served.none_hash + served.root,
+            eos_token_ids=served.eos_token_ids, vocab_size=served.vocab_size,
+            kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
+        )  # fmt: skip
+
+    async def Tokenizer(  # noqa: N802
+        self, request: worker_pb2.TokenizerRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.TokenizerFiles:
+        """See worker.proto."""
+        return worker_pb2.TokenizerFiles(files=self._backend.served.tokenizer_files)
+
+    async def Clear(  # noqa: N802
+        self, request: worker_pb2.ClearRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ClearResponse:
+        """See worker.proto; the number is of what the events told."""
+        held = len(self.residency.held)
+        try:
+            await self._backend.clear()
+        except RequestError as error:
+            await refuse(context, error)
+        return worker_pb2.ClearResponse(blocks=held)
+
+    async def Generate(  # noqa: N802
+        self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+        """See worker.proto."""
+        tokens = len(request.token_ids)
+        mark = object()
+        try:
+            wanted = self._check(request)
+            self.running.add(mark)
+            self.rested.clear()
+            self._waiting_tokens += tokens
+            async with contextlib.aclosing(self._backend.answer(wanted)) as answer:
+                async for event in answer:
+                    if isinstance(event, Started):
+                        self._waiting_tokens -= tokens
+                        tokens = 0
+                        self._measure(event)
+                    yield to_wire(event)
+        except RequestError as error:
+            await refuse(context, error)
+        finally:
+            if mark in self.running:
+                self.running.discard(mark)
+                self._waiting_tokens -= tokens
+            if not self.running:
+                self.rested.set()
+
+    def changed(self, changes: Changes) -> None:
+        """VRAM's blocks came or went."""
+        self.feed.changed((Tier.VRAM, key, held) for key, held in changes)
+
+    def _check(self, request: worker_pb2.WorkerRequest) -> Request:
+        served = self._backend.served
+        if self.draining:
+            raise WorkerLost("the worker is stopping")
+        if len(self.running) >= self._limit:
+            raise Overloaded(f"{len(self.running)} requests are under way, limit {self._limit}")
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise InvalidRequest(
+                f"request_id has {len(request.request_id)} characters, limit {MAX_REQUEST_ID}"
+            )
+        if request.model not in ("", served.model):
+            raise UnknownModel(f"model {request.model!r} is not served here: {served.model}")
+        if request.return_first_logits:
+            raise InvalidRequest("return_first_logits: vLLM gives no logits")
+        room = served.max_tokens - len(request.token_ids)
+        wanted = Request(
+            token_ids=list(request.token_ids),
+            max_tokens=min(request.max_tokens or DEFAULT_MAX_TOKENS, max(1, room)),
+            temperature=request.temperature, seed=request.seed, ignore_eos=request.ignore_eos,
+        )  # fmt: skip
+        wanted.check(served.vocab_size, served.max_tokens)
+        return wanted
+
+    def _measure(self, started: Started) -> None:
+        if started.computed_tokens and started.prefill_s > 0:
+            rate = started.computed_tokens / started.prefill_s
+            self._prefill += (rate - self._prefill) * (RATE_SHARE if self._prefill else 1.0)
+
+    def _heartbeat(self) -> feed_pb2.Heartbeat:
+        return feed_pb2.Heartbeat(
+            draining=self.draining,
+            load=feed_pb2.WorkerLoad(
+                running=len(self.running),
+                waiting_tokens=self._waiting_tokens,
+                prefill_tokens_per_s=self._prefill,
+            ),
+        )
+
+
+async def serve(
+    config: Config, backend: Backend, *, started: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """Run a worker over `backend` until `stop`, or until the engine is dead.
+
+    Raises:
+        ConfigError: The address is taken, or one of ZMQ's is wrong.
+    """
+    server = Server(config.worker.listen, "worker.listen", ["kvtier.v1.Worker", "kvtier.v1.Feed"])
+    servicer = GatewayServicer(config, backend)
+    served = backend.served
+    worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server.grpc)
+    feed_pb2_grpc.add_FeedServicer_to_server(servicer.feed, server.grpc)
+    subscriber: Subscriber | None = None
+    tasks: list[asyncio.Future[object]] = []
+    if served.events:
+        subscriber = Subscriber(served.events, served.replay, servicer.residency, servicer.changed)
+        tasks.append(asyncio.ensure_future(subscriber.follow()))
+    try:
+        address = await server.start()
+        log.info("worker %s serves %s at %s", servicer.worker_id, served.model, address)
+        tasks.append(asyncio.ensure_future(_watch(backend, server, subscriber)))
+        started(address)
+        tasks.append(asyncio.ensure_future(_told(stop)))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        await _stop(server, servicer, subscriber, tasks, backend)
+
+
+async def _told(stop: asyncio.Event) -> None:
+    await stop.wait()
+
+
+async def _watch(backend: Backend, server: Server, subscriber: Subscriber | None) -> None:
+    """Say whether the engine lives; a dead one holds nothing."""
+    healthy = None
+    while True:
+        alive = await backend.alive()
+        if alive is not healthy:
+            healthy = alive
+            await server.healthy(alive)
+            if not alive and subscriber is not None:
+                subscriber.forget()
+        await asyncio.sleep(PROBE_S)
+
+
+async def _stop(
+    server: Server, servicer: GatewayServicer, subscriber: Subscriber | None,
+    tasks: "list[asyncio.Future[object]]", backend: Backend,
+) -> None:  # fmt: skip
+    servicer.draining = True
+    await server.healthy(False)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            await servicer.rested.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if subscriber is not None:
+        subscriber.close()
+    servicer.feed.close()
+    await server.stop(1.0)
+    await backend.close()

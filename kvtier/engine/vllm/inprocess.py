@@ -1,0 +1,163 @@
+"""`kvtier worker --engine vllm`: vLLM's asynchronous engine in our process, kvtier under it."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from vllm import SamplingParams
+from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvtier.config import Config, WorkerConfig, cache_dir
+from kvtier.core.tiers import Tier
+from kvtier.engine import smollm2
+from kvtier.engine.sequence import Done, FinishReason, Request, Started, Tokens
+from kvtier.engine.vllm import gateway
+from kvtier.engine.vllm.announced import HASH, read_announced
+from kvtier.engine.vllm.gateway import Answer
+from kvtier.engine.vllm.served import alone, describe
+from kvtier.errors import ConfigError, WorkerLost
+
+KNOWN_S: Final = 300.0  # for the tier to fingerprint the weights
+POLL_S: Final = 0.05
+
+
+class InProcess:
+    """A `gateway.Backend` over vLLM's AsyncLLM."""
+
+    def __init__(self, engine: AsyncLLM, served: gateway.Served) -> None:
+        self.served = served
+        self._engine = engine
+        self._names = count()
+
+    async def answer(self, request: Request) -> Answer:
+        """See `gateway.Backend`."""
+        params = SamplingParams(
+            temperature=request.temperature, max_tokens=request.max_tokens,
+            seed=request.seed if request.temperature else None, ignore_eos=request.ignore_eos,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+        begun, told, reason = time.monotonic(), 0, FinishReason.LENGTH
+        try:
+            async for output in self._engine.generate(prompt, params, str(next(self._names))):
+                (one,) = output.outputs
+                if not told:
+                    yield _started(len(request.token_ids), output.num_cached_tokens, begun)
+                if one.token_ids:
+                    told += len(one.token_ids)
+                    yield Tokens(tuple(one.token_ids))
+                if one.finish_reason == "stop":
+                    reason = FinishReason.STOP
+        except ValueError as error:
+            raise WorkerLost(f"vLLM refuses the request: {error}") from None
+        except RuntimeError as error:  # EngineDeadError is one
+            raise WorkerLost(f"vLLM is dead: {error}") from None
+        yield Done(finish_reason=reason, completion_tokens=told, saved_tokens=0)
+
+    async def clear(self) -> None:
+        """See `gateway.Backend`; the lower tiers keep what they have."""
+        await self._engine.reset_prefix_cache(reset_connector=True)
+
+    async def alive(self) -> bool:
+        """See `gateway.Backend`."""
+        return not self._engine.errored
+
+    async def close(self) -> None:
+        """See `gateway.Backend`."""
+        await asyncio.to_thread(self._engine.shutdown)
+
+
+def _started(prompt: int, cached: int | None, begun: float) -> Started:
+    # vLLM says how many tokens it did not compute, not where each came from.
+    known = cached or 0
+    return Started(
+        prompt_tokens=prompt,
+        restored={Tier.VRAM: known} if known else {},
+        computed_tokens=prompt - known,
+        queue_s=0.0,
+        restore_s=0.0,
+        prefill_s=time.monotonic() - begun,
+    )
+
+
+def _arguments(worker: WorkerConfig, model: Path, scratch: Path) -> AsyncEngineArgs:
+    transfer = None
+    if worker.socket:
+        extra = {"kvtier": {"socket": worker.socket, "load_s": max(0.1, worker.wait_s),
+                            "announce": str(scratch / "who")},
+                 "cpu_bytes_to_use": worker.vram_bytes}  # fmt: skip
+        transfer = KVTransferConfig(
+            kv_connector="KvtierConnector",
+            kv_connector_module_path="kvtier.engine.vllm.connector",
+            kv_role="kv_both",
+            kv_connector_extra_config=extra,
+        )
+    events = KVEventsConfig(
+        enable_kv_cache_events=True, publisher="zmq", endpoint=f"ipc://{scratch}/events",
+        replay_endpoint=f"ipc://{scratch}/replay",
+    )  # fmt: skip
+    return AsyncEngineArgs(
+        model=str(model), served_model_name=worker.name or model.name, dtype=worker.dtype,
+        block_size=worker.block_tokens, prefix_caching_hash_algo=HASH, enforce_eager=True,
+        kv_cache_memory_bytes=worker.vram_bytes, max_num_seqs=worker.max_running,
+        enable_prefix_caching=True, kv_transfer_config=transfer, kv_events_config=events,
+    )  # fmt: skip
+
+
+async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
+    """Run a worker on vLLM until `stop`; `started` gets its gRPC address.
+
+    Raises:
+        ConfigError: vLLM does not take this model or these settings, or the address is taken.
+    """
+    worker = config.worker
+    model = Path(worker.model)
+    if worker.model == "smollm2":
+        model = await asyncio.to_thread(smollm2.folder, cache_dir(), print)
+    with tempfile.TemporaryDirectory(prefix="kvtier-vllm-") as folder:
+        scratch = Path(folder)
+        try:
+            engine = AsyncLLM.from_engine_args(_arguments(worker, model, scratch))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ConfigError(f"vLLM does not start with {model}: {error}") from None
+        try:
+            said = alone(model)
+            if worker.socket:
+                await _known(scratch / "who")
+                said = read_announced(scratch / "who", worker.block_tokens)
+            served = describe(
+                model, worker.name, said, block_tokens=worker.block_tokens,
+                max_tokens=engine.model_config.max_model_len,
+                events=f"ipc://{scratch}/events", replay=f"ipc://{scratch}/replay",
+            )  # fmt: skip
+        except BaseException:
+            engine.shutdown()
+            raise
+        await gateway.serve(config, InProcess(engine, served), started=started, stop=stop)
+
+
+async def _known(path: Path) -> None:
+    """Return when the tier has said who it is.
+
+    Raises:
+        ConfigError: It does not; its own line in vLLM's log says why.
+    """
+
+    def there() -> bool:
+        end = time.monotonic() + KNOWN_S
+        while not path.exists():
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    if not await asyncio.to_thread(there):
+        raise ConfigError(f"kvtier said nothing in this vLLM for {KNOWN_S:g} s; see its log")

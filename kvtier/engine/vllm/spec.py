@@ -1,0 +1,125 @@
+"""vLLM's tiering with kvtier under it, also on the platform where vLLM has none: the CPU."""
+
+import time
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+Bytes = npt.NDArray[np.int8]
+
+
+class KvtierSpec(TieringOffloadingSpec):
+    """vLLM's tiering; on CUDA and XPU with vLLM's own worker, on the CPU with `CpuWorker`."""
+
+    _cpu_worker: "CpuWorker | None" = None
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """See `OffloadingSpec`."""
+        if current_platform.is_cuda_alike() or current_platform.is_xpu():
+            return cast("OffloadingWorker", super().get_worker(kv_caches))
+        if self._cpu_worker is None:
+            region = SharedOffloadRegion(
+                engine_id=self._engine_id,
+                num_chunks=self.num_chunks,
+                rank=self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            self._cpu_worker = CpuWorker(kv_caches, self.blocks_per_chunk, region)
+        return self._cpu_worker
+
+
+class CpuWorker(OffloadingWorker):
+    """Copies between vLLM's KV cache and its CPU region where both are host memory.
+
+    A copy has ended when `submit_...` returns: so no block can be reused under it.
+    """
+
+    def __init__(
+        self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion
+    ) -> None:
+        self._region: SharedOffloadRegion | None = region
+        self._factor = blocks_per_chunk
+        self._refs = kv_caches.group_data_refs
+        self._device: list[Bytes] = []  # of each tensor: [blocks, bytes of a page]
+        self._host: list[Bytes] = []  # of each tensor: [chunks, blocks of a chunk, bytes of a page]
+        for each in kv_caches.tensors:
+            page = each.page_size_bytes
+            blocks = each.tensor.view(torch.int8)
+            self._device.append(blocks.reshape(blocks.shape[0], -1).numpy())
+            host = region.create_next_worker_view(page * blocks_per_chunk).numpy()
+            self._host.append(host.reshape(len(host), blocks_per_chunk, page))
+            assert self._device[-1].shape[1] >= page
+            assert np.shares_memory(self._host[-1], host)
+        self._finished: list[TransferResult] = []
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
+        """See `OffloadingWorker`."""
+        return self._copy(job_id, src_spec, dst_spec, storing=True)
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        """See `OffloadingWorker`."""
+        return self._copy(job_id, dst_spec, src_spec, storing=False)
+
+    def get_finished(self) -> list[TransferResult]:
+        """See `OffloadingWorker`."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Every copy has ended already."""
+
+    def shutdown(self) -> None:
+        """See `OffloadingWorker`."""
+        self._device, self._host = [], []
+        if self._region is not None:
+            self._region.cleanup()
+            self._region = None
+
+    def _copy(
+        self, job_id: int, blocks: GPULoadStoreSpec, chunks: LoadStoreSpec, *, storing: bool
+    ) -> bool:
+        assert isinstance(chunks, CPULoadStoreSpec)
+        start = time.perf_counter()
+        nbytes = first_block = first_chunk = 0
+        for group, count in enumerate(blocks.group_sizes):
+            skip = blocks.block_indices[group] % self._factor  # of a chunk that is half there
+            for index in range(count):
+                block = int(blocks.block_ids[first_block + index])
+                at, sub = divmod(skip + index, self._factor)
+                chunk = int(chunks.chunk_ids[first_chunk + at])
+                nbytes += self._copy_block(group, block, chunk, sub, storing=storing)
+            first_block += count
+            first_chunk += -(-(count + skip) // self._factor) if count else 0
+        seconds = time.perf_counter() - start
+        self._finished.append(TransferResult(job_id, True, nbytes, seconds))
+        return True
+
+    def _copy_block(self, group: int, block: int, chunk: int, sub: int, *, storing: bool) -> int:
+        nbytes = 0
+        # numpy, not torch: its small copies cost a fraction, and wait for no thread pool.
+        for ref in self._refs[group]:
+            size = ref.page_size_bytes
+            device = self._device[ref.tensor_idx][block, :size]
+            host = self._host[ref.tensor_idx][chunk, sub, :size]
+            if storing:
+                host[:] = device
+            else:
+                device[:] = host
+            nbytes += size
+        return nbytes

@@ -1,0 +1,201 @@
+"""kvtier as a secondary tier of vLLM's tiering: where any failure of ours becomes a miss."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import ClassVar, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from kvtier.engine.vllm.announced import Announced, write_announced
+from kvtier.engine.vllm.facts import facts, problems
+from kvtier.engine.vllm.hub import Hub, Identity
+from kvtier.engine.vllm.namespace import identity, weights_revision
+from kvtier.engine.vllm.settings import TierSettings
+from kvtier.engine.vllm.transfers import Outcome
+
+BLOCKS = "vllm:kvtier_blocks"  # labels: operation, result
+NBYTES = "vllm:kvtier_bytes"  # label: operation
+LATE = "vllm:kvtier_late_lookups"
+DROPPED = "vllm:kvtier_dropped_blocks"
+FAILURES = "vllm:kvtier_failures"
+AWAY = "vllm:kvtier_away"
+
+logger = init_logger("vllm.kvtier")  # so that vLLM's own handler prints it
+
+T = TypeVar("T")
+
+
+class KvtierTier(SecondaryTierManager):
+    """Hands vLLM's blocks to this host's node daemon, and gets them back.
+
+    Everything here runs in vLLM's scheduler, and so only hands work to threads and takes results.
+    """
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: BackpressureDetector | None = None,
+        **table: object,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        table.pop("locality", None)
+        settings = TierSettings.parse(table)
+        row_nbytes = primary_kv_view.strides[0] if primary_kv_view.strides else 0
+
+        def identify() -> Identity | None:
+            return _identify(offloading_spec, row_nbytes, settings)
+
+        self._hub = Hub(primary_kv_view, identify, settings)
+        self._stats = OffloadingConnectorStats()
+        self._told = (0, 0, 0)  # late, dropped, failures
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """See `SecondaryTierManager`: a question now, its answer in a later step."""
+        miss: bool | None = False
+        held = self._shielded(miss, lambda: self._hub.lookups.lookup(req_context.req_id, key))
+        if held is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if held else LookupResult.MISS
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        """See `SecondaryTierManager`."""
+        self._submit(job_metadata, storing=True)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        """See `SecondaryTierManager`."""
+        self._submit(job_metadata, storing=False)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """See `SecondaryTierManager`."""
+        return [self._result(each) for each in self._hub.transfers.finished()]
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """See `SecondaryTierManager`."""
+        return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """See `SecondaryTierManager`."""
+        self._hub.lookups.end(req_context.req_id)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """See `SecondaryTierManager`."""
+        self._shielded(None, self._hub.lookups.flush)
+
+    def rest(self) -> None:
+        """The engine has nothing to compute; see `Hub.rest`."""
+        self._shielded(None, self._hub.rest)
+
+    def drain_jobs(self) -> None:
+        """See `SecondaryTierManager`: ends queued jobs, and waits for copies, not for a daemon."""
+        self._hub.transfers.drain()
+
+    def shutdown(self) -> None:
+        """See `SecondaryTierManager`: stores get `drain_s` to end."""
+        self._shielded(None, self._hub.close)
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, object]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        """See `SecondaryTierManager`."""
+        counter = OffloadingCounterMetadata
+        return {
+            BLOCKS: counter(
+                "Blocks that kvtier was asked to load or store", ("operation", "result")
+            ),
+            NBYTES: counter("Bytes that kvtier copied", ("operation",)),
+            LATE: counter("Blocks taken for a miss because kvtier's answer came too late"),
+            DROPPED: counter("Blocks not stored because too many stores were under way"),
+            FAILURES: counter("Failures of kvtier turned into misses"),
+            AWAY: OffloadingGaugeMetadata("1 while the node daemon cannot be reached"),
+        }
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        """See `SecondaryTierManager`."""
+        hub, stats = self._hub, self._stats
+        told = (hub.lookups.late, hub.transfers.dropped, hub.health.failures)
+        for name, now, before in zip((LATE, DROPPED, FAILURES), told, self._told, strict=True):
+            if now > before:
+                stats.increase_counter(name, now - before)
+        self._told = told
+        if not stats.is_empty():
+            stats.set_gauge(AWAY, int(hub.health.away))
+        self._stats = OffloadingConnectorStats()
+        return stats
+
+    def _submit(self, job: TransferJob, *, storing: bool) -> None:
+        rows = [int(row) for row in job.chunk_ids]
+        self._hub.transfers.submit(job.job_id, storing=storing, keys=list(job.keys), rows=rows)
+
+    def _result(self, outcome: Outcome) -> JobResult:
+        operation = "store" if outcome.storing else "load"
+        missed = len(outcome.keys) - outcome.done
+        for result, count in (("ok", outcome.done), ("missed", missed)):
+            if count:
+                self._stats.increase_counter(BLOCKS, count, (operation, result))
+        self._stats.increase_counter(NBYTES, outcome.nbytes, (operation,))
+        good = None
+        if not outcome.whole and not outcome.storing:
+            good = tuple(OffloadKey(key) for key in outcome.keys[: outcome.done]) or None
+            self._hub.lookups.failed(outcome.keys[outcome.done :])
+        return JobResult(
+            job_id=outcome.job,
+            success=outcome.whole,
+            successful_keys=good,
+            transfer_time=outcome.seconds,
+            transfer_bytes=outcome.nbytes,
+        )
+
+    def _shielded(self, miss: T, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except Exception as error:
+            # An exception here would end the whole engine.
+            self._hub.health.failed("bug", error)
+            return miss
+
+
+def _identify(spec: OffloadingSpec, row_nbytes: int, settings: TierSettings) -> Identity | None:
+    """Who this engine is; None, said in one line, where nobody can tell."""
+    try:
+        known = facts(spec)
+        said = functools.partial(logger.info, "kvtier: %s")
+        weights = weights_revision(known, settings.revision, said)
+        if warning := problems(known, settings.adapters_revision):
+            logger.warning("kvtier: %s", warning)
+        life = str(known.pop("adapters", ""))
+        adapters = settings.adapters_revision or life
+        who = identity(known, row_nbytes, weights, adapters, settings.tenant)
+        if settings.announce:
+            tokens = spec.tokens_per_hash * spec.blocks_per_chunk
+            told = Announced(who.root, bytes.fromhex(str(known["none_hash"])), weights)
+            write_announced(settings.announce, told, str(known["hash"]), tokens)
+    except Exception as error:
+        logger.warning("kvtier is off, nothing is kept or restored: %s", error)
+        return None
+    logger.info(
+        "kvtier: namespace %s (weights %s, %d bytes a block of %s tokens, keys %s)",
+        who.root.hex()[:16], weights, row_nbytes, known["chunk_tokens"], known["hash"],
+    )  # fmt: skip
+    return who

@@ -1,0 +1,209 @@
+"""Copies between vLLM's CPU region and the arena, off the engine's thread, each with a deadline."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from kvtier.core.blocks import BlockKey
+from kvtier.engine.client import ReadLease, WriteLease
+from kvtier.engine.vllm.line import Attached, Bytes, Line, News
+from kvtier.engine.vllm.lookups import Keys
+
+PIECE_NBYTES: Final = 64 << 20  # leased at once: a small arena still serves a long prompt
+
+
+class Outcome(NamedTuple):
+    """How a job ended."""
+
+    job: int
+    storing: bool
+    keys: Sequence[bytes]
+    done: int  # the first so many of `keys` were copied, or, of a store, are held
+    nbytes: int  # copied
+    seconds: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing."""
+        return self.done == len(self.keys)
+
+
+class _Job:
+    """One job; `lock` is held while its rows are touched, and `ended` is only set under it."""
+
+    def __init__(
+        self, number: int, storing: bool, keys: Sequence[bytes], rows: Sequence[int],
+        began: float, deadline: float,
+    ) -> None:  # fmt: skip
+        self.number = number
+        self.storing = storing
+        self.keys = keys
+        self.rows = rows
+        self.began = began
+        self.deadline = deadline
+        self.lock = threading.Lock()
+        self.ended = False
+        self.counted = 0  # rows that it takes of those that stores may pin
+        self.done = 0
+        self.nbytes = 0
+
+
+class Transfers:
+    """The scheduler's side of loads and stores: no method but `drain` and `close` waits.
+
+    `region` is vLLM's CPU region, one row a block. A job's rows belong to it until its outcome
+    was given out; a job past its deadline is ended even when the daemon hangs, but never in the
+    middle of a copy.
+    """
+
+    def __init__(
+        self,
+        region: memoryview,
+        loads: Line,
+        stores: Line,
+        keys: Keys,
+        *,
+        load_s: float,
+        store_s: float,
+        news: News,
+        clock: Callable[[], float],
+    ) -> None:
+        self._region: Bytes = np.asarray(region).view(np.uint8)
+        self._piece = max(1, PIECE_NBYTES // self._region.shape[1])
+        self._lines = {False: loads, True: stores}
+        self._limits = {False: load_s, True: store_s}
+        self._keys = keys
+        self._clock = clock
+        self._jobs: dict[int, _Job] = {}
+        self._ended: deque[Outcome] = deque()
+        self._news = news
+        # A store pins rows that loads and new blocks need: not all of them.
+        self._max_storing = self._region.shape[0] * 3 // 4
+        self._storing = 0  # rows
+        self.dropped = 0  # blocks of stores refused because too many were under way
+
+    def submit(
+        self, number: int, *, storing: bool, keys: Sequence[bytes], rows: Sequence[int]
+    ) -> None:
+        """Begin a job; its outcome comes by `finished`."""
+        now = self._clock()
+        job = _Job(number, storing, keys, rows, now, now + self._limits[storing])
+        self._jobs[number] = job
+        if storing:
+            if self._storing and self._storing + len(keys) > self._max_storing:
+                self.dropped += len(keys)
+                self._end(job)
+                return
+            job.counted = len(keys)
+            self._storing += len(keys)
+        self._lines[storing].put(lambda attached: self._run(attached, job))
+
+    def finished(self) -> list[Outcome]:
+        """The jobs that ended since the last call."""
+        now = self._clock()
+        for job in list(self._jobs.values()):
+            if now >= job.deadline and job.lock.acquire(blocking=False):
+                self._end(job)
+                job.lock.release()
+        outcomes: list[Outcome] = []
+        while self._ended:
+            outcome = self._ended.popleft()
+            job = self._jobs.pop(outcome.job)
+            outcomes.append(outcome)
+            self._storing -= job.counted
+        return outcomes
+
+    @property
+    def under_way(self) -> int:
+        """Jobs whose outcome was not given out yet."""
+        return len(self._jobs)
+
+    def drain(self) -> None:
+        """End every job now; after that nobody touches the region. Waits for copies under way."""
+        for job in list(self._jobs.values()):
+            with job.lock:
+                self._end(job)
+
+    def close(self, timeout_s: float) -> None:
+        """Give the stores `timeout_s` to end, then end every job and let go of the region."""
+        self._news.wait(lambda: all(job.ended for job in list(self._jobs.values())), timeout_s)
+        self.drain()
+        self._region = np.empty((0, self._region.shape[1]), np.uint8)
+
+    def _end(self, job: _Job) -> None:
+        if job.ended:
+            return
+        job.ended = True
+        seconds = self._clock() - job.began
+        self._ended.append(
+            Outcome(job.number, job.storing, job.keys, job.done, job.nbytes, seconds)
+        )
+
+    # --- on a line's thread -----------------------------------------------------------
+
+    def _run(self, attached: Attached | None, job: _Job) -> None:
+        try:
+            if attached is not None and not job.ended:
+                self._copy_all(attached, job)
+        finally:
+            with job.lock:
+                self._end(job)
+            self._news.tell()
+
+    def _copy_all(self, attached: Attached, job: _Job) -> None:
+        keys = self._keys(job.keys)
+        copy = self._store if job.storing else self._load
+        start = 0
+        while start < len(keys) and not job.ended:
+            end = self._piece_end(job.keys, start)
+            if not copy(attached, job, keys, start, end):
+                return
+            start = end
+
+    def _piece_end(self, keys: Sequence[bytes], start: int) -> int:
+        """Where the piece from `start` on ends: it has one group of layers only."""
+        end = start + 1
+        while end < min(len(keys), start + self._piece) and keys[end][-4:] == keys[start][-4:]:
+            end += 1
+        return end
+
+    def _load(
+        self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
+    ) -> bool:
+        wait_s = max(0.0, job.deadline - self._clock())
+        with attached.client.read(keys[start:end], wait_s=wait_s) as lease:
+            with job.lock:
+                if not job.ended:
+                    self._fill(attached, job, lease, start)
+            return len(lease.slots) == end - start
+
+    def _fill(self, attached: Attached, job: _Job, lease: ReadLease, start: int) -> None:
+        for index, slot in enumerate(lease.slots, start):
+            np.copyto(self._region[job.rows[index]], attached.slots[slot])
+        job.done = start + len(lease.slots)
+        job.nbytes += len(lease.slots) * self._region.shape[1]
+
+    def _store(
+        self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
+    ) -> bool:
+        with attached.client.write(keys[:end], start) as lease:
+            with job.lock:
+                if job.ended:
+                    return False
+                self._take(attached, job, lease)
+            # What was not granted is held already, or, at the end of the path, found no room.
+            last = lease.indexes[-1] + 1 if lease.indexes else start
+        whole = last == end or attached.client.match(keys[last:end]).blocks == end - last
+        with job.lock:
+            if not job.ended:
+                job.done = end if whole else last
+        return whole
+
+    def _take(self, attached: Attached, job: _Job, lease: WriteLease) -> None:
+        for index, slot in zip(lease.indexes, lease.slots, strict=True):
+            np.copyto(attached.slots[slot], self._region[job.rows[index]])
+        lease.filled = len(lease.slots)
+        job.nbytes += len(lease.slots) * self._region.shape[1]

@@ -1,0 +1,296 @@
+"""kvtier's side of the vLLM tier, without vLLM: plain memory above, a real daemon below."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.core.blocks import BlockLayout
+from kvtier.engine.vllm.hub import Hub, Identity
+from kvtier.engine.vllm.namespace import identity, row_layout
+from kvtier.engine.vllm.settings import TierSettings, completed
+from kvtier.engine.vllm.transfers import Outcome
+from kvtier.errors import ConfigError
+from kvtier.testing.valkey import ValkeyServer
+from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
+
+ROW = 8192  # bytes
+ROWS = 32
+FACTS = {"dtype": "bfloat16", "chunk_tokens": 16, "hash": "sha256_cbor", "model": "/a"}
+LAYOUT = row_layout(ROW, 16, "bfloat16")
+
+
+def keys(count: int, start: int = 0, group: int = 0) -> list[bytes]:
+    """OffloadKeys as vLLM makes them."""
+    return [bytes([1]) * 28 + n.to_bytes(4, "big") + group.to_bytes(4, "big")
+            for n in range(start, start + count)]  # fmt: skip
+
+
+class Tier:
+    """A hub and its region, driven as vLLM's scheduler would."""
+
+    def __init__(self, socket: Path, *, layout: BlockLayout = LAYOUT, **settings: object) -> None:
+        self.region = np.zeros((ROWS, ROW), np.int8)
+        patient = {"lookup_s": 30.0, "load_s": 30.0, "store_s": 30.0, **settings}
+        table = TierSettings.parse({"socket": str(socket), **patient})
+        who = Identity(b"root", layout)
+        self.hub = Hub(memoryview(self.region), lambda: who, table)
+        self.numbers = itertools.count()
+
+    def fill(self, row: int, value: int) -> None:
+        self.region[row] = np.resize(np.arange(value, value + 97, dtype=np.int8), ROW)
+
+    def submit(self, keys: list[bytes], rows: list[int], *, storing: bool) -> int:
+        number = next(self.numbers)
+        self.hub.transfers.submit(number, storing=storing, keys=keys, rows=rows)
+        return number
+
+    def finished(self, number: int) -> Outcome:
+        found: list[Outcome] = []
+
+        def there() -> bool:
+            found.extend(self.hub.transfers.finished())
+            return any(each.job == number for each in found)
+
+        wait_for("a job to end", there)
+        return next(each for each in found if each.job == number)
+
+    def store(self, keys: list[bytes], rows: list[int]) -> Outcome:
+        return self.finished(self.submit(keys, rows, storing=True))
+
+    def load(self, keys: list[bytes], rows: list[int]) -> Outcome:
+        return self.finished(self.submit(keys, rows, storing=False))
+
+    def held(self, keys: list[bytes], request: str = "r") -> int:
+        """Leading blocks that a request finds, in as many steps as it takes."""
+        answers: list[bool | None] = []
+
+        def known() -> bool:
+            answers[:] = [self.hub.lookups.lookup(request, key) for key in keys]
+            self.hub.lookups.flush()
+            return None not in answers
+
+        wait_for("a lookup", known)
+        self.hub.lookups.end(request)
+        return next((n for n, answer in enumerate(answers) if not answer), len(keys))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Process]:
+    with Process(
+        "node", node_toml(tmp_path, host="1MiB", more=disk_toml(tmp_path)), tmp_path
+    ) as it:
+        yield it
+
+
+@pytest.fixture
+def tier(tmp_path: Path, node: Process) -> Iterator[Tier]:
+    it = Tier(tmp_path / "node.sock")
+    yield it
+    it.hub.close()
+
+
+def stored(tier: Tier, count: int = 8) -> list[bytes]:
+    some = keys(count)
+    for row in range(count):
+        tier.fill(row, row)
+    assert tier.store(some, list(range(count))).whole
+    return some
+
+
+def test_what_is_loaded_is_what_was_stored(tier):
+    some = stored(tier)
+    assert tier.held([*some, *keys(2, 50)]) == 8
+    outcome = tier.load(some, list(range(20, 28)))
+    assert outcome.whole
+    assert outcome.nbytes == 8 * ROW
+    assert np.array_equal(tier.region[20:28], tier.region[:8])
+
+
+def test_nothing_is_found_of_what_was_never_stored(tier):
+    stored(tier)
+    assert tier.held(keys(3, 100)) == 0
+    before = tier.region.copy()
+    outcome = tier.load([*keys(2), *keys(2, 100)], [20, 21, 22, 23])
+    assert (outcome.done, outcome.whole) == (2, False)
+    assert np.array_equal(tier.region[22:], before[22:]), "rows of a miss stay as they were"
+
+
+def test_a_store_of_what_is_held_copies_nothing(tier):
+    some = stored(tier)
+    again = tier.store([*some, *keys(1, 8)], list(range(9)))
+    assert again.whole
+    assert again.nbytes == ROW
+
+
+def test_groups_of_layers_are_apart(tier):
+    stored(tier)
+    assert tier.held(keys(4, group=1)) == 0
+    mixed = [*keys(2), *keys(2, group=1)]
+    assert tier.held(mixed) == 2
+    assert tier.store(mixed, [0, 1, 5, 6]).whole
+    assert tier.load(mixed, [20, 21, 22, 23]).whole
+    assert np.array_equal(tier.region[20:24], tier.region[[0, 1, 5, 6]])
+
+
+def test_a_prompt_larger_than_the_arena(tier):
+    # 1 MiB of host memory are 128 blocks; more go down to the disk, and come back.
+    for at in range(0, 320, ROWS):
+        some = keys(ROWS, at)
+        tier.region[:] = (np.arange(ROWS, dtype=np.int8) + at % 97)[:, None]
+        wait_for("room", lambda some=some: tier.store(some, list(range(ROWS))).whole)
+    assert tier.held(keys(320)) == 320
+    tier.region[:] = 0
+    assert tier.load(keys(ROWS), list(range(ROWS))).whole
+    assert np.array_equal(tier.region[:, 0], np.arange(ROWS, dtype=np.int8))
+
+
+def test_from_the_shared_store_of_another_node(tmp_path):
+    with ValkeyServer() as valkey:
+        one, two = tmp_path / "one", tmp_path / "two"
+        for folder in (one, two):
+            folder.mkdir()
+        with Process("node", node_toml(one, more=redis_toml(valkey.url)), one) as first:
+            tier = Tier(one / "node.sock")
+            stored(tier)
+            tier.hub.close()
+            first.terminate()  # saves what it holds
+        with Process("node", node_toml(two, more=redis_toml(valkey.url)), two):
+            other = Tier(two / "node.sock")
+            assert other.held(keys(9)) == 8
+            assert other.load(keys(8), list(range(8))).whole
+            assert np.array_equal(other.region[:8], tier.region[:8])
+            other.hub.close()
+
+
+def test_without_a_daemon_everything_is_a_miss_until_there_is_one(tmp_path):
+    tier = Tier(tmp_path / "node.sock")
+    assert tier.held(keys(3)) == 0
+    assert not tier.store(keys(3), [0, 1, 2]).done
+    assert not tier.load(keys(3), [0, 1, 2]).done
+    assert tier.hub.health.away
+    with Process("node", node_toml(tmp_path), tmp_path):
+        wait_for("the daemon to be found", lambda: tier.store(keys(3), [0, 1, 2]).whole)
+        assert tier.held(keys(3)) == 3
+        assert not tier.hub.health.away
+    tier.hub.close()
+
+
+def test_a_daemon_killed_and_restarted(tier, node):
+    some = stored(tier)
+    node.kill()
+    assert tier.held(some) == 0
+    assert not tier.load(some, list(range(20, 28))).done
+    node.restart()
+    wait_for("the daemon to be found", lambda: tier.store(some, list(range(8))).whole)
+    # Each of the three connections tries again by itself.
+    wait_for("a load", lambda: tier.load(some, list(range(20, 28))).whole)
+    assert np.array_equal(tier.region[20:28], tier.region[:8])
+
+
+def test_a_daemon_that_hangs_costs_no_more_than_the_deadlines(tmp_path, node):
+    tier = Tier(tmp_path / "node.sock", lookup_s=0.2, load_s=0.2, store_s=0.2)
+    wait_for("a first store", lambda: tier.store(keys(2), [0, 1]).whole)
+    node.process.send_signal(19)  # SIGSTOP
+    try:
+        before = tier.region.copy()
+        assert tier.held(keys(2), "hangs") == 0
+        assert tier.load(keys(2), [20, 21]).done == 0
+        assert tier.store(keys(2, 5), [0, 1]).done == 0
+        assert tier.hub.lookups.late
+        tier.hub.transfers.drain()
+        assert not tier.hub.transfers.finished()
+    finally:
+        node.process.send_signal(18)  # SIGCONT
+    # What the daemon answers now is too late: the rows belong to others.
+    wait_for("the daemon to answer again", lambda: tier.held(keys(2), str(time.monotonic())) == 2)
+    assert np.array_equal(tier.region, before)
+    tier.hub.close()
+
+
+def test_stores_under_way_leave_room_in_the_region(tmp_path):
+    tier = Tier(tmp_path / "node.sock")
+    tier.hub.transfers.drain()
+    gate = Tier.__new__(Tier)  # a line that never gets on: its layout is never known
+    gate.region, gate.numbers = np.zeros((ROWS, ROW), np.int8), itertools.count()
+    gate.hub = Hub(memoryview(gate.region), lambda: time.sleep(2), TierSettings(socket="/none"))  # type: ignore[arg-type, return-value]
+    first = gate.submit(keys(20), list(range(20)), storing=True)
+    second = gate.submit(keys(12, 20), list(range(20, 32)), storing=True)
+    assert gate.finished(second).done == 0
+    assert gate.hub.transfers.dropped == 12
+    gate.hub.transfers.drain()
+    assert gate.finished(first).done == 0
+    gate.hub.close()
+    tier.hub.close()
+
+
+def test_a_failed_load_is_a_miss_for_the_rest_of_the_request(tier):
+    some = stored(tier)
+    wait_for(
+        "an answer", lambda: (tier.hub.lookups.lookup("a", some[0]), tier.hub.lookups.flush())[0]
+    )
+    tier.hub.lookups.failed(some)
+    assert tier.hub.lookups.lookup("a", some[0]) is False
+
+
+def test_nobody_can_tell_who_the_engine_is(tmp_path, node):
+    region = np.zeros((ROWS, ROW), np.int8)
+    table = TierSettings(socket=str(tmp_path / "node.sock"))
+    tier = Tier.__new__(Tier)
+    tier.hub, tier.numbers = Hub(memoryview(region), lambda: None, table), itertools.count()
+    assert tier.held(keys(2)) == 0
+    assert not tier.store(keys(2), [0, 1]).done
+    tier.hub.close()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "tokens", "dtype"),
+    [
+        (737280, 32, "bfloat16"),
+        (8192, 16, "fp8_e4m3"),
+        (4096 * 7, 3, "float32"),
+        (1 << 29, 128, "float16"),
+    ],
+)
+def test_a_row_of_any_size_has_a_layout(nbytes, tokens, dtype):
+    assert row_layout(nbytes, tokens, dtype).nbytes == nbytes
+
+
+def test_what_differs_has_other_keys():
+    def root(weights: str = "w", adapters: str = "", tenant: str = "", **more: object) -> bytes:
+        return identity({**FACTS, **more}, ROW, weights, adapters, tenant).root
+
+    assert root() == root(model="/elsewhere")
+    others = [
+        root("v"),
+        root(adapters="1"),
+        root(tenant="t"),
+        root(hash="sha256"),
+        root(layout="x"),
+    ]
+    assert len({root(), *others}) == 6
+
+
+def test_one_flag_is_enough():
+    whole = completed({})
+    assert whole["spec_name"] == "KvtierSpec"
+    assert whole["cpu_bytes_to_use"]
+    tier = completed({"kvtier": {"load_s": 1.5}, "cpu_bytes_to_use": 7})
+    assert tier["cpu_bytes_to_use"] == 7
+    assert tier["secondary_tiers"][0]["load_s"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ({"load_s": 0}, "load_s is 0"),
+        ({"lode_s": 1}, "'lode_s'"),
+        ({"socket": 3}, "socket must be"),
+    ],
+)
+def test_a_wrong_setting_is_named(table, text):
+    with pytest.raises(ConfigError, match=text):
+        completed({"kvtier": table})
