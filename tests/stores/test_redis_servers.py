@@ -107,8 +107,8 @@ def test_a_replica_takes_over() -> None:
     with ValkeyCluster(replicas=3) as cluster, closing(store_at(cluster.url)) as store:
         names = [*range(30)]
         store.write(frames(names))
-        for server in cluster.servers[:3]:  # what the replica has not got yet would be lost
-            server.call("WAIT", 1, 10_000)
+        # What a replica has not got yet would be lost.
+        wait_until(lambda: sum(each.call("DBSIZE") for each in cluster.servers) == 60)
         cluster.servers[1].kill()
         wait_until(lambda: all(takes(store, ("new", n)) for n in range(30)))
         assert store.read([key(n) for n in names]) == [content(n, 1000) for n in names]
@@ -155,7 +155,7 @@ def test_the_sentinels_name_a_new_primary(tmp_path: Path) -> None:
         secret = str(tmp_path / "password")
         store = stack.enter_context(closing(store_at(url, sentinel_password_file=secret)))
         assert store.write(frames(["a", "b"], 5 * MIB)) == [True, True]
-        primary.call("WAIT", 1, 10_000)
+        wait_until(lambda: replica.call("DBSIZE") == 6)
         primary.kill()
         wait_until(lambda: takes(store, "new"))
         assert store.read([key("a"), key("b")]) == [content("a", 5 * MIB), content("b", 5 * MIB)]
