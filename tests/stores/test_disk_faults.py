@@ -342,6 +342,15 @@ def test_a_damaged_header_is_counted_and_its_place_used_again(tmp_path: Path) ->
         assert store.read([key("a")]) == [content("a", 10_000)]
 
 
+def test_a_name_that_claims_any_length_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "00000007-1000-ffffff.seg").write_bytes(bytes(PAGE))
+    with opened(tmp_path) as store:
+        assert store.write(frames(["a"])) == [True]
+        assert store.nbytes == bytes_on_disk(tmp_path) <= ROOM
+        assert [*store.scan()] == [(key("a"), 1000)]
+
+
 # Meanwhile
 
 

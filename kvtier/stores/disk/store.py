@@ -364,7 +364,12 @@ class DiskStore:
 
     def _load(self) -> None:
         """Index what earlier processes left, from the headers alone."""
-        segments = [self._space.found(self._folder.open(shape)) for shape in self._folder.shapes()]
+        segments: list[Segment] = []
+        for shape in self._folder.shapes():
+            if shape.nbytes > self.capacity:  # a name may claim any length
+                self._folder.remove(shape)
+            else:
+                segments.append(self._space.found(self._folder.open(shape)))
         with ThreadPoolExecutor(_HEADERS, thread_name_prefix="disk-start") as pool:
             by_segment = at_once(pool, self._transfer.headers, segments)
         found = [record for records in by_segment for record in records]

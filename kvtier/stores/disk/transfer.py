@@ -119,10 +119,12 @@ class Transfer:
         number, slot_nbytes, slots = segment.shape
         for slot in range(slots):
             try:
-                whole = segment.file.read(slot, page) >= HEADER_NBYTES
+                got = segment.file.read(slot, page)
             except OSError:
                 continue
-            header = unpack(page, number, slot, slot_nbytes) if whole else None
+            if not got:
+                break  # a name may claim any length
+            header = unpack(page[:got], number, slot, slot_nbytes)
             if header is not None:
                 records.append(Record(header, Place(segment, slot)))
         self._buffers.give(buffer)
