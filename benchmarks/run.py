@@ -19,6 +19,7 @@ NAMES = (
     "ledger",
     "match",
     "host_path",
+    "disk",
     "redis",
     "cascade",
     "restore",

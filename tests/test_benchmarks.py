@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
         "ledger",
         "match",
         "host_path",
+        "disk",
         "redis",
         "route",
         "route_sim",

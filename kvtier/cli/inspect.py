@@ -1,7 +1,8 @@
-"""`kvtier inspect`: what a node daemon holds."""
+"""`kvtier inspect`: what a node daemon, or the folder of a disk tier, holds."""
 
 import argparse
 import asyncio
+from pathlib import Path
 
 from kvtier import config as configuration
 from kvtier.errors import ConfigError
@@ -9,16 +10,38 @@ from kvtier.errors import ConfigError
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parser of `kvtier inspect`."""
-    text = "show what a node daemon holds"
+    text = "show what a node daemon, or the folder of a disk tier, holds"
     command = commands.add_parser("inspect", help=text, description=text)
-    command.add_argument("address", metavar="HOST:PORT", help="the daemon's gRPC address")
+    command.add_argument(
+        "address", metavar="HOST:PORT|DIR", help="the daemon's gRPC address, or its disk.path"
+    )
     command.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if "/" in options.address or Path(options.address).is_dir():
+        _print_folder(Path(options.address))
+        return 0
     configuration.parse_address(options.address, "address")
     asyncio.run(_print_status(options.address))
     return 0
+
+
+def _print_folder(path: Path) -> None:
+    """By the headers alone, so that a daemon may use the folder meanwhile."""
+    from kvtier.stores.disk.check import State, slots, stores_below
+
+    for folder in stores_below(path):
+        found = list(slots(folder, payloads=False))
+        blocks = [each.header for each in found if each.state is State.BLOCK and each.header]
+        files = {each.shape: each.shape.nbytes for each in found}
+        frames = sum(header.nbytes for header in blocks) / 2**20
+        free = sum(each.state is State.FREE for each in found)
+        bad = sum(each.state is State.DAMAGED for each in found)
+        layout = folder / "layout.json"
+        print(f"{folder}: {layout.read_text() if layout.is_file() else 'of no known layout'}")
+        print(f"  {len(blocks)} blocks {frames:.1f} MiB, {free} slots free, {bad} damaged headers")
+        print(f"  {len(files)} segments {sum(files.values()) / 2**20:.1f} MiB")
 
 
 async def _print_status(address: str) -> None:

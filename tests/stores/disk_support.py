@@ -2,17 +2,22 @@
 
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from kvtier.core.blocks import BlockKey
+from kvtier.codec.codecs import RAW
+from kvtier.codec.frame import decode, encode
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.errors import CorruptFrame
+from kvtier.stores.base import Parts
 from kvtier.stores.disk import DiskStore
-from kvtier.testing.stores import content
+from kvtier.testing.stores import content, key
 
 ROOM = 64 * 2**20
 PAGE = 4096
+LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 4, 2, 64),), 16, "bfloat16")  # 32 KiB a block
 
 
 @contextlib.contextmanager
@@ -29,9 +34,10 @@ def files(path: Path) -> list[Path]:
 
 
 def bytes_on_disk(path: Path) -> int:
-    """The larger of what the files say and what the file system has taken for them."""
+    """Of all files; what the file system has taken for them is no more, but for its own maps."""
     stats = [each.stat() for each in files(path)]
-    return sum(max(each.st_size, each.st_blocks * 512) for each in stats)
+    assert all(each.st_blocks * 512 <= each.st_size + 16 * PAGE for each in stats)
+    return sum(each.st_size for each in stats)
 
 
 def at(path: Path, of: BlockKey) -> tuple[Path, int]:
@@ -64,6 +70,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def blocks(names: Sequence[object]) -> list[tuple[BlockKey, Parts]]:
+    """Real frames, of blocks of LAYOUT."""
+    return [
+        (key(name), encode(key(name), memoryview(content(name, LAYOUT.nbytes)), LAYOUT, RAW))
+        for name in names
+    ]
+
+
+def decoded(name: object, frame: bytes | memoryview | None) -> bytes | None:
+    """The block in a frame, as a restore gets it: None where there is none, or a bad one."""
+    out = bytearray(LAYOUT.nbytes)
+    if frame is None:
+        return None
+    try:
+        decode(key(name), frame, memoryview(out), LAYOUT)
+    except CorruptFrame:
+        return None
+    return bytes(out)
 
 
 def whole(name: object, nbytes: int, frame: bytes | memoryview | None) -> bool:

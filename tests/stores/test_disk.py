@@ -294,6 +294,21 @@ def test_other_sizes_get_the_room_of_idle_slots_at_a_bounded_cost(tmp_path: Path
         assert store.count([key(n) for n in small]) == 300
 
 
+def test_segments_more_than_half_full_are_never_moved(tmp_path: Path) -> None:
+    """Small frames then take the large slots that are free."""
+    with opened(tmp_path, 2**22) as store:
+        large = [*range(2**22 // (8 * PAGE))]
+        assert all(store.write(frames(large, 30_000)))
+        kept = [name for name in large if name % 4]
+        store.delete([key(n) for n in large if n % 4 == 0])
+        small = [("small", n) for n in large[::4]]
+        assert all(store.write(frames(small, 3000)))
+        assert store.write(frames(["more"], 3000)) == [False]
+        assert store.usage().moved == 0
+        assert store.read([key(n) for n in kept]) == [content(n, 30_000) for n in kept]
+        assert store.read([key(n) for n in small]) == [content(n, 3000) for n in small]
+
+
 def test_capacity_holds_at_every_moment_with_many_writers(tmp_path: Path) -> None:
     capacity = 40 * PAGE
     over: list[int] = []

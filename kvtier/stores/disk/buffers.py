@@ -9,7 +9,7 @@ from typing import Final
 
 from kvtier.stores.disk.record import PAGE
 
-_KEPT: Final = 8  # buffers of one size
+_KEPT_NBYTES: Final = 64 << 20  # of one size
 
 
 class BufferPool:
@@ -28,7 +28,9 @@ class BufferPool:
 
     def give(self, buffer: mmap.mmap) -> None:
         """Take a buffer back; beyond a few of its size it is freed."""
-        self._free.setdefault(len(buffer), deque(maxlen=_KEPT)).append(buffer)
+        self._free.setdefault(
+            len(buffer), deque(maxlen=max(4, _KEPT_NBYTES // len(buffer)))
+        ).append(buffer)
 
     def lend(self, buffer: mmap.mmap, start: int, stop: int) -> memoryview:
         """A view of buffer[start:stop]; the buffer comes back once the last view on it is gone."""

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from kvtier.errors import ConfigError
 from kvtier.stores.disk.record import PAGE
 
-_NAME = re.compile(r"([0-9a-f]{8,15})-([0-9a-f]{4,14})-([0-9a-f]{1,7})\.seg")
+_NAME = re.compile(r"([0-9a-f]{8,15})-([0-9a-f]{4,14})-([0-9a-f]{1,6})\.seg")
 _ZERO_PAGE: Final = mmap.mmap(-1, PAGE)  # aligned, as O_DIRECT wants it
 
 Buffers = Sequence[memoryview | mmap.mmap]
@@ -43,7 +43,7 @@ def parse_name(name: str) -> Shape | None:
     if match is None:
         return None
     shape = Shape(*(int(part, 16) for part in match.groups()))
-    whole = shape.slots and shape.slot_nbytes and not shape.slot_nbytes % PAGE
+    whole = 0 < shape.nbytes < 2**62 and shape.slot_nbytes % PAGE == 0
     return shape if whole and shape.name == name else None
 
 

@@ -1,4 +1,4 @@
-"""A record: one frame in one slot of a segment file, behind a header that proves both.
+"""A record: one frame in one slot of a segment file, behind a header that says whose it is.
 
     offset  bytes
          0      4  magic "KVTR"
@@ -9,7 +9,7 @@
         24      8  sequence: the order of writing, over restarts
         32     16  block key
         48      8  bytes of the frame
-        56      8  xxh3_64 of the frame
+        56      8  xxh3_64 of the frame's bytes on the first page
         64      8  xxh3_64 of the 64 bytes before
      start         frame
 
@@ -17,6 +17,9 @@ Numbers are little-endian; the rest of the first page is zero. A frame whose fir
 as a frame's own header is, starts so that the second part lies on the second page: a block goes
 from the arena to the disk without a copy, and comes back in one piece. Segment and slot are in
 the header because a write or a file may end up in another place than it was meant for.
+
+A record proves its first page. The frame's own header lies there, with the checksum of the rest,
+which whoever decodes or passes on a frame verifies: so all is proven, and no byte is read twice.
 """
 
 import struct
@@ -73,6 +76,11 @@ def unpack(page: memoryview, segment: int, slot: int, slot_nbytes: int) -> Heade
 def pages(nbytes: int) -> int:
     """`nbytes` rounded up to whole pages, in bytes."""
     return -(-nbytes // PAGE) * PAGE
+
+
+def head_check(head: bytes | memoryview) -> int:
+    """The checksum of a frame's bytes on the first page."""
+    return xxh3_64_intdigest(head)
 
 
 def record_nbytes(frame_nbytes: int) -> int:

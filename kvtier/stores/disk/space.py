@@ -20,6 +20,7 @@ from kvtier.stores.disk.record import Header, record_nbytes
 
 _SEGMENTS: Final = 256  # about as many files, whatever the capacity
 _RECORDS: Final = 16  # in a segment, where the capacity is large enough for it
+_MOST_SLOTS: Final = 2**20  # of a segment
 _RECENT: Final = 64  # record sizes remembered, to choose a slot's size
 
 
@@ -119,7 +120,7 @@ class Space:
         if room < slot:
             slot = nbytes
         wanted = max(self.capacity // _SEGMENTS, min(_RECORDS * slot, self.capacity // _RECORDS))
-        slots = min(max(1, wanted // slot), room // slot)
+        slots = min(max(1, wanted // slot), room // slot, _MOST_SLOTS)
         if slots < 1:
             return None
         shape = Shape(self._next, slot, slots)

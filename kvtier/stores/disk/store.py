@@ -24,6 +24,7 @@ from kvtier.stores.disk.usage import Usage
 
 # Of a read: this record is lost, the disk goes on.
 _UNREADABLE: Final = {errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ}
+_HEADERS: Final = 16  # read at once at a start: small requests, so more of them in flight
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class DiskStore:
     not synced. A frame takes whole pages with its header: `usable` says how many bytes of frames
     fit. What an earlier process wrote is held again, the later of two records of one key; where
     `capacity` has shrunk, the segments that were not written for longest go. A record that cannot
-    be read back whole is dropped and counted, never returned.
+    be read, or whose first page is not what was written, is dropped and counted, never returned;
+    the frame's own checksum covers the rest.
 
     Args:
         path: Made where it is not there; other files in it are left alone.
@@ -128,7 +130,7 @@ class DiskStore:
             return kept
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
-        """See `Store.read`; the checks of a record are made here, so None is all that damage is."""
+        """See `Store.read`. The memory is page-aligned and used again once it is let go."""
         with self._call():
             with self._state:
                 records = [self._index.get(key) for key in keys]
@@ -338,6 +340,7 @@ class DiskStore:
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 return error
+            record.bad = True
             self._lose(record, "not readable")
             metrics.DISK_UNREADABLE.inc()
             return None
@@ -354,7 +357,6 @@ class DiskStore:
         """Drop a record that the disk does not give back; its last reader frees the slot."""
         log.warning("disk %s: block %s is %s; dropped", self.path, record.header.key.hex(), what)
         with self._state:
-            record.bad = True
             if self._index.get(record.header.key) is record:
                 self._unindex(record.header.key)
 
@@ -362,12 +364,15 @@ class DiskStore:
 
     def _load(self) -> None:
         """Index what earlier processes left, from the headers alone."""
-        segments = [self._space.found(self._folder.open(shape)) for shape in self._folder.shapes()]
-        found = [
-            record
-            for records in at_once(self._read_pool, self._transfer.headers, segments)
-            for record in records
-        ]
+        segments: list[Segment] = []
+        for shape in self._folder.shapes():
+            if shape.nbytes > self.capacity:  # a name may claim any length
+                self._folder.remove(shape)
+            else:
+                segments.append(self._space.found(self._folder.open(shape)))
+        with ThreadPoolExecutor(_HEADERS, thread_name_prefix="disk-start") as pool:
+            by_segment = at_once(pool, self._transfer.headers, segments)
+        found = [record for records in by_segment for record in records]
         found.sort(key=lambda record: record.header.sequence)
         self._sequence = found[-1].header.sequence if found else 0
         replaced = [older for record in found for older in self._enter(record)]

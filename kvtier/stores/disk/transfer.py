@@ -4,13 +4,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
-from xxhash import xxh3_64, xxh3_64_intdigest
-
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey
 from kvtier.stores.disk.buffers import BufferPool, aligned
 from kvtier.stores.disk.files import Buffers
-from kvtier.stores.disk.record import HEADER_NBYTES, PAGE, Header, pages, record_nbytes, unpack
+from kvtier.stores.disk.record import (
+    HEADER_NBYTES,
+    PAGE,
+    Header,
+    head_check,
+    pages,
+    record_nbytes,
+    unpack,
+)
 from kvtier.stores.disk.space import Place, Record, Segment
 
 _MOST_PARTS: Final = 512  # of one pwritev; the kernel's limit is 1024
@@ -50,15 +56,6 @@ class Transfer:
         """
         segment, slot = write.place
         start = self._start_in_place(write.views)
-        header = Header(
-            segment=segment.shape.number,
-            slot=slot,
-            start=start or HEADER_NBYTES,
-            sequence=write.sequence,
-            key=write.key,
-            nbytes=write.nbytes,
-            check=_checksum(write.views),
-        )
         total = record_nbytes(write.nbytes)
         buffer = self._buffers.take(PAGE if start else total)
         try:
@@ -73,6 +70,16 @@ class Transfer:
                     at += view.nbytes
                 buffer[at:total] = bytes(total - at)
                 buffers = [memoryview(buffer)[:total]]
+            start = start or HEADER_NBYTES
+            header = Header(
+                segment=segment.shape.number,
+                slot=slot,
+                start=start,
+                sequence=write.sequence,
+                key=write.key,
+                nbytes=write.nbytes,
+                check=head_check(memoryview(buffer)[start : min(PAGE, start + write.nbytes)]),
+            )
             buffer[:HEADER_NBYTES] = header.pack()
             segment.file.write(slot, buffers)
         finally:
@@ -81,7 +88,7 @@ class Transfer:
         return Record(header, write.place)
 
     def fetch(self, record: Record) -> memoryview | None:
-        """The frame of a record; None where what is there is not what was written.
+        """The frame of a record; None where its first page is not what was written.
 
         The memory is the caller's until the last view on it is gone.
 
@@ -99,7 +106,7 @@ class Transfer:
             raise
         found = unpack(view, segment.shape.number, slot, segment.shape.slot_nbytes)
         whole = whole and found == record.header
-        if whole and xxh3_64_intdigest(view[start:end]) == record.header.check:
+        if whole and head_check(view[start : min(PAGE, end)]) == record.header.check:
             return self._buffers.lend(buffer, start, end)
         self._buffers.give(buffer)
         return None
@@ -112,10 +119,12 @@ class Transfer:
         number, slot_nbytes, slots = segment.shape
         for slot in range(slots):
             try:
-                whole = segment.file.read(slot, page) >= HEADER_NBYTES
+                got = segment.file.read(slot, page)
             except OSError:
                 continue
-            header = unpack(page, number, slot, slot_nbytes) if whole else None
+            if not got:
+                break  # a name may claim any length
+            header = unpack(page[:got], number, slot, slot_nbytes)
             if header is not None:
                 records.append(Record(header, Place(segment, slot)))
         self._buffers.give(buffer)
@@ -128,10 +137,3 @@ class Transfer:
         if not all(aligned(view) for view in views[1:]):
             return 0
         return PAGE - views[0].nbytes
-
-
-def _checksum(views: Sequence[memoryview]) -> int:
-    hasher = xxh3_64()
-    for view in views:
-        hasher.update(view)
-    return hasher.intdigest()
