@@ -21,6 +21,7 @@ from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 from tests.node.conftest import (
     LAYOUT,
     blocks,
+    content,
     new_keys,
     restore,
     save,
@@ -118,6 +119,29 @@ with client.write(new_keys(1000)) as lease:
         engine.stdout.close()
         wait_for("no lease left", lambda: status(node).layouts[0].leases == 0)
         assert save(client, new_keys(32)) == 32
+
+
+def test_a_lease_is_given_at_once_and_its_blocks_as_they_come(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(40)
+        assert save(client, keys) == 40
+        wait_for_blocks(node, Tier.DISK, 40)
+        node.kill()
+        node.restart()
+        client = connect(tmp_path)
+        done = 0
+        with client.read(keys, wait_s=30.0, wanted=0) as lease:
+            while done < len(lease.slots):
+                client.more(lease)
+                assert lease.arrived > done
+                for key, slot in zip(keys[done:], lease.slots[done : lease.arrived], strict=False):
+                    assert bytes(client.arena.slot(slot)) == content(key), "a wrong block"
+                done = lease.arrived
+            assert lease.sources == [Tier.DISK] * 40
+        with client.read(keys, wait_s=30.0, wanted=0) as lease:
+            assert lease.arrived == 40, "from host memory all is there at once"
 
 
 def test_what_was_not_committed_is_never_served(tmp_path: Path) -> None:
