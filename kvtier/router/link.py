@@ -25,7 +25,7 @@ from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
-PAUSE_S: Final = (0.2, 2.0)  # before a first and before every later new try
+PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MAX_ROOT: Final = 64  # bytes
 KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)

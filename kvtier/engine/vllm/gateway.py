@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
+from urllib.parse import urlsplit
 
 import grpc
 
@@ -49,6 +50,16 @@ class Served:
     replay: str
 
 
+def http_address(url: str) -> str:
+    """Where gateways reach an engine's HTTP API, as WorkerInfo says it; empty: not, as with TLS."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        return ""
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{'' if here else host}:{parts.port or 80}"
+
+
 class Backend(Protocol):
     """One engine."""
 
@@ -81,6 +92,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self.rested.set()
         self._backend = backend
         self._limit = config.worker.max_running + config.worker.max_waiting
+        self._http = http_address(config.worker.url) if config.worker.url else ""
         self._waiting_tokens = 0
         self._prefill = 0.0  # tokens a second
         served = backend.served
@@ -100,6 +112,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             max_tokens=served.max_tokens, root=served.none_hash + served.root,
             eos_token_ids=served.eos_token_ids, vocab_size=served.vocab_size,
             kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
+            http_address=self._http,
         )  # fmt: skip
 
     async def Tokenizer(  # noqa: N802

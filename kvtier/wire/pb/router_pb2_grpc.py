@@ -84,8 +84,9 @@ class RouterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RouteStream(self, request_iterator, context):
-        """The same for many prompts over one call: half the latency of a call each. Answers come as they
-        are ready, each with its request's tag; a bad request ends in its own answer, not the stream.
+        """The same for many prompts over one call, in two thirds of the time of a call each. Answers come
+        as they are ready, each with its request's tag; a bad request ends in its own answer, not the
+        stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
