@@ -22,6 +22,7 @@ NAMES = (
     "redis",
     "cascade",
     "restore",
+    "index",
     "route",
     "route_sim",
 )
