@@ -1,7 +1,7 @@
 """Does the router decide well? Replay of a trace, beside a Dynamo-like cost and least-loaded.
 
 `KVTIER_TRACE` (or ../shared/traces/conversation_trace.jsonl) is Mooncake's conversation trace; the
-bars are for that one, so without it a made trace is replayed that only shows that it runs.
+bars are for that one. Without it a made trace is replayed, with bars that only ask to be no worse.
 """
 
 import os
@@ -44,7 +44,7 @@ def run(*, tiny: bool) -> dict[str, object]:
     took = time.perf_counter() - begun
     bars = []
     for count in nodes:
-        bars += _bars(runs, count)
+        bars += _bars(runs, count, LIMITS[count] if real else (1.0, 1.0, 1.0))
     for name in DISTURBED:
         ours, theirs = _means(runs[name], nodes[0])["kvtier"], _means(runs[name], nodes[0])
         bars.append(Bar(f"{name}: of least-loaded", ours / theirs["least-loaded"], at_most=1.0))
@@ -58,8 +58,10 @@ def run(*, tiny: bool) -> dict[str, object]:
     }
 
 
-def _bars(runs: dict[str, list[Result]], nodes: int) -> list[Bar]:
-    of_1, of_4, of_1_tiers = LIMITS.get(nodes, LIMITS[8])
+def _bars(
+    runs: dict[str, list[Result]], nodes: int, limits: tuple[float, float, float]
+) -> list[Bar]:
+    of_1, of_4, of_1_tiers = limits
     vram, tiers = _means(runs["VRAM"], nodes), _means(runs["tiers"], nodes)
     ours, dynamo = (
         next(each for each in runs["VRAM"] if (each.policy, each.nodes) == (name, nodes))
@@ -70,7 +72,7 @@ def _bars(runs: dict[str, list[Result]], nodes: int) -> list[Bar]:
         Bar(f"{what} of dynamo w=1", vram["kvtier"] / vram["dynamo"], at_most=of_1),
         Bar(f"{what} of dynamo w=4", vram["kvtier"] / vram["dynamo:4"], at_most=of_4),
         Bar(f"{what} of w=1, tiers", tiers["kvtier"] / tiers["dynamo"], at_most=of_1_tiers),
-        Bar(f"{nodes} nodes, imbalance", ours.imbalance, at_most=1.08),
+        Bar(f"{nodes} nodes, imbalance", ours.imbalance, at_most=1.08 if limits[0] < 1 else 1.2),
         Bar(
             f"{nodes} nodes, token hits of w=1's",
             ours.token_hit_ratio / (dynamo.token_hit_ratio or 1e-9),

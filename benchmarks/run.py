@@ -23,6 +23,7 @@ NAMES = (
     "redis",
     "cascade",
     "restore",
+    "index",
     "route",
     "route_sim",
 )

@@ -51,6 +51,7 @@ SHED = _counter("requests_shed", "Requests refused because too many were under w
 RESUMES = _counter("resumes", "Answers that another worker went on with")
 PICKS = _counter("picks", "Endpoints picked for a gateway, by how the prompt was read", "by")
 RETRIES = _counter("retries", "Requests sent to another worker after one was lost")
+ROUTED_BY_LOAD = _counter("routed_by_load", "Rankings by load alone, as the budget was over")
 FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
 RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")
 MEMBERS = _gauge("members", "Workers known, by state", "state")

@@ -116,6 +116,7 @@ class RouterConfig:
     epp_endpoints: int = field(default=1, metadata=limits(1, 8))  # named to the gateway, in order
     members: tuple[MemberConfig, ...] = ()  # besides those that the cluster announces
     behind: float = field(default=2.0, metadata=limits(0, 100))  # lambda of the score
+    budget_s: float = field(default=0.002, metadata=limits(0, 60))  # of Route, then by load alone
     max_requests: int = field(default=1024, metadata=limits(1, 65536))  # under way at once
     max_waiting: int = field(default=1024, metadata=limits(0, 65536))  # for one of those places
     max_attempts: int = field(default=3, metadata=limits(1, 16))

@@ -16,13 +16,21 @@ _TIERS: Final[dict[int, Tier]] = {int(wire): tier for tier, wire in TO_WIRE.item
 
 
 class FeedGap(RemoteProtocolError):
-    """A message was missed, or the source began another life: watch it anew."""
+    """A message was missed, or the source began another life: watch it anew.
+
+    `replay` says whether what is known holds as far as it goes, so that the rest is enough.
+    """
+
+    def __init__(self, why: str, *, replay: bool = False) -> None:
+        super().__init__(why)
+        self.replay = replay
 
 
 class FeedReader:
     """Follows one stream: snapshot pieces until `last`, then deltas and heartbeats.
 
     A stream gets a reader of its own, so that nothing of an old stream can be taken for the new.
+    A stream that was asked for from `position` on may begin with the deltas after it instead.
     `tiers` are those that this kind of source may speak of.
     """
 
@@ -36,6 +44,7 @@ class FeedReader:
         self._blocks = 0  # in the snapshot so far, then at most held
         self._held: dict[Tier, list[BlockKey]] = {}
         self._began = False
+        self.position = directory.position(source)  # epoch and seq of what is known
 
     def take(self, message: feed_pb2.FeedMessage) -> feed_pb2.Heartbeat | None:
         """Apply one message; returns it if it is a heartbeat.
@@ -46,6 +55,8 @@ class FeedReader:
         """
         if not self._began:
             self._began, self.epoch, self._seq = True, message.epoch, message.seq
+            if message.WhichOneof("body") != "snapshot":
+                self._resume()
         if message.epoch != self.epoch:
             raise FeedGap(f"epoch {message.epoch} after {self.epoch}")
         body = message.WhichOneof("body")
@@ -61,6 +72,11 @@ class FeedReader:
         else:
             raise RemoteProtocolError("feed: a message without a body")
         return None
+
+    def _resume(self) -> None:
+        if self.position is not None and self.position[0] == self.epoch:
+            self._seq, self.ready = self.position[1], True
+            self._blocks = sum(self._directory.counts(self._source).values())
 
     def _snapshot(self, message: feed_pb2.FeedMessage) -> None:
         if self.ready:
@@ -85,7 +101,7 @@ class FeedReader:
 
     def _expect(self, seq: int, expected: int) -> None:
         if seq != expected:
-            raise FeedGap(f"message {seq} where {expected} was next")
+            raise FeedGap(f"message {seq} where {expected} was next", replay=self.ready)
 
     def _count(self, blocks: int) -> None:
         self._blocks += blocks

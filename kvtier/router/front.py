@@ -74,7 +74,7 @@ class Front:
 
     async def route(self, request: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
         """The best worker and those after it; remembers that the prompt goes there."""
-        prompt, ranked = await self._ranked(request, self._rng.random)
+        prompt, ranked = await self._ranked(request, self._rng.random, timely=True)
         best, *others = ranked
         self._placement.sent(prompt, best, followed=False)
         self.recorder.tell(prompt, best.info, time.time(), 0)
@@ -117,10 +117,11 @@ class Front:
             await generate(job, self._placement, attempts, self._rng, recorded)
 
     async def _ranked(
-        self, request: router_pb2.RouteRequest, tie: Callable[[], float]
+        self, request: router_pb2.RouteRequest, tie: Callable[[], float], *, timely: bool = False
     ) -> tuple[Prompt, list[Ranked]]:
         prompt, links = await self.prompts.read(request.model, request.prompt)
-        return prompt, self._placement.rank(prompt, links, tie)
+        since = prompt.ready_at if timely else None
+        return prompt, self._placement.rank(prompt, links, tie, since)
 
 
 def _check(request: router_pb2.GenerateRequest) -> None:

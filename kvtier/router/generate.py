@@ -12,7 +12,7 @@ import grpc
 from kvtier import metrics
 from kvtier.errors import Overloaded, RequestError, WorkerLost
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.placement import Placement, Prompt, Ranked, Sent
 from kvtier.router.prompts import some
 from kvtier.router.text import Decoder
 from kvtier.wire.pb import router_pb2, worker_pb2, worker_pb2_grpc
@@ -171,7 +171,7 @@ class _Attempt:
         stub = worker_pb2_grpc.WorkerStub(channel)
         call = stub.Generate(self._request(), timeout=left_s + SLACK_S)
         try:
-            return await self._pass_on(call, sent.began)
+            return await self._pass_on(call, sent)
         except grpc.aio.AioRpcError as error:
             return self._judge(error.code(), error.details() or error.code().name)
         except asyncio.CancelledError:
@@ -184,7 +184,7 @@ class _Attempt:
             call.cancel()
             sent.began()
 
-    async def _pass_on(self, call: grpc.aio.UnaryStreamCall, began: Callable[[], None]) -> Outcome:
+    async def _pass_on(self, call: grpc.aio.UnaryStreamCall, sent: Sent) -> Outcome:
         while True:
             message = await call.read()
             if message is grpc.aio.EOF:
@@ -192,8 +192,9 @@ class _Attempt:
             body = message.WhichOneof("body")
             if body == "started":
                 self._started = message.started  # goes out with the first token
+                sent.told(message.started, self._to.info.kv_bytes_per_token)
             elif body == "tokens":
-                began()
+                sent.began()
                 await self._send_started()
                 await self._send_tokens(message.tokens)
             elif body == "done":

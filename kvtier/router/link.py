@@ -29,6 +29,7 @@ PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MAX_ROOT: Final = 64  # bytes
 KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
+DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 << 20),  # tokenizer files are large
@@ -91,7 +92,10 @@ class Link:
         self.text: Text | None = None
         self.channel: grpc.aio.Channel | None = None
         self.heartbeat = feed_pb2.Heartbeat()
+        self.settled = False  # it told all that it holds, or could not be reached
         self._context = context
+        self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
+        self._rates = Rates()
         self._tries = 0  # in vain, in a row
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
@@ -99,8 +103,14 @@ class Link:
     @property
     def rates(self) -> Rates:
         """What the worker has measured; 0 where it doesn't know yet, or says what cannot be."""
+        if self._told is not self.heartbeat:
+            self._told, self._rates = self.heartbeat, self._read_rates()
+        return self._rates
+
+    def _read_rates(self) -> Rates:
         load = self.heartbeat.load
         return Rates(
+            decode_drag=DECODE_DRAG,
             prefill_tokens_per_s=_rate(load.prefill_tokens_per_s),
             host_bytes_per_s=_rate(load.host_bytes_per_s),
             disk_bytes_per_s=_rate(load.disk_bytes_per_s),
@@ -124,11 +134,13 @@ class Link:
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
                 log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
-                self._context.directory.remove(self.source)
+                if not gap.replay:
+                    self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 log.info("%s at %s: %s", self.serves, self.address, _line(error))
                 silent = isinstance(error, TimeoutError)
                 self._end_life(0 if silent else self._context.config.timeout_s)
+                self._settle()
             first, last = PAUSE_S
             pause = min(last, first * 2**self._tries)
             self._tries = min(self._tries + 1, 16)
@@ -148,12 +160,16 @@ class Link:
         """Reads one stream of the feed to its end; always raises."""
         context = self._context
         reader = FeedReader(context.directory, self.source, _TIERS[self.serves])
-        call = feed_pb2_grpc.FeedStub(channel).Watch(feed_pb2.WatchRequest())
+        epoch, after = reader.position or (0, 0)
+        request = feed_pb2.WatchRequest(epoch=epoch, after=after)
+        call = feed_pb2_grpc.FeedStub(channel).Watch(request)
         try:
             while True:
                 message = await self._next(call)
                 try:
                     heartbeat = reader.take(message)
+                except FeedGap:
+                    raise
                 except RemoteProtocolError as error:
                     raise FeedGap(str(error)) from None
                 if heartbeat is not None:
@@ -162,7 +178,7 @@ class Link:
                     self._become(State.READY)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
-                raise FeedGap(str(error.details())) from None
+                raise FeedGap(str(error.details()), replay=reader.ready) from None
             raise
         finally:
             call.cancel()
@@ -202,7 +218,13 @@ class Link:
         if turned:
             self._context.changed()
 
+    def _settle(self) -> None:
+        if not self.settled:
+            self.settled = True
+            self._context.changed()
+
     def _become(self, state: State) -> None:
+        self.settled |= state is State.READY
         if state is not self.state:
             self.state = state
             self._context.changed()

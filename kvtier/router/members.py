@@ -44,6 +44,9 @@ class Members:
         check_members(self._fixed, "router.members")
         self._members: tuple[Member, ...] = ()
         self._links: dict[tuple[Serves, str], Link] = {}
+        self._daemons: dict[str, list[Link]] = {}  # by node
+        self._unwanted: set[str] = set()  # workers that somebody wants no new requests on
+        self._settled = False
         self._retiring: set[asyncio.Task[None]] = set()
         self._revision = 0
         self._turn = asyncio.Event()  # set, and replaced, at every change
@@ -78,23 +81,29 @@ class Members:
         """Whether at least one worker takes requests."""
         return any(link.state is State.READY for link in self.workers())
 
+    def serving(self) -> bool:
+        """Whether a worker takes requests and everybody who lives has told what they hold.
+
+        Who can't be reached is not waited for, nor who joins later: once is enough.
+        """
+        links = self._links.values()
+        self._settled = self._settled or (bool(links) and all(link.settled for link in links))
+        return self._settled and self.any_ready()
+
     def sources(self, worker: Link) -> list[str]:
         """The sources in the directory that this worker can restore from: its own and its node's.
 
         Blocks of a shared store come with whichever source told of them, see `Directory`.
         """
-        return [worker.source, *(link.source for link in self._daemons(worker))]
+        return [worker.source, *(link.source for link in self._daemons.get(worker.node, ()))]
 
     def draining(self, worker: Link) -> bool:
         """Whether somebody wants no new requests on this worker, or nothing new on its node."""
-        told = any(m.draining for m in self._members if m.worker == worker.address)
-        links = (worker, *self._daemons(worker))
-        return told or any(link.heartbeat.draining for link in links)
-
-    def _daemons(self, worker: Link) -> list[Link]:
-        """The links of the daemons on a worker's node."""
-        daemons = dict.fromkeys(m.daemon for m in self._members if m.node == worker.node)
-        return [self._links[Serves.DAEMON, daemon] for daemon in daemons if daemon]
+        return (
+            worker.heartbeat.draining
+            or worker.address in self._unwanted
+            or any(link.heartbeat.draining for link in self._daemons.get(worker.node, ()))
+        )
 
     def table(self) -> router_pb2.Members:
         """The routing table with the state of each member: its worker's, or else its daemon's."""
@@ -127,7 +136,7 @@ class Members:
         """Follow nobody any more; calls under way are cut off."""
         self.end_changes()
         links, self._links = list(self._links.values()), {}
-        self._members = ()
+        self._members, self._daemons = (), {}
         for task in self._retiring:
             task.cancel()
         stops = [link.stop(0) for link in links]
@@ -158,6 +167,13 @@ class Members:
                 self._links[key] = Link(*key, node, self._context)
                 self._links[key].task.add_done_callback(self._ended)
             self._links[key].node = node
+        self._daemons = {}
+        for member in self._members:
+            link = self._links.get((Serves.DAEMON, member.daemon))
+            daemons = self._daemons.setdefault(member.node, [])
+            if link is not None and link not in daemons:
+                daemons.append(link)
+        self._unwanted = {m.worker for m in self._members if m.draining}
         self._changed()
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from heapq import merge
 from typing import Final
 
+from kvtier import metrics
 from kvtier.config import RouterConfig
 from kvtier.core import score
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
+from kvtier.core.learned import Learned, Sample
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.router.link import Link, State
@@ -20,6 +22,8 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 
 SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
 MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
+
+FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
 
 Tie = Callable[[], float]
 
@@ -32,6 +36,7 @@ class Prompt:
     ids: Sequence[int]
     _keys: dict[tuple[bytes, int], list[BlockKey]] = field(default_factory=dict)
     _highest: int | None = None
+    ready_at: float | None = None  # on the loop's clock: nothing but placing it was left to do
 
     @property
     def highest(self) -> int:
@@ -147,6 +152,18 @@ class Sent:
     load: Load
     worker: str
     tokens: int
+    teach: Callable[[Sample], None] | None = None
+
+    def told(self, started: worker_pb2.Started, block_nbytes_per_token: int) -> None:
+        """What the worker says of the request at its first token; others are sent by it."""
+        if self.teach is not None:
+            loaded = tuple(
+                (FROM_WIRE[each.tier], each.tokens * block_nbytes_per_token)
+                for each in started.restored
+                if each.tokens and FROM_WIRE.get(each.tier, Tier.VRAM) is not Tier.VRAM
+            )
+            sample = Sample(started.computed_tokens, started.prefill_s, loaded, started.restore_s)
+            self.teach(sample)
 
     def began(self) -> None:
         """Its first token came, or the request ended; only the first call counts."""
@@ -169,6 +186,7 @@ class Placement:
         self._speculation = Speculation()
         self._load = Load()
         self._last_cold: dict[str, float] = {}
+        self._learned = Learned()
 
     def candidates(self, model: str) -> list[Link]:
         """Workers of `model` that take requests: those READY, or STALE ones where none is."""
@@ -179,15 +197,21 @@ class Placement:
                 return found
         return []
 
-    def rank(self, prompt: Prompt, links: Collection[Link], tie: Tie) -> list[Ranked]:
-        """These workers, best first. Asks only."""
+    def rank(
+        self, prompt: Prompt, links: Collection[Link], tie: Tie, since: float | None = None
+    ) -> list[Ranked]:
+        """These workers, best first. Asks only.
+
+        Where more than the configured budget has passed `since` the request was ready to be
+        placed, by load alone: an answer that is late helps nobody.
+        """
         kinds: dict[tuple[bytes, int, int], dict[str, tuple[Link, worker_pb2.WorkerInfo]]] = {}
         for link in sorted(links, key=lambda each: each.address):
             info = link.info
             if info is not None:
                 kind = (info.root, info.block_tokens, info.kv_bytes_per_token)
                 kinds.setdefault(kind, {})[link.address] = (link, info)
-        orders = [self._rank(prompt, alike, tie) for alike in kinds.values()]
+        orders = [self._rank(prompt, alike, tie, since) for alike in kinds.values()]
         # Not sorted: each order has its equals in an order of its own, which stays.
         return list(merge(*orders, key=lambda each: (each.draining, each.choice.seconds)))
 
@@ -201,15 +225,23 @@ class Placement:
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
         self._speculation.add(address, prompt.keys(to.info), now)
         expires = None if followed else now + SPECULATIVE_S
-        return self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
+        self._directory.gather()
+        sent = self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
+        sent.teach = lambda sample: self._learned.observe(address, sample, self._clock())
+        return sent
 
     def _rank(
-        self, prompt: Prompt, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]], tie: Tie
-    ) -> list[Ranked]:
+        self, prompt: Prompt, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]], tie: Tie,
+        since: float | None,
+    ) -> list[Ranked]:  # fmt: skip
         """Workers that give the prompt the same keys."""
         now = self._clock()
         _, info = next(iter(alike.values()))
-        keys = prompt.keys(info)
+        keys: Sequence[BlockKey] = ()
+        if since is not None and now - since > self._config.budget_s:
+            metrics.ROUTED_BY_LOAD.inc()
+        else:
+            keys = prompt.keys(info)
         sources = {name: self._members.sources(link) for name, (link, _) in alike.items()}
         warmth = self._directory.warmth(keys, sources)
         candidates = [
@@ -219,9 +251,10 @@ class Placement:
                 waiting_tokens=max(
                     link.heartbeat.load.waiting_tokens, self._load.waiting(name, now)
                 ),
-                rates=link.rates,
+                rates=self._learned.rates(name, link.rates, now),
                 last_cold=self._last_cold.get(name, 0.0),
                 draining=self._members.draining(link),
+                decoding=link.heartbeat.load.running,
             )
             for name, (link, _) in alike.items()
         ]

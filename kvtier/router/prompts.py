@@ -1,5 +1,6 @@
 """What a request means by its model and prompt: token ids, and the workers that read them so."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Prompts:
             prompt = Prompt(model, await self._encode(text, asked))
         if not prompt.ids:
             raise InvalidRequest("prompt: no tokens")
+        prompt.ready_at = time.monotonic()
         infos = [link.info for link in links if link.info is not None]
         if len(prompt.ids) >= LONG and kind != "keys":
             await self._texts.run(lambda: _compute(prompt, infos))
@@ -122,6 +124,7 @@ def _compute(prompt: Prompt, infos: Sequence[worker_pb2.WorkerInfo]) -> None:
     _ = prompt.highest
     for info in infos:
         prompt.keys(info)
+    prompt.ready_at = time.monotonic()  # from here on the loop is awaited
 
 
 def _keyed(model: str, asked: router_pb2.BlockKeys, links: list[Link]) -> tuple[Prompt, list[Link]]:

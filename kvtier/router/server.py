@@ -118,4 +118,4 @@ async def _run(servers: list[_Health], members: Members, stop: asyncio.Event) ->
 async def _follow_health(servers: list[_Health], members: Members) -> None:
     async for _ in members.changes():
         for server in servers:
-            await server.healthy(members.any_ready())
+            await server.healthy(members.serving())

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -15,6 +16,7 @@ from kvtier.wire.rpc import KEYS_PER_MESSAGE
 FLUSH_S: Final = 0.02  # changes are gathered for so long
 HEARTBEAT_S: Final = 0.5
 MAX_BEHIND: Final = 256  # messages that a slow watcher may be behind
+MAX_RECENT_NBYTES: Final = 4 << 20  # of the last messages, kept for watchers that missed some
 MAX_WATCHERS: Final = 64
 
 Residency = Mapping[Tier, Sequence[BlockKey]]
@@ -44,6 +46,8 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
         self._seq = 0
         # The latest word on each (tier, key) since the last delta.
         self._changes: dict[tuple[Tier, BlockKey], bool] = {}
+        self._recent: deque[feed_pb2.FeedMessage] = deque()  # for replays
+        self._recent_nbytes = 0
         self._watchers: set[asyncio.Queue[feed_pb2.FeedMessage | None]] = set()
         self._flush_due: asyncio.TimerHandle | None = None
         self._closed = False
@@ -71,6 +75,10 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             self._tell(feed_pb2.FeedMessage(epoch=self.epoch, seq=self._seq, delta=delta))
 
     def _tell(self, message: feed_pb2.FeedMessage) -> None:
+        self._recent.append(message)
+        self._recent_nbytes += message.ByteSize()
+        while len(self._recent) > MAX_BEHIND or self._recent_nbytes > MAX_RECENT_NBYTES:
+            self._recent_nbytes -= self._recent.popleft().ByteSize()
         for queue in list(self._watchers):
             if queue.qsize() >= MAX_BEHIND:
                 self._watchers.discard(queue)
@@ -97,7 +105,8 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
         self._watchers.add(queue)
         seq = self._seq
         try:
-            for piece in self._snapshot(seq):
+            missed = self._missed(request)
+            for piece in self._snapshot(seq) if missed is None else missed:
                 yield piece
             yield self._beat(seq)
             clock = asyncio.get_running_loop().time
@@ -119,6 +128,13 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
                 await context.abort(grpc.StatusCode.ABORTED, "feed: too far behind, watch anew")
         finally:
             self._watchers.discard(queue)
+
+    def _missed(self, request: feed_pb2.WatchRequest) -> list[feed_pb2.FeedMessage] | None:
+        """The deltas after the client's last one; None where it needs a snapshot."""
+        count = self._seq - request.after
+        if request.epoch != self.epoch or not 0 <= count <= len(self._recent):
+            return None
+        return list(self._recent)[len(self._recent) - count :]
 
     def _beat(self, seq: int) -> feed_pb2.FeedMessage:
         return feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, heartbeat=self._heartbeat())

@@ -39,7 +39,7 @@ async def routers(engines):
                 )
             )
         settings = {"listen": "127.0.0.1:0", "members": tuple(entries)} | settings
-        router = await RunningRouter(RouterConfig(**settings)).start()
+        router = await RunningRouter(RouterConfig(**{"budget_s": 60.0, **settings})).start()
         running.append(router)
         if ready and entries:
             await router.ready()

@@ -6,6 +6,7 @@ from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
 from kvtier.router import feed
 from kvtier.router.feed import FeedGap, FeedReader
+from kvtier.wire.feed import MAX_BEHIND, FeedServicer
 from kvtier.wire.pb import feed_pb2
 from tests.router.stub_engine import tier_keys
 
@@ -131,3 +132,65 @@ def test_a_source_cannot_fill_the_memory(monkeypatch, reader):
     reader.take(delta(7, added={"host": KEYS[:2]}))
     with pytest.raises(RemoteProtocolError, match="more than 4 blocks"):
         reader.take(delta(8, added={"host": KEYS[4:5]}))
+
+
+class Calls:
+    """As much of a gRPC context as `Watch` needs."""
+
+    async def abort(self, code, details):
+        raise AssertionError((code, details))
+
+
+async def watched(source, epoch, after, count):
+    """The first `count` messages of a stream that goes on from there."""
+    stream = source.Watch(feed_pb2.WatchRequest(epoch=epoch, after=after), Calls())
+    return [await anext(stream) for _ in range(count)], stream
+
+
+async def test_a_gap_is_filled_by_the_deltas_that_were_missed(directory):
+    held = {Tier.HOST: KEYS[:1]}
+    source = FeedServicer(lambda: held, feed_pb2.Heartbeat)
+    first, stream = await watched(source, 0, 0, 3)
+    assert [each.WhichOneof("body") for each in first] == ["snapshot", "snapshot", "heartbeat"]
+    await stream.aclose()
+    reader = FeedReader(directory, "s", DAEMON)
+    for message in first:
+        reader.take(message)
+    for key in KEYS[1:4]:
+        source.changed([(Tier.HOST, key, True)])
+        source.flush()
+    epoch, after = directory.position("s")
+    replay, stream = await watched(source, epoch, after, 4)
+    await stream.aclose()
+    assert [each.WhichOneof("body") for each in replay] == ["delta"] * 3 + ["heartbeat"]
+    again = FeedReader(directory, "s", DAEMON)
+    for message in replay:
+        again.take(message)
+    assert again.ready
+    assert warm(directory).host == 4
+
+
+@pytest.mark.parametrize("why", ["another life", "too long ago", "from the future"])
+async def test_where_the_deltas_are_gone_a_snapshot_comes(why):
+    source = FeedServicer(lambda: {Tier.HOST: KEYS}, feed_pb2.Heartbeat)
+    for n in range(MAX_BEHIND + 2):
+        source.changed([(Tier.HOST, KEYS[0], bool(n % 2))])
+        source.flush()
+    epoch, after = {
+        "another life": (source.epoch ^ 1, MAX_BEHIND),
+        "too long ago": (source.epoch, 1),
+        "from the future": (source.epoch, MAX_BEHIND + 3),
+    }[why]
+    (first,), stream = await watched(source, epoch, after, 1)
+    await stream.aclose()
+    assert first.WhichOneof("body") == "snapshot"
+
+
+def test_a_stream_that_goes_on_from_elsewhere_is_a_gap(directory, reader):
+    reader.take(snapshot(host=KEYS[:2]))
+    for message in (delta(8), heartbeat(6)):
+        with pytest.raises(FeedGap) as caught:
+            FeedReader(directory, "s", DAEMON).take(message)
+        assert caught.value.replay
+    with pytest.raises(RemoteProtocolError, match="before the snapshot"):
+        FeedReader(directory, "s", DAEMON).take(delta(6, epoch=2))

@@ -66,14 +66,17 @@ async def collect(call: AsyncIterator[router_pb2.Members], states: list[str]) ->
         states += [member.state for member in table.members]
 
 
-async def test_after_a_gap_nothing_counts_that_was_known_before(engines, routers):
-    worker = await engines(StubWorker("a", KEYS))
+async def test_after_a_gap_what_was_known_counts_until_the_source_answers(engines, routers):
+    worker = await engines(StubWorker("a", KEYS[:4]))
     router = await routers(worker)
+    await router.until_warmth(PROMPT, lambda w: w["a"] == {VRAM: 16})
+    before = gaps("a")
     worker.answering.clear()
-    worker.tell(lost=True)
-    await router.until_warmth(PROMPT, lambda w: w["a"] == {})
+    worker.tell(removed={Tier.VRAM: KEYS[:4]}, lost=True)
+    await eventually(lambda: gaps("a") > before, "the gap was seen")
+    assert (await router.warmth(PROMPT))["a"] == {VRAM: 16}
     worker.answering.set()
-    await router.until_warmth(PROMPT, lambda w: w["a"] == {VRAM: 32})
+    await router.until_warmth(PROMPT, lambda w: w["a"] == {})
 
 
 async def test_a_worker_may_come_back_as_another(engines, routers):

@@ -1,5 +1,7 @@
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
+from kvtier.core.learned import Sample
+from kvtier.core.tiers import Tier
 from kvtier.router import placement
 from kvtier.router.placement import SPECULATIVE_S, Load, Prompt, Speculation, _at_least
 from kvtier.wire.pb import worker_pb2
@@ -65,3 +67,15 @@ def test_keys_are_computed_once_for_each_kind_of_worker():
     assert len(prompt.keys(one)) == 4
     assert len(prompt.keys(worker_pb2.WorkerInfo(root=b"a", block_tokens=8))) == 2
     assert prompt.keys(worker_pb2.WorkerInfo(root=b"b", block_tokens=4)) != prompt.keys(one)
+
+
+def test_the_first_token_teaches_what_the_worker_did():
+    samples = []
+    sent = Load().send("a", 100, expires=None)
+    sent.teach = samples.append
+    restored = [worker_pb2.TierTokens(tier=1, tokens=32), worker_pb2.TierTokens(tier=2, tokens=64)]
+    started = worker_pb2.Started(
+        computed_tokens=50, prefill_s=0.5, restore_s=0.1, restored=restored
+    )
+    sent.told(started, 1000)
+    assert samples == [Sample(50, 0.5, ((Tier.HOST, 64_000),), 0.1)]

@@ -11,7 +11,7 @@ from kvtier.config import Config, MemberConfig, RouterConfig
 from kvtier.errors import ConfigError
 from kvtier.router.server import serve
 from kvtier.wire.pb import router_pb2
-from tests.router.stub_engine import StubWorker, done, hangs, ids, started, tokens
+from tests.router.stub_engine import StubSource, StubWorker, done, hangs, ids, started, tokens
 from tests.router.support import PATIENCE_S, RunningRouter, eventually, generate_request, refused
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -158,3 +158,17 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+async def test_healthy_waits_for_a_snapshot_of_everybody_who_lives(engines, routers):
+    worker, gone = await engines(StubWorker("a")), await engines(StubWorker("gone"))
+    daemon = await engines(StubSource())
+    await gone.stop()  # is not waited for
+    daemon.answering.clear()
+    router = await routers((worker, daemon), gone, ready=False)
+    await router.members(lambda each: each[0].state == "ready")
+    await eventually(lambda: daemon.watched, "the daemon's feed was asked for")
+    request = health_pb2.HealthCheckRequest(service="kvtier.v1.Router")
+    assert (await health(router).Check(request)).status == NOT_SERVING
+    daemon.answering.set()
+    await until_health(router, "kvtier.v1.Router", SERVING)

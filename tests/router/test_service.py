@@ -404,3 +404,14 @@ async def test_answers_in_parts_keep_their_characters_whole(engines, routers):
     chunks = [m.chunk.text for m in messages]
     assert "".join(chunks) == "日本語 😀 ok"
     assert not any("\N{REPLACEMENT CHARACTER}" in each for each in chunks)
+
+
+async def test_a_route_that_is_late_goes_by_load_alone(engines, routers):
+    warm = await engines(StubWorker("warm", KEYS))
+    router = await routers(warm, await engines(StubWorker("cold")), budget_s=0.0)
+    await router.until_warmth(PROMPT, lambda each: each["warm"] != {})
+    before = metrics.ROUTED_BY_LOAD._value.get()
+    choice = await router.route(PROMPT)
+    assert not choice.warm
+    assert metrics.ROUTED_BY_LOAD._value.get() == before + 1
+    assert (await router.warmth(PROMPT))["warm"] != {}  # Explain takes its time

@@ -81,7 +81,7 @@ class _Paths:
         return JSONResponse(self._model(name))
 
     async def health(self, _request: Request) -> Response:
-        if self._members.any_ready():
+        if self._members.serving():
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "no worker is ready"}, 503, {"Retry-After": "1"})
 

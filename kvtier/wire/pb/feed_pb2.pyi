@@ -21,10 +21,14 @@ TIER_DISK: Tier
 TIER_SHARED: Tier
 
 class WatchRequest(_message.Message):
-    __slots__ = ("layout_id",)
+    __slots__ = ("layout_id", "epoch", "after")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     layout_id: str
-    def __init__(self, layout_id: _Optional[str] = ...) -> None: ...
+    epoch: int
+    after: int
+    def __init__(self, layout_id: _Optional[str] = ..., epoch: _Optional[int] = ..., after: _Optional[int] = ...) -> None: ...
 
 class FeedMessage(_message.Message):
     __slots__ = ("epoch", "seq", "snapshot", "delta", "heartbeat")

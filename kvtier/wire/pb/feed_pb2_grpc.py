@@ -48,7 +48,8 @@ class FeedServicer:
 
     def Watch(self, request, context):
         """First a snapshot in pieces, then deltas, each with the next `seq`. A client that sees a gap
-        or another epoch drops what it knew of the source and watches anew.
+        watches anew from where it was: it gets the deltas that it missed, where the source still has
+        them, and else a snapshot. At another epoch it drops what it knew of the source.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

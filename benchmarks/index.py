@@ -1,0 +1,173 @@
+"""What does the router's index cost? Look-ups, ingest, memory, and a whole decision.
+
+Beside it Dynamo's `RadixTree` and `SelectionService` (package ai-dynamo-runtime), where a Python
+that has it is named by KVTIER_PEER_PYTHON; its dependencies conflict with ours, so it runs in a
+process of its own, on the same prompts, right after ours.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import time
+from array import array
+from pathlib import Path
+from random import Random
+
+from benchmarks.common import Bar, summary
+from kvtier.core.audience import Warmth
+from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.directory import Directory
+from kvtier.core.score import DEFAULT_RATES, Candidate, rank
+from kvtier.core.tiers import Tier
+
+NODES = 64
+PATH = 512  # blocks of a prompt: 8k tokens
+SYSTEM = 32  # of them: one of 16 system prompts
+BLOCK_TOKENS = 16
+PEER = Path(__file__).parent / "index_peer.py"
+
+
+def run(*, tiny: bool) -> dict[str, object]:
+    chains = 40 if tiny else 2000
+    rounds = 20 if tiny else 400
+    times: dict[str, object] = {}
+    figures: dict[str, object] = {}
+    bars = []
+    for name, piece, holders in (
+        ("whole prompts, 1 holder", PATH, 1),
+        ("whole prompts, 8 holders", PATH, 8),
+        ("pieces of 16, 1 holder", 16, 1),
+    ):
+        index = Index(chains, piece, holders)
+        found = {
+            f"{when}, {100 * depth // PATH}% held": index.look_up(depth, rounds)
+            for when in ("first", "again")
+            for depth in (PATH, PATH // 2, SYSTEM, 0)
+        }
+        found["with holes"] = index.look_up(PATH, rounds, hole=PATH // 3)
+        times[name] = {each: summary(seconds) for each, seconds in found.items()}
+        figures[name] = {
+            "blocks": index.directory.blocks,
+            "bytes_per_block": index.bytes_per_block,
+            "blocks_per_s": index.blocks_per_s,
+        }
+        worst = max(summary(each)["median_s"] for each in found.values()) * 1e6
+        bars.append(Bar(f"{name}: slowest p50 of a look-up in us", worst, at_most=40))
+        allowed = 120 + 8 * holders
+        if not tiny:  # a small index is lost in the noise of the process's size
+            bars.append(Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=allowed))
+        if holders == 1 and piece == PATH:
+            decisions = [index.decide(number) for number in range(rounds)]
+            times["token ids to decision"] = summary(decisions)
+            middle = summary(decisions)["median_s"] * 1e3
+            bars.append(Bar("8k token ids to decision, p50 in ms", middle, at_most=0.4))
+        drop = index.drop()
+        times[name]["drop of a node"] = summary([drop])
+    return {
+        "nodes": NODES,
+        "bytes": figures["whole prompts, 1 holder"]["bytes_per_block"],
+        "figures": figures,
+        "peer": peer(chains, rounds),
+        "times": times,
+        "bars": [bar.as_dict() for bar in bars],
+    }
+
+
+class Index:
+    """A directory of `chains` prompts, told in pieces of so many blocks, 16 prompts in turn."""
+
+    def __init__(self, chains: int, piece: int, holders: int) -> None:
+        self._rng = Random(1)
+        self._root = os.urandom(32)
+        starts = [array("I", self._tokens(SYSTEM)) for _ in range(16)]
+        self._ids = [
+            starts[n % 16] + array("I", self._tokens(PATH - SYSTEM)) for n in range(chains)
+        ]
+        packed = [b"".join(block_keys(self._root, ids, BLOCK_TOKENS)) for ids in self._ids]
+        self._packed = packed
+        names = [f"node {n}" for n in range(NODES)]
+        self._candidates = {name: [name, f"daemon of {name}"] for name in names}
+        told = [
+            (number // 16, start, name, number)
+            for number in range(chains)
+            for name in self._rng.sample(names, holders)
+            for start in range(0, PATH, piece)
+        ]
+        told.sort(key=lambda each: each[:2])
+        seq = dict.fromkeys(names, 0)
+        gc.collect()
+        before = _resident()
+        self.directory = Directory()
+        for name in names:
+            self.directory.snapshot(name, 1, 0, [])
+        begun = time.perf_counter()
+        for _, start, name, number in told:
+            seq[name] += 1
+            keys = _unpack(packed[number][16 * start : 16 * (start + piece)])
+            assert self.directory.apply(name, 1, seq[name], [(Tier.VRAM, keys)], [])
+        self.blocks_per_s = len(told) * piece / (time.perf_counter() - begun)
+        gc.collect()
+        self.bytes_per_block = (_resident() - before) / self.directory.blocks
+
+    def look_up(self, depth: int, rounds: int, hole: int | None = None) -> list[float]:
+        """Seconds of look-ups of prompts of which `depth` blocks are held, or all but one."""
+        seconds = []
+        picks = Random(depth).sample(range(len(self._packed)), min(rounds, len(self._packed)))
+        for number in picks:
+            keys = _unpack(self._packed[number])
+            keys[depth:] = [BlockKey(os.urandom(16)) for _ in range(PATH - depth)]
+            if hole is not None:
+                keys[hole] = BlockKey(os.urandom(16))
+            start = time.perf_counter()
+            warmth = self.directory.warmth(keys, self._candidates)
+            seconds.append(time.perf_counter() - start)
+            best = max(each.blocks for each in warmth.values())
+            assert best == (depth if hole is None else hole), (best, depth)
+            self.directory.gather()
+        return seconds
+
+    def decide(self, number: int) -> float:
+        """Seconds from a list of token ids to the best of the nodes and three fallbacks."""
+        ids = list(self._ids[number % len(self._ids)])
+        start = time.perf_counter()
+        keys = block_keys(self._root, ids, BLOCK_TOKENS)
+        warmth = self.directory.warmth(keys, self._candidates)
+        candidates = [Candidate(name, each, 0, DEFAULT_RATES) for name, each in warmth.items()]
+        best = rank(
+            candidates, prompt_tokens=len(ids), block_tokens=BLOCK_TOKENS, block_nbytes=1 << 20,
+            behind=2.0, tie=self._rng.random, most=4,
+        )  # fmt: skip
+        took = time.perf_counter() - start
+        assert best[0].warmth == Warmth(vram=PATH)
+        return took
+
+    def drop(self) -> float:
+        """Seconds to forget one node."""
+        start = time.perf_counter()
+        self.directory.remove("node 7")
+        return time.perf_counter() - start
+
+    def _tokens(self, blocks: int) -> list[int]:
+        return [self._rng.randrange(128_000) for _ in range(blocks * BLOCK_TOKENS)]
+
+
+def peer(chains: int, rounds: int) -> dict[str, object]:
+    """Dynamo's figures in its own process; says so where it is not there."""
+    python = os.environ.get("KVTIER_PEER_PYTHON")
+    if not python:
+        return {"ai-dynamo-runtime": "not installed"}
+    done = subprocess.run(
+        [python, str(PEER), str(chains), str(rounds)], capture_output=True, text=True, timeout=600
+    )
+    if done.returncode:
+        return {"ai-dynamo-runtime": f"failed: {done.stderr[-300:]}"}
+    return json.loads(done.stdout)
+
+
+def _unpack(packed: bytes) -> list[BlockKey]:
+    return [BlockKey(packed[i : i + 16]) for i in range(0, len(packed), 16)]
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
