@@ -193,6 +193,8 @@ def test_a_daemon_killed_and_restarted(tier, node):
 
 def test_a_daemon_that_hangs_costs_no_more_than_the_deadlines(tmp_path, node):
     tier = Tier(tmp_path / "node.sock", lookup_s=0.2, load_s=0.2, store_s=0.2)
+    tier.fill(0, 1)  # not as empty as the rows that a late load would fill
+    tier.fill(1, 2)
     wait_for("a first store", lambda: tier.store(keys(2), [0, 1]).whole)
     node.process.send_signal(19)  # SIGSTOP
     try:

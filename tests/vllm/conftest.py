@@ -17,6 +17,13 @@ from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 
 collect_ignore = ["engine_main.py"]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starting an engine takes long where others compute too; only a hang takes longer."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(900))
+
+
 # Text, since random tokens have answers that hang on the last bit of a sum.
 STORIES = [
     "The lighthouse keeper wrote in his book every evening what the sea had been like that day. ",

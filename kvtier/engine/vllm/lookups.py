@@ -40,6 +40,7 @@ class Lookups:
         self._news = news
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
+        self._fresh: list[_Asked] = []  # with questions of this step
         self._answers: deque[tuple[_Asked, Sequence[bytes], list[bool]]] = deque()
         self.late = 0  # blocks that were a miss because the answer was not there
 
@@ -58,16 +59,18 @@ class Lookups:
             return False
         if key not in asked.waiting:
             asked.waiting.add(key)
+            if not asked.fresh:
+                self._fresh.append(asked)
             asked.fresh.append(key)
         return None
 
     def flush(self) -> None:
         """Send off the questions of this step."""
         self._drain()
-        for asked in self._asked.values():
-            if asked.fresh:
-                fresh, asked.fresh = asked.fresh, []
-                self._line.put(_Question(self, asked, fresh))
+        some, self._fresh = self._fresh, []
+        for asked in some:
+            fresh, asked.fresh = asked.fresh, []
+            self._line.put(_Question(self, asked, fresh))
 
     def failed(self, keys: Sequence[bytes]) -> None:
         """A load of these blocks failed: for every request of now they are a miss."""
