@@ -32,6 +32,7 @@ from tests.router.support import GRPC, generate_request, route_request
 SECONDS = float(os.environ.get("KVTIER_CHAOS_S", "8"))
 SEED = int(os.environ.get("KVTIER_CHAOS_SEED", str(random.randrange(10**6))))
 NODES, ROUTERS, CLIENTS, PROMPTS = 2, 2, 6, 6
+KINDS = ["worker", "daemon", "router", "freeze", "two"]
 TIMEOUT_S = 5.0  # of a request, by the router: its callers here set no deadline
 HANG_S = 120.0  # this is a hang
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 8),), BLOCK, "float16")
@@ -256,9 +257,8 @@ class Load:
                 await asyncio.sleep(0.01)
 
 
-async def disturb(world: World, rng: random.Random) -> str:
+async def disturb(world: World, rng: random.Random, kind: str) -> str:
     """One thing goes wrong, and is there again when this returns."""
-    kind = rng.choice(["worker", "daemon", "router", "freeze", "two"])
     if kind == "freeze":
         worker = rng.choice(world.workers)
         worker.process.send_signal(signal.SIGSTOP)
@@ -304,9 +304,11 @@ async def test_chaos(tmp_path):
         await until_true(world)
         clients = [asyncio.create_task(load.client(SEED + i)) for i in range(CLIENTS)]
         end = time.monotonic() + SECONDS
-        while time.monotonic() < end or len(took) < 3:
+        while time.monotonic() < end or len(took) < len(KINDS):
             await asyncio.to_thread(world.store)
-            what = await disturb(world, rng)
+            if len(took) % len(KINDS) == 0:  # each once before any comes again
+                kinds = rng.sample(KINDS, len(KINDS))
+            what = await disturb(world, rng, kinds[len(took) % len(KINDS)])
             await asyncio.to_thread(world.store)
             await load.pause()
             took.append((what, await until_true(world)))
