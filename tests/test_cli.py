@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import kvtier
+from kvtier.cli import main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,3 +56,13 @@ def test_a_server_stops_when_its_parent_goes_away(tmp_path: Path) -> None:
     assert "kvtier router: stopped" in process.stdout.read()
     assert process.wait(60) == 0
     process.stdout.close()
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "kvtier.router.http.server", raising=False)
+    config = tmp_path / "kvtier.toml"
+    config.write_text('[router]\nlisten = "127.0.0.1:0"\nhttp = "127.0.0.1:0"\n')
+    assert main(["router", "--config", str(config)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "kvtier: uvicorn is missing: pip install 'kvtier[http]'"

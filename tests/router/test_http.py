@@ -241,7 +241,15 @@ async def test_a_bad_request_is_told_in_openais_shape(
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b" " * (17 << 20), 413)],
+    [
+        (b"{", 400),
+        (b'{"prompt": "\\uD800"}', 400),
+        (b'{"prompt": 1' + b"0" * 5000 + b"}", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        (b"[" * 100_000, 400),
+        (b" " * (17 << 20), 413),
+    ],
 )
 async def test_a_body_that_is_no_request_is_refused(engines, fronts, body, status):
     _, raw = await fronts(await engines(StubWorker("a")))

@@ -196,8 +196,12 @@ async def _body(request: Request) -> object:
                 break
     if room < 0:
         raise BadRequest(f"body: more than {MAX_BODY} bytes, which is the limit", status=413)
+    raw = b"".join(parts)
     try:
-        return json.loads(b"".join(parts))
+        body = json.loads(raw)
+        if b"\\ud" in raw.lower():  # JSON may name half of a surrogate pair, which is no text
+            json.dumps(body, ensure_ascii=False).encode()
+        return cast("object", body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"body: not JSON: {error}") from None
 
