@@ -223,6 +223,7 @@ class Placement:
             self._last_cold[address] = now
             known = {link.address for link in self._members.workers()}
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
+            self._learned.keep_only(known)
         self._speculation.add(address, prompt.keys(to.info), now)
         expires = None if followed else now + SPECULATIVE_S
         self._directory.gather()
