@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         "disk",
         "redis",
         "route",
+        "index",
         "route_sim",
         "cascade",
         pytest.param("restore", marks=pytest.mark.model),

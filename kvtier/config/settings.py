@@ -122,6 +122,7 @@ class RouterConfig:
     max_attempts: int = field(default=3, metadata=limits(1, 16))
     timeout_s: float = field(default=300.0, metadata=limits(0.1, 86400))  # where a caller set none
     stale_s: float = field(default=3.0, metadata=limits(0.2, 3600))  # silence that means trouble
+    peer_bytes_per_s: Size = field(default=0, metadata=limits(0, 2**50))  # 0: nobody pulls
     metrics_port: int = field(default=0, metadata=_PORTS)
 
 

@@ -5,6 +5,7 @@ word, or else what is usual, counts again: a worker that was slow once gets no r
 show that it is fast now, so its past must not be held against it for ever.
 """
 
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from kvtier.core.score import Rates
@@ -93,6 +94,7 @@ class Learned:
             decode_drag=told.decode_drag,
         )
 
-    def forget(self, worker: str) -> None:
-        """The worker is gone, or began a new life."""
-        self._workers.pop(worker, None)
+    def keep_only(self, workers: Collection[str]) -> None:
+        """All others are gone."""
+        for worker in self._workers.keys() - set(workers):
+            del self._workers[worker]

@@ -110,6 +110,7 @@ class Link:
     def _read_rates(self) -> Rates:
         load = self.heartbeat.load
         return Rates(
+            peer_bytes_per_s=self._context.config.peer_bytes_per_s,
             decode_drag=DECODE_DRAG,
             prefill_tokens_per_s=_rate(load.prefill_tokens_per_s),
             host_bytes_per_s=_rate(load.host_bytes_per_s),

@@ -25,6 +25,8 @@ MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
 
 FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
 
+_LENDER: Final = "lender of "  # an address has no spaces
+
 Tie = Callable[[], float]
 
 
@@ -62,6 +64,7 @@ class Ranked:
     info: worker_pb2.WorkerInfo
     choice: score.Choice
     draining: bool
+    source: str  # where the blocks come from that neither the worker nor its node has
 
     @property
     def warm_tokens(self) -> int:
@@ -80,7 +83,13 @@ class Ranked:
             worker_id=self.info.worker_id, node=self.link.node, address=self.link.address,
             warm=warm, seconds=choice.seconds, wait_s=choice.wait_s, load_s=choice.load_s,
             prefill_s=choice.prefill_s, why=score.why(choice), draining=self.draining,
+            source=self.source, source_tokens=self.source_blocks * self.info.block_tokens,
         )  # fmt: skip
+
+    @property
+    def source_blocks(self) -> int:
+        """Blocks that come from `source`."""
+        return self.choice.pull_blocks or self.choice.warmth.shared
 
 
 class Speculation:
@@ -223,6 +232,7 @@ class Placement:
             self._last_cold[address] = now
             known = {link.address for link in self._members.workers()}
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
+            self._learned.keep_only(known)
         self._speculation.add(address, prompt.keys(to.info), now)
         expires = None if followed else now + SPECULATIVE_S
         self._directory.gather()
@@ -243,6 +253,9 @@ class Placement:
         else:
             keys = prompt.keys(info)
         sources = {name: self._members.sources(link) for name, (link, _) in alike.items()}
+        pulls = self._config.peer_bytes_per_s > 0
+        if pulls:  # what a node's daemon has, without its worker's VRAM, could be pulled from it
+            sources |= {f"{_LENDER}{name}": of[1:] for name, of in sources.items()}
         warmth = self._directory.warmth(keys, sources)
         candidates = [
             score.Candidate(
@@ -255,6 +268,7 @@ class Placement:
                 last_cold=self._last_cold.get(name, 0.0),
                 draining=self._members.draining(link),
                 decoding=link.heartbeat.load.running,
+                lends=_own(warmth[f"{_LENDER}{name}"]) if pulls else 0,
             )
             for name, (link, _) in alike.items()
         ]
@@ -267,7 +281,21 @@ class Placement:
             tie=tie,
         )
         draining = {each.name for each in candidates if each.draining}
-        return [Ranked(*alike[c.name], c, c.name in draining) for c in choices]
+        return [
+            Ranked(*alike[c.name], c, c.name in draining, self._source(c, alike)) for c in choices
+        ]
+
+    def _source(
+        self, choice: score.Choice, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]]
+    ) -> str:  # fmt: skip
+        if choice.pull_from:
+            return alike[choice.pull_from][0].node
+        return Tier.SHARED.label if choice.warmth.shared else ""
+
+
+def _own(warmth: Warmth) -> int:
+    """What can be pulled from a node; what lies in the shared store is had from there."""
+    return 0 if warmth.shared else warmth.host + warmth.disk
 
 
 def _at_least(warmth: Warmth, vram: int) -> Warmth:

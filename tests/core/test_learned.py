@@ -29,7 +29,9 @@ def test_a_slow_past_is_forgotten():
     assert learned.rates("w", TOLD, FORGET_S) == TOLD
     learned.observe("w", Sample(1000, 1.0), FORGET_S + 1)  # nothing of the past is in the mean
     assert learned.rates("w", TOLD, FORGET_S + 2).prefill_tokens_per_s == pytest.approx(1000)
-    learned.forget("w")
+    learned.keep_only(["w", "other"])
+    assert learned.rates("w", TOLD, FORGET_S + 2) is not TOLD
+    learned.keep_only(["other"])
     assert learned.rates("w", TOLD, FORGET_S + 2) is TOLD
 
 

@@ -415,3 +415,32 @@ async def test_a_route_that_is_late_goes_by_load_alone(engines, routers):
     assert not choice.warm
     assert metrics.ROUTED_BY_LOAD._value.get() == before + 1
     assert (await router.warmth(PROMPT))["warm"] != {}  # Explain takes its time
+
+
+async def test_the_answer_names_whom_to_load_from(engines, routers):
+    holder, idle = await engines(StubWorker("holder")), await engines(StubWorker("idle"))
+    daemon = await engines(StubSource({Tier.HOST: KEYS}))
+    holder.heartbeat.load.waiting_tokens = 10**6
+    router = await routers((holder, daemon), idle, peer_bytes_per_s=10**12)
+    await router.until_warmth(PROMPT, lambda each: each["holder"] != {})
+
+    async def best_is_idle():
+        return (await router.explain(PROMPT))[0].worker_id == "idle"
+
+    await eventually(best_is_idle, "the holder's load was heard of")
+    best, other = await router.explain(PROMPT)
+    assert (best.source, other.source) == ("holder", "")
+    assert best.source_tokens == len(KEYS) * 4
+    assert "from" in best.why
+    plain = await routers((holder, daemon), idle)  # where nobody can
+    await plain.until_warmth(PROMPT, lambda each: each["holder"] != {})
+    assert [each.source for each in await plain.explain(PROMPT)] == ["", ""]
+
+
+async def test_the_shared_store_is_named_as_a_source(engines, routers):
+    worker, daemon = await engines(StubWorker("a")), await engines(StubSource())
+    daemon.held = {Tier.SHARED: KEYS[:3]}
+    router = await routers((worker, daemon))
+    await router.until_warmth(PROMPT, lambda each: each["a"] != {})
+    (choice,) = await router.explain(PROMPT)
+    assert (choice.source, choice.source_tokens) == ("shared", 12)

@@ -104,7 +104,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Choice(_message.Message):
-    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why", "draining")
+    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why", "draining", "source", "source_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class Choice(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node: str
     address: str
@@ -125,7 +127,9 @@ class Choice(_message.Message):
     prefill_s: float
     why: str
     draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
+    source: str
+    source_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ..., source: _Optional[str] = ..., source_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "resume")
