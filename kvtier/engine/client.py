@@ -226,6 +226,9 @@ class TierClient:
             self._socket.sendall(message)
         except OSError as error:
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
+        except BaseException:  # half a message may be on its way
+            self.close()
+            raise
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""
@@ -241,6 +244,11 @@ class TierClient:
                     break
         except OSError as error:  # a time-out is one as well
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
+        except BaseException:  # or the answer would be taken for that of the next request
+            self.close()
+            raise
+        if len(messages) > 1:
+            raise self._broken(op.name)
         ok, *values = messages[0]
         if not ok:
             self.close()

@@ -419,6 +419,28 @@ print([name for name in {heavy} if name in sys.modules])
     assert done.stdout == "[]\n"
 
 
+def test_an_answer_that_was_not_waited_for_is_never_taken_for_another(tmp_path: Path) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        client = connect(tmp_path)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+            with pytest.raises(Interrupted):
+                client.match(new_keys(1))
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+            signal.signal(signal.SIGALRM, before)
+        with pytest.raises(ArenaLost):
+            client.match(new_keys(2))
+
+
 def test_a_daemon_that_hangs_is_a_clear_error_and_not_a_hang(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path) as node:
         client = connect(tmp_path)
