@@ -163,6 +163,7 @@ def _throughput(folder: Path, nbytes: int, batch: int, batches: int, rounds: int
             for key, frame, out in zip(keys, store.read(keys), target, strict=True):
                 assert frame is not None
                 decode(key, frame, out, layout)
+            del frame
             times["read store and decode"].append(time.perf_counter() - start)
     for each in (plain, files, store):
         each.close()

@@ -1,5 +1,6 @@
 """Page-aligned memory that is used again: taking 2 MiB afresh costs as much as reading them."""
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -24,7 +25,10 @@ class BufferPool:
         try:
             return self._free[size].pop()
         except (KeyError, IndexError):
-            return mmap.mmap(-1, size)
+            buffer = mmap.mmap(-1, size)
+            with contextlib.suppress(OSError):  # a kernel without large pages has small ones
+                buffer.madvise(mmap.MADV_HUGEPAGE)
+            return buffer
 
     def give(self, buffer: mmap.mmap) -> None:
         """Take a buffer back; beyond a few of its size it is freed."""
