@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         "route",
         "route_sim",
         "cascade",
+        pytest.param("codec", marks=pytest.mark.model),
         pytest.param("restore", marks=pytest.mark.model),
     ],
 )
