@@ -22,6 +22,7 @@ NAMES = (
     "disk",
     "redis",
     "cascade",
+    "codec",
     "restore",
     "index",
     "route",

@@ -19,6 +19,7 @@ def _gauge(name: str, text: str, *labels: str) -> Gauge:
 MOVED_BLOCKS = _counter("moved_blocks", "Blocks copied between tiers", "source", "target", "result")
 MOVED_BYTES = _counter("moved_bytes", "Frame bytes copied between tiers", "source", "target")
 CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check and were dropped", "tier")
+INEXACT_FRAMES = _counter("inexact_frames", "Lossy frames refused: no lossy codec is set", "tier")
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
 DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
 DISK_WRITTEN_BYTES = _counter(

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
         "index",
         "route_sim",
         "cascade",
+        pytest.param("codec", marks=pytest.mark.model),
         pytest.param("restore", marks=pytest.mark.model),
     ],
 )

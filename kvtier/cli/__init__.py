@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import kvtier
-from kvtier.cli import check, cluster, demo, inspect, plan, purge, serve, simulate, trace
+from kvtier.cli import bench, check, cluster, demo, inspect, plan, purge, serve, simulate, trace
 from kvtier.errors import KVTierError
 
-_COMMANDS = (serve, cluster, demo, inspect, check, plan, purge, simulate, trace)
+_COMMANDS = (serve, cluster, demo, bench, inspect, check, plan, purge, simulate, trace)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
            "starlette": "http", "uvicorn": "http", "matplotlib": "plot"}  # fmt: skip
 

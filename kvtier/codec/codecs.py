@@ -2,6 +2,10 @@
 
 from kvtier.codec.base import Codec
 from kvtier.codec.bits import BitsLZ4
+from kvtier.codec.float8 import Float8PerHead
+from kvtier.codec.int4 import Int4Hadamard
+from kvtier.codec.int8 import Int8PerChannel, Int8PerToken
+from kvtier.codec.lossy import Lossy
 from kvtier.codec.lz4 import LZ4
 from kvtier.codec.nibble import Nibbles
 from kvtier.codec.raw import Raw
@@ -12,7 +16,17 @@ RAW = Raw()
 PLANES_ZSTD = PlanesZstd()
 
 # An id stays with its format for good: frames outlive the release that wrote them.
-CODECS: tuple[Codec, ...] = (RAW, LZ4(), PLANES_ZSTD, Nibbles(), BitsLZ4())
+CODECS: tuple[Codec, ...] = (
+    RAW,
+    LZ4(),
+    PLANES_ZSTD,
+    Nibbles(),
+    BitsLZ4(),
+    Lossy(16, "int8-tok", Int8PerToken(), Int8PerToken()),
+    Lossy(17, "k8v4", Int8PerChannel(), Int4Hadamard()),
+    Lossy(18, "fp8", Float8PerHead(), Float8PerHead()),
+    Lossy(19, "int4-had", Int4Hadamard(), Int4Hadamard()),
+)
 
 _BY_NAME = {codec.name: codec for codec in CODECS}
 _BY_ID = {codec.id: codec for codec in CODECS}

@@ -20,6 +20,7 @@ from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.breakeven import ComputeCost, worth_loading
 from kvtier.core.effects import HOST, Forget, Gone, Held, Move, Settled, TierUsage
+from kvtier.core.fidelity import Lineage
 from kvtier.core.ledger import Lease, Ledger, Match
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import StoreUnavailable
@@ -83,7 +84,8 @@ class TierManager:
         self._lower = lower
         self._ledger = Ledger(layout.nbytes, specs)
         self._announce = announce
-        self._movers = Movers(layout, arena, lower, self._report)
+        self._lineage = Lineage()
+        self._movers = Movers(layout, arena, lower, self._report, self._lineage)
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
         self._loading: dict[int, _Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
@@ -135,6 +137,7 @@ class TierManager:
     def write(self, client: int, keys: Sequence[BlockKey], first: int) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
         lease = self._ledger.write(client, keys, first)
+        self._lineage.written(keys, lease.keys)
         metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
@@ -319,6 +322,8 @@ class TierManager:
                 case Held(key, tier):
                     changes.append((self.specs[tier].tier, key, True))
                 case Gone(key, tier):
+                    if tier == HOST:
+                        self._lineage.gone(key)
                     changes.append((self.specs[tier].tier, key, False))
         for tier, keys in forgotten.items():
             self._movers.forget(tier, keys)

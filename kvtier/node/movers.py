@@ -13,6 +13,7 @@ from kvtier.arena import Arena
 from kvtier.codec import frame
 from kvtier.codec.base import Codec
 from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.fidelity import Lineage
 from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
@@ -60,6 +61,16 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class _Frame(NamedTuple):
+    """A frame to be written; `fidelity` is not 0 unless it is exact."""
+
+    parts: Parts
+    fidelity: int
+
+
+_NO_FRAME: Final = _Frame((), 0)
+
+
 class _NoAnswer(Exception):
     """A store gave no answer; says which tier's."""
 
@@ -82,8 +93,12 @@ class Movers:
         arena: Arena,
         tiers: Sequence[LowerTier],
         report: Callable[[Outcome], None],
+        lineage: Lineage,
     ) -> None:
         self._layout = layout
+        self._lineage = lineage
+        # Who has not asked for a lossy codec must never get what another node made with one.
+        self._lossy = any(not each.codec.exact for each in tiers)
         self._arena = arena
         self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
         self._report = report
@@ -183,8 +198,12 @@ class Movers:
             if raw is not None:
                 assert move.slot is not None
                 try:
-                    frame.decode(move.key, raw, self._arena.slot(move.slot), self._layout)
-                    ok = True
+                    info = frame.decode(move.key, raw, self._arena.slot(move.slot), self._layout)
+                    ok = self._lossy or not info.fidelity
+                    if ok:
+                        self._lineage.loaded(move.key, info.fidelity)
+                    else:
+                        metrics.INEXACT_FRAMES.labels(source.tier.label).inc()
                 except CorruptFrame:
                     # The ledger hears "not ok" and has the copy deleted.
                     metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
@@ -215,38 +234,49 @@ class Movers:
 
     def _copy_down(self, batch: list[Move]) -> list[Moved]:
         target = self._tiers[batch[0].target - 1]
-        if batch[0].source == HOST:
-            frames: list[tuple[BlockKey, Parts]] = []
-            for move in batch:
-                assert move.slot is not None
-                block = self._arena.slot(move.slot)
-                frames.append((move.key, frame.encode(move.key, block, self._layout, target.codec)))
-        else:
-            frames = self._stored(batch)
+        frames = self._encoded(batch) if batch[0].source == HOST else self._stored(batch)
+        # What is not exact never takes the place of what may be.
+        kept = {
+            move.key: self._layout.nbytes
+            for move in batch
+            if frames.get(move.key, _NO_FRAME).fidelity and self._there([move])
+        }
+        fresh = [(key, each.parts) for key, each in frames.items() if key not in kept]
         try:
-            written = target.store.write(frames)
+            written = target.store.write(fresh)
         except StoreUnavailable:
             raise _NoAnswer(batch[0].target) from None
-        kept = dict(zip((key for key, _ in frames), written, strict=True))
-        sizes = {key: frame.frame_nbytes(parts) for key, parts in frames}
+        for (key, parts), ok in zip(fresh, written, strict=True):
+            kept[key] = frame.frame_nbytes(parts) if ok else 0
         return [
-            Moved(move, kept[move.key], sizes[move.key] if kept[move.key] else 0)
+            Moved(move, kept[move.key] > 0, kept[move.key])
             if move.key in kept
             else Moved(move, ok=False, nbytes=0, source_lost=True)
             for move in batch
         ]
 
-    def _stored(self, batch: list[Move]) -> list[tuple[BlockKey, Parts]]:
+    def _encoded(self, batch: list[Move]) -> "dict[BlockKey, _Frame]":
+        """The frames of blocks in the arena."""
+        codec = self._tiers[batch[0].target - 1].codec
+        frames: dict[BlockKey, _Frame] = {}
+        for move in batch:
+            assert move.slot is not None
+            block, fidelity = self._arena.slot(move.slot), self._lineage.of(move.key)
+            parts = frame.encode(move.key, block, self._layout, codec, fidelity)
+            frames[move.key] = _Frame(parts, fidelity or not codec.exact)
+        return frames
+
+    def _stored(self, batch: list[Move]) -> "dict[BlockKey, _Frame]":
         """The frames of a move between two lower tiers: as stored, never encoded again."""
         source = self._tiers[batch[0].source - 1]
-        frames: list[tuple[BlockKey, Parts]] = []
+        frames: dict[BlockKey, _Frame] = {}
         for move, raw in zip(batch, self._read(batch), strict=True):
             if raw is None:
                 continue
             try:
-                frame.verify(move.key, raw, self._layout.id)
+                info = frame.verify(move.key, raw, self._layout.id)
             except CorruptFrame:
                 metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
                 continue
-            frames.append((move.key, [raw]))
+            frames[move.key] = _Frame([raw], info.fidelity)
         return frames

@@ -92,7 +92,7 @@ class CodecTests:
 
     def test_numbers_like_those_of_kv_are_encoded(self, codec: Codec) -> None:
         """In the formats that engines use, and within the error that is allowed."""
-        for groups in (GROUPS["GQA"], GROUPS["hybrid"]):
+        for groups in (GROUPS["GQA"], GROUPS["MHA"]):
             layout = BlockLayout(groups, 64, "bfloat16")
             before = block(layout, "normal")
             payload = _encode(codec, before, layout)

@@ -2,6 +2,7 @@ import random
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,6 +123,105 @@ class TestBitsLZ4(CodecTests):
                 codec.decode(memoryview(payload), memoryview(bytearray(LAYOUT.nbytes)), LAYOUT)
 
 
+class LossyTests(CodecTests):
+    name = ""
+
+    @pytest.fixture
+    def codec(self) -> Codec:
+        return by_name(self.name)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+    @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf"), 6e4, 3e38])
+    def test_a_number_that_has_no_scale_is_not_for_it(
+        self, codec: Codec, dtype: str, special: float
+    ) -> None:
+        """Not one of its neighbours may be lost with it: the whole block stays exact."""
+        layout = BlockLayout(LAYOUT.groups, 32, dtype)
+        if (special, dtype) in ((6e4, "bfloat16"), (6e4, "float32"), (3e38, "float16")):
+            return
+        values = bytearray(numbers(layout))
+        one = np.array([special], np.float32 if dtype != "float16" else np.float16).tobytes()
+        one = one[2:] if dtype == "bfloat16" else one
+        for place in (0, 999, layout.nbytes // layout.itemsize - 1):
+            changed = bytearray(values)
+            changed[place * layout.itemsize : (place + 1) * layout.itemsize] = one
+            assert codec.encode(memoryview(changed), layout) is None
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+    def test_it_is_as_near_in_every_dtype(self, codec: Codec, dtype: str) -> None:
+        layout = BlockLayout(LAYOUT.groups, 64, dtype)
+        before = numbers(layout)
+        out = bytearray(layout.nbytes)
+        parts = encoded(codec, memoryview(before), layout)
+        codec.decode(memoryview(b"".join(parts)), memoryview(out), layout)
+        x, y = as_floats(before, dtype), as_floats(bytes(out), dtype)
+        assert np.linalg.norm(y - x) <= self.largest_error * np.linalg.norm(x)
+
+    def test_zeros_stay_zeros_beside_large_and_tiny_numbers(self, codec: Codec) -> None:
+        layout = BlockLayout(LAYOUT.groups, 64, "float32")
+        x = np.zeros((4, 4, 64, 64), np.float32)
+        x[0], x[1, 0] = 1e36, 1e-44
+        out = bytearray(layout.nbytes)
+        parts = encoded(codec, memoryview(x.tobytes()), layout)
+        codec.decode(memoryview(b"".join(parts)), memoryview(out), layout)
+        y = np.frombuffer(out, np.float32).reshape(x.shape)
+        assert np.isfinite(y).all()
+        assert not y[2:].any()
+        assert abs(y[0] - 1e36).max() < 0.3e36
+
+
+class TestInt8PerToken(LossyTests):
+    name = "int8-tok"
+    largest_error = 0.03
+
+    def test_every_number_is_within_half_a_step(self, codec: Codec) -> None:
+        layout = BlockLayout(LAYOUT.groups, 64, "float32")
+        before = numbers(layout)
+        out = bytearray(layout.nbytes)
+        parts = encoded(codec, memoryview(before), layout)
+        codec.decode(memoryview(b"".join(parts)), memoryview(out), layout)
+        x, y = (as_floats(bytes(each), "float32").reshape(-1, 64) for each in (before, out))
+        step = np.abs(x).max(1, keepdims=True) / 127 * (1 + 2**-7)  # rounded up to bfloat16
+        assert (np.abs(y - x) <= step * 0.501).all()
+
+
+class TestK8V4(LossyTests):
+    name = "k8v4"
+    largest_error = 0.2
+
+
+class TestFloat8(LossyTests):
+    name = "fp8"
+    largest_error = 0.04
+
+    def test_what_float8_can_say_comes_back(self, codec: Codec) -> None:
+        """The values of the OCP specification, as torch has them."""
+        torch = pytest.importorskip("torch")
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        values = codes[torch.isfinite(codes)].repeat(8)
+        layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, len(values)),), 1, "float32")
+        x = torch.stack((values, values * 2.0**-20)).numpy()
+        out = bytearray(layout.nbytes)
+        parts = encoded(codec, memoryview(x.tobytes()), layout)
+        codec.decode(memoryview(b"".join(parts)), memoryview(out), layout)
+        assert np.array_equal(np.frombuffer(out, np.float32).reshape(x.shape), x)
+
+
+class TestInt4Hadamard(LossyTests):
+    name = "int4-had"
+    largest_error = 0.2
+
+    def test_heads_that_cannot_be_rotated_are_not_for_it(self, codec: Codec) -> None:
+        layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 72),), 16, "bfloat16")
+        assert codec.encode(memoryview(numbers(layout)), layout) is None
+
+
+def as_floats(raw: bytes, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype).astype(np.float32)
+
+
 LOSSLESS = [codec for codec in CODECS if codec.exact]
 
 
@@ -174,6 +274,10 @@ def test_ids_and_names_are_stable() -> None:
         "bp-zh": 2,
         "bp4": 3,
         "bs-lz4": 4,
+        "int8-tok": 16,
+        "k8v4": 17,
+        "fp8": 18,
+        "int4-had": 19,
     }
     for codec in CODECS:
         assert by_id(codec.id) is by_name(codec.name) is codec

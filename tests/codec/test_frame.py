@@ -20,12 +20,14 @@ from kvtier.codec.frame import (
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.fidelity import Fidelity
 from kvtier.errors import CorruptFrame
+from kvtier.testing.codecs import numbers
 from kvtier.testing.stores import key
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "bfloat16")
 OTHER = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "float16")  # as many bytes
 KEY = key("mine")
 RAW, LZ4 = by_name("raw"), by_name("lz4")
+INT8 = by_name("int8-tok")
 EXACT = [codec for codec in CODECS if codec.exact]
 NOISE = random.Random(1).randbytes(LAYOUT.nbytes)
 RUNS = b"".join(bytes([n]) * 16 for n in range(LAYOUT.nbytes // 16))
@@ -189,3 +191,38 @@ def test_views_of_other_formats_are_taken() -> None:
     out = bytearray(LAYOUT.nbytes)
     decode(KEY, memoryview(frame), memoryview(out).cast("H"), LAYOUT)
     assert out == RUNS
+
+
+def test_a_lossy_frame_says_so() -> None:
+    block = numbers(LAYOUT)
+    frame = frame_of(block, INT8)
+    assert verify(KEY, frame).fidelity == Fidelity.CODED
+    out = bytearray(LAYOUT.nbytes)
+    assert decode(KEY, frame, memoryview(out), LAYOUT) == verify(KEY, frame)
+    assert out != block
+
+
+def test_what_was_lossy_once_keeps_its_bytes() -> None:
+    """On its way through any tier, whatever its codec; and the frame still says what it is."""
+    once = decoded(frame_of(numbers(LAYOUT), INT8))
+    for codec in CODECS:
+        parts = encode(KEY, memoryview(once), LAYOUT, codec, Fidelity.CODED)
+        frame = b"".join(parts)
+        assert decoded(frame) == once
+        assert verify(KEY, frame).fidelity == Fidelity.CODED
+
+
+def test_what_follows_from_a_lossy_prefix_stays_marked() -> None:
+    frame = b"".join(encode(KEY, memoryview(RUNS), LAYOUT, RAW, Fidelity.DERIVED))
+    assert verify(KEY, frame).fidelity == Fidelity.DERIVED
+    frame = b"".join(encode(KEY, memoryview(numbers(LAYOUT)), LAYOUT, INT8, Fidelity.DERIVED))
+    assert verify(KEY, frame).fidelity == Fidelity.DERIVED | Fidelity.CODED
+
+
+def test_where_a_lossy_codec_passes_the_block_stays_exact() -> None:
+    block = bytearray(numbers(LAYOUT))
+    block[2:4] = b"\x80\x7f"  # infinity
+    frame = frame_of(bytes(block), INT8)
+    assert decoded(frame) == block
+    assert verify(KEY, frame).fidelity == Fidelity.EXACT
+    assert len(frame) < LAYOUT.nbytes  # by a lossless codec

@@ -1,0 +1,93 @@
+"""A lossy codec on real daemons and a real shared store: what is exact stays exact, and is told."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.codec import frame
+from kvtier.config import RedisConfig
+from kvtier.core.blocks import BlockKey
+from kvtier.core.fidelity import Fidelity
+from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
+from kvtier.stores.redis import RedisStore
+from kvtier.testing.codecs import numbers
+from kvtier.testing.valkey import ValkeyServer
+from tests.launching import Process, node_toml, redis_toml
+from tests.node.conftest import LAYOUT, new_keys, wait_for_blocks
+
+
+def kv(key: BlockKey) -> bytes:
+    return numbers(LAYOUT, int.from_bytes(key, "big"))
+
+
+def save(client: TierClient, path: Sequence[BlockKey]) -> int:
+    with client.write(path) as lease:
+        for index, slot in zip(lease.indexes, lease.slots, strict=True):
+            client.arena.slot(slot)[:] = kv(path[index])
+        lease.filled = len(lease.slots)
+    return lease.filled
+
+
+def restore(client: TierClient, path: Sequence[BlockKey]) -> list[bytes]:
+    with client.read(path, wait_s=10) as lease:
+        return [bytes(client.arena.slot(slot)) for slot in lease.slots]
+
+
+def fidelities(url: str, keys: Sequence[BlockKey]) -> list[Fidelity]:
+    store = RedisStore(RedisConfig(url=url, timeout_s=10), LAYOUT.id)
+    try:
+        found = store.read(keys)
+    finally:
+        store.close()
+    assert None not in found
+    return [frame.verify(key, raw).fidelity for key, raw in zip(keys, found, strict=True) if raw]
+
+
+def test_what_is_not_exact_is_marked_and_takes_no_exact_block_s_place(
+    tmp_path: Path, valkey: ValkeyServer
+) -> None:
+    folders = [tmp_path / name for name in ("exact", "lossy")]
+    for folder in folders:
+        folder.mkdir()
+    exact_toml, lossy_toml = (node_toml(each, more=redis_toml(valkey.url)) for each in folders)
+    path, mine = new_keys(6), new_keys(6)
+    with (
+        Process("node", exact_toml, folders[0]) as exact_node,
+        Process("node", lossy_toml + 'codec = "int8-tok"\n', folders[1]) as lossy_node,
+    ):
+        lossy = TierClient(f"{folders[1]}/node.sock", LAYOUT, "lossy")
+        assert save(lossy, path[:3]) == save(lossy, mine[:3]) == 3
+        wait_for_blocks(lossy_node, Tier.SHARED, 6)
+        assert fidelities(valkey.url, [*path[:3], *mine[:3]]) == [Fidelity.CODED] * 6
+        assert restore(lossy, path[:3]) == [kv(key) for key in path[:3]], "host is exact"
+
+        # A node that did not ask for a lossy codec never gets what one made: its engine computes
+        # the blocks, and exact ones come to the store.
+        exact = TierClient(f"{folders[0]}/node.sock", LAYOUT, "exact")
+        assert restore(exact, path[:3]) == []
+        assert save(exact, path) == 6
+        wait_for_blocks(exact_node, Tier.SHARED, 6)
+        assert fidelities(valkey.url, path) == [Fidelity.EXACT] * 6
+
+        # After a restart the lossy node has only what is in the store: an engine computes on it.
+        lossy.close()
+        lossy_node.kill()
+        lossy_node.restart()
+        lossy = TierClient(f"{folders[1]}/node.sock", LAYOUT, "lossy")
+        found = restore(lossy, mine[:3])
+        assert len(found) == 3
+        for key, got in zip(mine, found, strict=False):
+            x, y = (np.frombuffer(each, np.float16).astype(np.float32) for each in (kv(key), got))
+            assert 0 < np.linalg.norm(x - y) <= 0.03 * np.linalg.norm(x)
+        assert save(lossy, mine) == 3
+        wait_for_blocks(lossy_node, Tier.SHARED, 6)
+        assert fidelities(valkey.url, mine[3:]) == [Fidelity.DERIVED | Fidelity.CODED] * 3
+
+        # It computes the exact node's prompt as well, without having looked: nothing is replaced.
+        assert save(lossy, path) == 6
+        wait_for_blocks(lossy_node, Tier.SHARED, 12)
+        assert fidelities(valkey.url, path) == [Fidelity.EXACT] * 6
+        exact.close()
+        lossy.close()
