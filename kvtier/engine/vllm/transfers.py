@@ -178,13 +178,13 @@ class Transfers:
             with job.lock:
                 if not job.ended:
                     self._fill(attached, job, lease, start)
-            return len(lease.slots) == end - start
+            return lease.arrived == end - start
 
     def _fill(self, attached: Attached, job: _Job, lease: ReadLease, start: int) -> None:
-        for index, slot in enumerate(lease.slots, start):
+        for index, slot in enumerate(lease.slots[: lease.arrived], start):
             np.copyto(self._region[job.rows[index]], attached.slots[slot])
-        job.done = start + len(lease.slots)
-        job.nbytes += len(lease.slots) * self._region.shape[1]
+        job.done = start + lease.arrived
+        job.nbytes += lease.arrived * self._region.shape[1]
 
     def _store(
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
