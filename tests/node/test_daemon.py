@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -323,12 +324,17 @@ def _connects(folder: Path) -> bool:
     return True
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user reaches: pytest's own lie where only theirs do."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_may_not_attach_unless_allowed(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents:
-        if parent.owner() == "root" and str(parent).startswith("/tmp/"):
-            parent.chmod(0o755)
+def test_another_user_may_not_attach_unless_allowed(open_folder: Path) -> None:
+    tmp_path = open_folder
 
     def as_nobody() -> str:
         code = f"""

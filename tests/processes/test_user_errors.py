@@ -266,7 +266,7 @@ def test_a_bad_request_is_refused_in_one_line(service: Service) -> None:
     assert service.refused(router_pb2.Prompt(text="")) == (invalid, "prompt: no tokens")
     assert service.refused(router_pb2.Prompt()) == (
         invalid,
-        "prompt: must be text, chat or tokens",
+        "prompt: must be text, chat, tokens or keys",
     )
     assert service.refused(tokens(5), model="gpt-7") == (
         grpc.StatusCode.NOT_FOUND,
