@@ -1,8 +1,8 @@
 """What does the router's index cost? Look-ups, ingest, memory, and a whole decision.
 
-Beside it Dynamo's `RadixTree` and `SelectionService` (package ai-dynamo-runtime), where a Python
-that has it is named by KVTIER_PEER_PYTHON; its dependencies conflict with ours, so it runs in a
-process of its own, on the same prompts, right after ours.
+Beside it Dynamo's `RadixTree` and `SelectionService` (packages ai-dynamo-runtime and pyzmq), where
+`--peers PYTHON` names a Python that has them; their dependencies conflict with ours, so they run in
+a process of their own, on prompts of the same kind, right after ours.
 """
 
 import gc
@@ -28,7 +28,7 @@ BLOCK_TOKENS = 16
 PEER = Path(__file__).parent / "index_peer.py"
 
 
-def run(*, tiny: bool) -> dict[str, object]:
+def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
     chains = 40 if tiny else 2000
     rounds = 20 if tiny else 400
     times: dict[str, object] = {}
@@ -68,7 +68,7 @@ def run(*, tiny: bool) -> dict[str, object]:
         "nodes": NODES,
         "bytes": figures["whole prompts, 1 holder"]["bytes_per_block"],
         "figures": figures,
-        "peer": peer(chains, rounds),
+        "peer": peer(peers, chains, rounds),
         "times": times,
         "bars": [bar.as_dict() for bar in bars],
     }
@@ -152,9 +152,8 @@ class Index:
         return [self._rng.randrange(128_000) for _ in range(blocks * BLOCK_TOKENS)]
 
 
-def peer(chains: int, rounds: int) -> dict[str, object]:
+def peer(python: str, chains: int, rounds: int) -> dict[str, object]:
     """Dynamo's figures in its own process; says so where it is not there."""
-    python = os.environ.get("KVTIER_PEER_PYTHON")
     if not python:
         return {"ai-dynamo-runtime": "not installed"}
     done = subprocess.run(
