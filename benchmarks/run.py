@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("name", choices=[*NAMES, *ALONE, "all"])
     parser.add_argument("--json", type=Path, help="write the figures there (of `all`: a folder)")
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that it runs")
-    parser.add_argument("--peers", default="", metavar="PYTHON", help="see benchmarks/route.py")
+    parser.add_argument(
+        "--peers", default="", metavar="PYTHON", help="see benchmarks/route.py and index.py"
+    )
     options = parser.parse_args()
     failed = False
     for name in NAMES if options.name == "all" else (options.name,):
