@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import machine, write_json
 
 NAMES = (
+    "evict",
     "ledger",
     "match",
     "host_path",

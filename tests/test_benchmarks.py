@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "name",
     [
+        "evict",
         "ledger",
         "match",
         "host_path",

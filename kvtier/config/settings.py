@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvtier.config.values import Size, limits, one_of
+from kvtier.core.policies import POLICIES
 
 _GIB = 2**30
 _PORTS = limits(0, 65535)
@@ -84,6 +85,7 @@ class WorkerConfig:
     dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16", "float16"))
     block_tokens: int = field(default=32, metadata=limits(1, 4096))
     vram_bytes: Size = field(default=512 * 2**20, metadata=limits(2**20, 2**46))
+    policy: str = field(default="phd", metadata=one_of(*POLICIES))  # what leaves VRAM first
     save: str = field(default="fill", metadata=one_of("fill", "second-use", "evict"))
     prefill_tokens: int = field(default=512, metadata=limits(16, 65536))  # in one step
     max_running: int = field(default=4, metadata=limits(1, 256))

@@ -56,6 +56,11 @@ class PHD:
     def __len__(self) -> int:
         return len(self._forest.of)
 
+    @property
+    def tracked(self) -> int:
+        """Keys that are here, and those that are remembered."""
+        return len(self._forest.of) + len(self._ghosts)
+
     # --- used -------------------------------------------------------------------------
 
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.policy import LRU, NO_USE, PolicyFactory, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,18 @@ class BlockPool:
             found.append(block.id)
         return found
 
-    def pin(self, path: Sequence[BlockKey], first: int = 0) -> None:
+    def pin(self, path: Sequence[BlockKey], first: int = 0, use: Use = NO_USE) -> None:
         """Keep the resident `path[first:]` from eviction, once more; the whole path is now warm.
 
         `path[:first]` must be pinned already.
         """
         for key in path[first:]:
             self._blocks[key].pins += 1
-        self._policy.touch(path)
+        self._policy.touch(path, use)
+
+    def used(self, path: Sequence[BlockKey], use: Use) -> None:
+        """More is known of the request that used the resident `path`."""
+        self._policy.touch(path, use)
 
     def unpin(self, path: Sequence[BlockKey]) -> None:
         """Take one pin off each key of `path`."""
@@ -113,7 +117,7 @@ class BlockPool:
             self._loose.remove(block_id)
             self._free.append(block_id)
 
-    def insert(self, path: Sequence[BlockKey], block_ids: Sequence[int]) -> None:
+    def insert(self, path: Sequence[BlockKey], block_ids: Sequence[int], use: Use = NO_USE) -> None:
         """The loose `block_ids` now hold the last keys of `path`, which were not resident.
 
         The keys before them must be resident. The whole path becomes warm.
@@ -127,7 +131,7 @@ class BlockPool:
             self._loose.remove(block_id)
             self._blocks[key] = _Block(block_id, parent, depth)
             self._changed(key, held=True)
-        self._policy.touch(path)
+        self._policy.touch(path, use)
 
     def mark_saved(self, keys: Sequence[BlockKey]) -> None:
         """A lower tier was given these resident keys' blocks."""
@@ -177,7 +181,7 @@ class BlockPool:
         if count <= 0:
             return []
         victims: list[tuple[BlockKey, _Block]] = []
-        for key in self._policy.coldest():
+        for key in self._policy.coldest(self._pinned):
             if len(victims) == count:
                 break
             block = self._blocks[key]
@@ -199,6 +203,9 @@ class BlockPool:
             EvictedRun(run.path, len(run.path) - len(run.ids), tuple(reversed(run.ids)))
             for run in runs
         ]
+
+    def _pinned(self, key: BlockKey) -> bool:
+        return self._blocks[key].pins > 0
 
     def _drop(self, key: BlockKey) -> None:
         block = self._blocks.pop(key)

@@ -18,6 +18,7 @@ import torch
 from kvtier import metrics
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import block_keys
+from kvtier.core.policy import Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import WorkingKV
@@ -217,7 +218,7 @@ class Scheduler:
         if len(ids) * size <= kv.length:
             return
         first, before = kv.length // size, kv.length
-        self._pool.pin(sequence.keys[: len(ids)], sequence.pinned)
+        self._pool.pin(sequence.keys[: len(ids)], sequence.pinned, self._use(sequence))
         sequence.pinned = sequence.hits = len(ids)
         kv.load_blocks(self._storage, first, ids[first:])
         self._count_restored(sequence, Tier.VRAM, kv.length - before)
@@ -249,8 +250,8 @@ class Scheduler:
         there = len(self._pool.match(path)) - first  # others may have computed the same meanwhile
         self._pool.free([*ids[:there], *ids[count:]])
         if sources:
-            self._pool.insert(path, ids[there:count])
-            self._pool.pin(path, sequence.pinned)
+            self._pool.insert(path, ids[there:count], self._use(sequence))
+            self._pool.pin(path, sequence.pinned, self._use(sequence))
             self._pool.mark_saved(path[first:])
             sequence.pinned = len(path)
             assert sequence.kv is not None
@@ -321,6 +322,8 @@ class Scheduler:
         self._decoding.remove(sequence)
         self._ending.append(sequence)
         sequence.finish_reason = reason
+        path = sequence.keys[: sequence.pinned]
+        self._pool.used(path, self._use(sequence, sequence.produced))
         self._end(sequence)
 
     def _end(self, sequence: Running) -> None:
@@ -368,15 +371,18 @@ class Scheduler:
             keys += block_keys(keys[-1] if keys else self._root, new, size)
         there = len(self._pool.match(keys[:full]))  # others may have computed the same
         if there > sequence.pinned:
-            self._pool.pin(keys[:there], sequence.pinned)
+            self._pool.pin(keys[:there], sequence.pinned, self._use(sequence))
             sequence.pinned = there
         ids = self._allocate(full - sequence.pinned)
         if ids:
             first, path = sequence.pinned, keys[: sequence.pinned + len(ids)]
             kv.store_blocks(self._storage, first, ids)
-            self._pool.insert(path, ids)
-            self._pool.pin(path, first)
+            self._pool.insert(path, ids, self._use(sequence))
+            self._pool.pin(path, first, self._use(sequence))
             sequence.pinned = len(path)
+
+    def _use(self, sequence: Running, output_tokens: int | None = None) -> Use:
+        return Use(self._clock(), sequence.number, output_tokens)
 
     def _allocate(self, count: int) -> list[int]:
         """Loose blocks of the pool; what was evicted for them is saved first where that is due."""

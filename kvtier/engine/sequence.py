@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import Final
 
 import torch
@@ -15,6 +16,7 @@ from kvtier.errors import InvalidRequest, RequestError
 
 DEFAULT_MAX_TOKENS: Final = 128
 MAX_SEED: Final = 2**64 - 1
+_numbers = count(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ class Running:
     submitted_s: float
     limit: int  # tokens of prompt and answer together
     tokens: list[int]  # prompt and answer so far
+    number: int = field(default_factory=_numbers.__next__)  # of all requests of this process
     cancelled: bool = False
     kv: WorkingKV | None = None
     keys: list[BlockKey] = field(default_factory=list)  # of all full blocks of `tokens` so far

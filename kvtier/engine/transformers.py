@@ -16,6 +16,7 @@ import torch
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import Namespace
+from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier
 from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import allocate_storage
@@ -85,7 +86,7 @@ class Engine:
                 f"one block of {loaded.layout.block_tokens} tokens of {loaded.name}"
             )
         self.loaded = loaded
-        self.pool = BlockPool(blocks)  # for the engine's thread only
+        self.pool = BlockPool(blocks, POLICIES[config.policy])  # for the engine's thread only
         self._storage = allocate_storage(loaded.layout, blocks, loaded.device)
         self._wake = threading.Condition()  # guards all below `_clock`
         tiers = make_tiers(loaded.namespace(), self._storage) if make_tiers else None
