@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.wire.pb import feed_pb2
-from tests.launching import wait_for
+from tests.launching import disk_toml, redis_toml, wait_for
 from tests.vllm.conftest import Node
 from tests.vllm.driver import ROW, Engine, transfer
 
@@ -127,7 +127,7 @@ def test_redis_hangs(engine, node, prompts, expected):
 
 
 def test_frames_on_disk_are_corrupt(engine, node, prompts, expected):
-    node.valkey.kill()  # the disk alone has them
+    node.replace(disk_toml(node.folder, "1GiB"))  # the disk alone is below host memory
     engine.forget()
     engine.generate(prompts)
     wait_for("frames", lambda: node.blocks(DISK) >= 40)
@@ -137,7 +137,7 @@ def test_frames_on_disk_are_corrupt(engine, node, prompts, expected):
     try:
         assert ask(engine, prompts) == expected
     finally:
-        node.valkey.restart()
+        node.replace(disk_toml(node.folder, "1GiB") + redis_toml(node.valkey.url))
 
 
 def test_the_disk_is_gone(engine, node, prompts, expected):
