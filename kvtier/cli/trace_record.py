@@ -42,7 +42,8 @@ def _run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {out.parent}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell started us as deaf to it
+        signal.signal(number, signal.default_int_handler)
     count = write_trace(out, in_order(_requests(options)))
     print(f"{count} requests in {out}")
     return 0
