@@ -225,7 +225,10 @@ class Envoy:
         """The picker is healthy in Envoy's eyes."""
 
         async def answers() -> bool:
-            return (await self.client.get("/v1/models")).status_code == 200
+            try:
+                return (await self.client.get("/v1/models")).status_code == 200
+            except httpx2.TransportError:  # a listener is listed before it accepts
+                return False
 
         await eventually(answers, "requests pass")
 

@@ -17,17 +17,28 @@ from tests.router.support import RunningRouter, generate_request, route_request
 COMMAND = [sys.executable, "-m", "kvtier.cli", "trace", "record"]
 
 
-async def recording(router: RunningRouter, out: Path, *more: str) -> asyncio.subprocess.Process:
-    """A recorder that has begun."""
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, router.address, "--out", str(out), *more,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    async with asyncio.timeout(60):
-        line = await process.stderr.readline()
-    assert line.startswith(b"recording"), line
-    return process
+@pytest.fixture
+async def recording():
+    """Starts recorders, and waits until they have begun; none is left at the end."""
+    running: list[asyncio.subprocess.Process] = []
+
+    async def start(router: RunningRouter, out: Path, *more: str) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, router.address, "--out", str(out), *more,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        running.append(process)
+        assert process.stderr is not None
+        async with asyncio.timeout(60):
+            line = await process.stderr.readline()
+        assert line.startswith(b"recording"), line
+        return process
+
+    yield start
+    for process in running:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def generate(router: RunningRouter, ids: list[int]) -> None:
@@ -35,7 +46,9 @@ async def generate(router: RunningRouter, ids: list[int]) -> None:
         pass
 
 
-async def test_a_trace_has_lengths_and_shared_prefixes_and_no_text(engines, routers, tmp_path):
+async def test_a_trace_has_lengths_and_shared_prefixes_and_no_text(
+    engines, routers, recording, tmp_path
+):
     worker = await engines(StubWorker("a"))  # answers everything with the five tokens of hello
     router = await routers(worker)
     size = worker.info.block_tokens
@@ -64,7 +77,7 @@ async def test_a_trace_has_lengths_and_shared_prefixes_and_no_text(engines, rout
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_what_was_recorded_is_kept_when_it_is_told_to_stop(
-    engines, routers, tmp_path, number
+    engines, routers, recording, tmp_path, number
 ):
     router = await routers(await engines(StubWorker("a")))
     out = tmp_path / "trace.jsonl.gz"
@@ -83,7 +96,7 @@ async def test_what_was_recorded_is_kept_when_it_is_told_to_stop(
 
 
 async def test_a_fifth_reader_is_refused_and_a_place_is_free_again_afterwards(
-    engines, routers, tmp_path
+    engines, routers, recording, tmp_path
 ):
     router = await routers(await engines(StubWorker("a")))
     four = [await recording(router, tmp_path / f"{n}") for n in range(4)]
