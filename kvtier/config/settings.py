@@ -87,6 +87,8 @@ class WorkerConfig:
     vram_bytes: Size = field(default=512 * 2**20, metadata=limits(2**20, 2**46))
     policy: str = field(default="phd", metadata=one_of(*POLICIES))  # what leaves VRAM first
     save: str = field(default="fill", metadata=one_of("fill", "second-use", "evict"))
+    # worth: nothing is loaded from disk or Redis that is faster computed again; always: everything
+    loads: str = field(default="worth", metadata=one_of("worth", "always"))
     prefill_tokens: int = field(default=512, metadata=limits(16, 65536))  # in one step
     max_running: int = field(default=4, metadata=limits(1, 256))
     max_waiting: int = field(default=64, metadata=limits(0, 65536))

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 
 T = TypeVar("T")
@@ -16,8 +17,17 @@ class LowerTiers(Protocol):
     Block ids are rows of the pool's storage; keys are whole paths from the root.
     """
 
-    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
-        """Fill `block_ids` with keys[first:], from the first on; where each filled one was."""
+    def restore(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        block_ids: Sequence[int],
+        compute: ComputeCost | None = None,
+    ) -> list[Tier]:
+        """Fill `block_ids` with keys[first:], from the first on; where each filled one was.
+
+        With `compute`, what is faster computed again may be left out.
+        """
         ...
 
     def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 import torch
@@ -24,6 +23,7 @@ from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import WorkingKV
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool
+from kvtier.engine.prefill import PrefillSpeed, Work
 from kvtier.engine.saving import Saver, save_runs
 from kvtier.engine.sequence import (
     Done,
@@ -37,8 +37,6 @@ from kvtier.engine.sequence import (
 from kvtier.errors import RequestError
 
 RESTORE_BLOCKS: Final = 64  # asked of the lower tiers at once: bounds what is evicted for a miss
-_RATE_TOKENS: Final = 64  # prefill steps smaller than this say nothing about speed
-_RATES: Final = 16  # newest measurements that count
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class Scheduler:
         pool: Which block holds what.
         storage: uint8 [pool.capacity, layout.nbytes] on the model's device.
         tiers: Below the pool, or None.
-        config: Its save, prefill_tokens and max_running are used.
+        config: Its save, loads, prefill_tokens and max_running are used.
         clock: Seconds; only for measurements.
     """
 
@@ -86,8 +84,10 @@ class Scheduler:
         self._decoding: deque[Running] = deque()
         self._ending: deque[Running] = deque()  # all is told, the last blocks are being saved
         self._piece: _Piece | None = None
-        self.prefill_tokens_per_s = 0.0  # measured; 0: not known yet
-        self._rates: deque[float] = deque(maxlen=_RATES)
+        self.prefill = PrefillSpeed(
+            Work.of(loaded.model, loaded.layout), loaded.layout.block_tokens
+        )
+        self._judges_loads = config.loads == "worth"
 
     @property
     def running(self) -> list[Running]:
@@ -235,10 +235,13 @@ class Scheduler:
             self._restored(sequence)
             return
         path, saved_first = sequence.keys[: first + len(ids)], self._saver.due(evicted)
+        # Prompts take turns: what else is computed makes computing this one take longer.
+        among = len(self._prefilling) + 1
+        compute = self.prefill.cost(among) if self._judges_loads else None
 
         def fetch(tiers: LowerTiers) -> list[Tier]:
             save_runs(tiers, saved_first)
-            return tiers.restore(path, first, ids)
+            return tiers.restore(path, first, ids, compute)
 
         self._piece = _Piece(sequence, first, ids, self._tiers.submit(fetch))
 
@@ -274,10 +277,10 @@ class Scheduler:
         kv = sequence.kv
         assert kv is not None
         self._take_from_pool(sequence, kv)
-        start = self._clock()
-        step = sequence.tokens[kv.length : kv.length + self._prefill_tokens]
+        start, position = self._clock(), kv.length
+        step = sequence.tokens[position : position + self._prefill_tokens]
         logits = self._forward(kv, step)
-        self._measure(len(step), self._clock() - start)
+        self.prefill.measure(len(step), position, self._clock() - start)
         sequence.computed += len(step)
         metrics.COMPUTED_TOKENS.inc(len(step))
         if kv.length < sequence.prompt_length:
@@ -349,12 +352,6 @@ class Scheduler:
         )
         logits: torch.Tensor = out.logits[0, -1].float().cpu()  # waits for the device
         return logits
-
-    def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens >= _RATE_TOKENS and seconds > 0:
-            self._rates.append(tokens / seconds)
-            # Not the mean: other work on the machine makes a few steps very slow.
-            self.prefill_tokens_per_s = median(self._rates)
 
     # --- keeping what was computed --------------------------------------------------------
 

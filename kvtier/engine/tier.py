@@ -32,9 +32,6 @@ T = TypeVar("T")
 class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
 
-    `compute` says what a block costs to be computed again, where that is known: then nothing is
-    loaded from a lower tier that takes longer.
-
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
     thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that is
     away is tried again, at most every RECONNECT_S, by whichever call comes next.
@@ -48,7 +45,6 @@ class EngineTier:
         *,
         wait_s: float = 2.0,
         pin: bool = False,
-        compute: Callable[[], ComputeCost | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
@@ -57,7 +53,6 @@ class EngineTier:
         self._paged = paged
         self._wait_s = wait_s
         self._pin = pin
-        self._compute = compute
         self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
         self._client: TierClient | None = None
@@ -82,18 +77,26 @@ class EngineTier:
         """Leading blocks that the node knows to hold."""
         return self._shielded("match", 0, lambda client: client.match(keys).blocks)
 
-    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
+    def restore(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        block_ids: Sequence[int],
+        compute: ComputeCost | None = None,
+    ) -> list[Tier]:
         """Fill `block_ids` with the held blocks of keys[first:], from the first on.
 
-        `keys` is the whole path from the root. Returns the tier that each restored block came
-        from; blocks beyond them are unchanged or undefined.
+        `keys` is the whole path from the root. `compute` says what a block costs to be computed
+        again, where that is known: then nothing is loaded from a lower tier that takes longer.
+        Returns the tier that each restored block came from; blocks beyond them are unchanged or
+        undefined.
         """
         restored: list[Tier] = []
         while len(restored) < len(block_ids):
             done = len(restored)
             piece = block_ids[done : done + READ_BLOCKS]
             path = keys[: first + done + len(piece)]
-            work = partial(self._restore, path=path, block_ids=piece)
+            work = partial(self._restore, path=path, block_ids=piece, compute=compute)
             tiers: list[Tier] = self._shielded("restore", [], work)
             restored += tiers
             if len(tiers) < len(piece):
@@ -189,14 +192,18 @@ class EngineTier:
         return client, arena
 
     def _restore(
-        self, client: TierClient, path: Sequence[BlockKey], block_ids: Sequence[int]
+        self,
+        client: TierClient,
+        path: Sequence[BlockKey],
+        block_ids: Sequence[int],
+        compute: ComputeCost | None,
     ) -> list[Tier]:
         """Restore the last blocks of `path`."""
         assert self._arena is not None
         start = self._clock()
         first, copies, done = len(path) - len(block_ids), list[Done](), 0
         with client.read(
-            path, first, wait_s=self._wait_s, wanted=self._step, compute=self._compute()
+            path, first, wait_s=self._wait_s, wanted=self._step, compute=compute
         ) as lease:
             try:
                 while True:  # what has arrived is copied while the rest is loaded

@@ -59,7 +59,8 @@ class Engine:
 
     Args:
         loaded: The model.
-        config: Its vram_bytes, save, prefill_tokens, max_running, max_waiting and threads are used.
+        config: Its vram_bytes, policy, save, loads, prefill_tokens, max_running, max_waiting and
+            threads are used.
         make_tiers: Given the namespace and the pool's memory (uint8 [blocks, layout.nbytes] on
             the model's device, row i is block i), returns what lies under the pool. One thread,
             not the one that computes, calls it from then on and closes it at the end.
@@ -172,7 +173,7 @@ class Engine:
             running=len(active),
             waiting=len(waiting),
             waiting_tokens=sum(sequence.uncomputed for sequence in (*waiting, *active)),
-            prefill_tokens_per_s=self._scheduler.prefill_tokens_per_s,
+            prefill_tokens_per_s=self._scheduler.prefill.tokens_per_s,
             bytes_per_s=self._tiers.bytes_per_s() if self._tiers else {},
         )
 

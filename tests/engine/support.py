@@ -9,6 +9,7 @@ import torch
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import BlockKey, Namespace
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.sequence import Done, Event, Request, Started, Tokens
@@ -27,10 +28,18 @@ class DictTier:
         self.blocks: dict[BlockKey, torch.Tensor] = {}
         self.away = False
         self.closed = False
+        self.told: list[ComputeCost | None] = []  # what computing costs, at each restore
         self.on_save: Callable[[], None] = lambda: None
 
-    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
+    def restore(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        block_ids: Sequence[int],
+        compute: ComputeCost | None = None,
+    ) -> list[Tier]:
         assert len(keys) == first + len(block_ids)
+        self.told.append(compute)
         restored: list[Tier] = []
         for key, block_id in zip(keys[first:], block_ids, strict=True):
             if self.away or key not in self.blocks:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvtier.core.blocks import BlockKey, Namespace
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.sequence import Done, Event, Failed, Request, Started, Tokens
@@ -31,12 +32,18 @@ class GatedTier(DictTier):
         self.asked = queue.SimpleQueue[tuple[str, list[int]]]()
         self.threads: set[int] = set()
 
-    def restore(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> list[Tier]:
+    def restore(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        block_ids: Sequence[int],
+        compute: ComputeCost | None = None,
+    ) -> list[Tier]:
         self.threads.add(threading.get_ident())
         self.asked.put(("restore", list(block_ids)))
         assert self.restores.wait(60)
         assert self.broken != "restore"
-        return super().restore(keys, first, block_ids)
+        return super().restore(keys, first, block_ids, compute)
 
     def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
         self.threads.add(threading.get_ident())

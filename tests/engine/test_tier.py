@@ -6,15 +6,20 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
 from kvtier import metrics
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Namespace
+from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.tier import EngineTier
+from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.pb import node_pb2, node_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml, wait_for
+from tests.node.conftest import status, wait_for_blocks
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 32),), 16, "float16")  # 8 KiB
 NAMESPACE = Namespace("model", "weights", LAYOUT)
@@ -40,12 +45,14 @@ class Engine:
         blocks = self.fill(tokens)
         return self.tier.save(self.tier.keys(tokens), 0, range(blocks))
 
-    def restore(self, tokens: Sequence[int], first: int = 0) -> list[Tier]:
+    def restore(
+        self, tokens: Sequence[int], first: int = 0, compute: ComputeCost | None = None
+    ) -> list[Tier]:
         """Restore into shuffled places and check every byte."""
         keys = self.tier.keys(tokens)
         places = random.Random(len(tokens)).sample(range(POOL), len(keys) - first)
         self.pool.zero_()
-        restored = self.tier.restore(keys, first, places)
+        restored = self.tier.restore(keys, first, places, compute)
         for index, place in enumerate(places[: len(restored)], first):
             assert torch.equal(self.pool[place], content(tokens[: 16 * (index + 1)])), "wrong bytes"
         return restored
@@ -58,6 +65,12 @@ def content(prefix: Sequence[int]) -> torch.Tensor:
 
 def prompt(seed: int, blocks: int) -> list[int]:
     return [random.Random(seed).randrange(50_000) for _ in range(16 * blocks)]
+
+
+def clear_host(node: Process) -> None:
+    with grpc.insecure_channel(node.address) as channel:
+        request = node_pb2.NodeClearRequest(tiers=[TO_WIRE[Tier.HOST]])
+        node_pb2_grpc.NodeStub(channel).Clear(request, timeout=10)
 
 
 _engines: list[Engine] = []
@@ -143,6 +156,27 @@ def test_a_restarted_daemon_is_found_again_without_a_failure(tmp_path: Path) -> 
         before = failures("restore")
         wait_for("the disk tier", lambda: engine.restore(tokens) == [Tier.DISK] * 8)
         assert failures("restore") == before
+
+
+def test_a_load_that_is_slower_than_computing_is_declined(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        engine = attach(tmp_path)
+        tokens = prompt(8, 8)
+        assert engine.save(tokens) == 8
+        wait_for_blocks(node, Tier.DISK, 8)
+
+        def from_disk(compute: ComputeCost | None) -> list[Tier]:
+            clear_host(node)
+            return engine.restore(tokens, compute=compute)
+
+        fast, slow = ComputeCost(1e-6), ComputeCost(1000.0, 1.0)
+        assert from_disk(fast) == [Tier.DISK] * 8, "no load was measured yet, so it is tried"
+        # What was measured long ago is tried again, too: on a machine that stood still meanwhile.
+        wait_for("a load that is declined", lambda: from_disk(fast) == [])
+        assert status(node).counters["kvtier_declined_blocks_total"] >= 8
+        assert from_disk(slow) == [Tier.DISK] * 8
+        assert engine.restore(tokens, compute=fast) == [Tier.HOST] * 8, "nothing to load"
 
 
 def test_a_daemon_that_is_killed_during_a_lease_costs_no_wrong_byte(tmp_path: Path) -> None:

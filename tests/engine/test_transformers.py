@@ -320,6 +320,24 @@ class TestTogether:
             assert [len(collect(list(each)).ids) for each in streams] == [5, 5]
             assert ask(engine, prompt).ids  # there is room again
 
+    @pytest.mark.parametrize("loads", ["worth", "always"])
+    def test_tiers_hear_what_computing_costs_once_it_is_measured(
+        self, tiny: LoadedModel, loads: str
+    ) -> None:
+        tiers = Tiers()
+        settings = small(tiny, prefill_tokens=64, loads=loads)
+        with running(Engine(tiny, settings, tiers)) as engine:
+            ask(engine, prompt_of(200, 45, tiny.vocab_size), 2)
+            ask(engine, prompt_of(200, 46, tiny.vocab_size), 2)
+        first, *_, last = tiers.only.told
+        assert first is None, "nothing was measured yet"
+        if loads == "always":
+            assert last is None
+        else:
+            assert last is not None
+            assert last.block_s > 0
+            assert last.growth_s > 0, "later blocks cost more"
+
     def test_the_load_says_what_is_left(self, tiny: LoadedModel) -> None:
         with running(Engine(tiny, small(tiny, prefill_tokens=64), Tiers())) as engine:
             ask(engine, prompt_of(200, 44, tiny.vocab_size), 2)

@@ -26,8 +26,10 @@ class Gated(MemoryStore):
     def __init__(self) -> None:
         super().__init__(1 << 30)
         self.gates = {key: threading.Event() for key in PATH}
+        self.asked: list[BlockKey] = []
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
+        self.asked += keys
         for key in keys:
             assert self.gates[key].wait(DEADLINE_S)
         return super().read(keys)
@@ -109,6 +111,25 @@ async def test_what_arrives_before_anybody_waits_is_heard_of() -> None:
         assert not isinstance(result, Lease)
         await at_rest(manager)
         check(manager, await result, 5)
+
+
+async def test_a_load_that_came_too_late_is_not_begun_again() -> None:
+    """However many readers give it up: the one that is under way serves the next."""
+    async with lowered() as (manager, store):
+        for client in range(1, 6):
+            result = manager.read(Reading(client, PATH, 0, len(PATH), 0.0))
+            assert not isinstance(result, Lease)
+            lease = await result
+            check(manager, lease, 0)
+            manager.release(lease.id)
+        result = manager.read(Reading(6, PATH, 0, len(PATH), NEVER_S))
+        assert not isinstance(result, Lease)
+        assert manager.moves == len(PATH)
+        for gate in store.gates.values():
+            gate.set()
+        check(manager, await result, 5)
+        await at_rest(manager)
+        assert sorted(store.asked) == PATH, "each was read once"
 
 
 async def test_a_client_that_dies_while_it_waits_leaves_nothing() -> None:

@@ -256,6 +256,7 @@ socket = "{folder}/node.sock"
 listen = "127.0.0.1:{port}"
 device = "cpu"
 block_tokens = 16
+loads = "always"  # so small a model computes faster than any disk loads
 prefill_tokens = {PREFILL_TOKENS}
 vram_bytes = "1MiB"
 threads = 1
