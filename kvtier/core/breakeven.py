@@ -41,6 +41,10 @@ class ComputeCost:
             growth_s=block_tokens * attention * block_tokens / flops_per_s,
         )
 
+    def mean(self, first: int, stop: int) -> "ComputeCost":
+        """The same for each of the blocks [first, stop), at least one: their average."""
+        return ComputeCost(self.block_s + (first + stop - 1) / 2 * self.growth_s)
+
 
 def worth_loading(
     sources: Sequence[int], first: int, compute: ComputeCost, load_s: Sequence[float]

@@ -26,7 +26,8 @@ class LowerTiers(Protocol):
     ) -> list[Tier]:
         """Fill `block_ids` with keys[first:], from the first on; where each filled one was.
 
-        With `compute`, what is faster computed again may be left out.
+        `keys` may go on with what is asked for next. With `compute`, what is faster computed
+        again may be left out.
         """
         ...
 

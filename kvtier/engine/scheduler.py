@@ -234,14 +234,14 @@ class Scheduler:
         if not ids:
             self._restored(sequence)
             return
-        path, saved_first = sequence.keys[: first + len(ids)], self._saver.due(evicted)
+        keys, saved_first = sequence.keys[: first + lacking], self._saver.due(evicted)
         # Prompts take turns: what else is computed makes computing this one take longer.
         among = len(self._prefilling) + 1
         compute = self.prefill.cost(among) if self._judges_loads else None
 
         def fetch(tiers: LowerTiers) -> list[Tier]:
             save_runs(tiers, saved_first)
-            return tiers.restore(path, first, ids, compute)
+            return tiers.restore(keys, first, ids, compute)
 
         self._piece = _Piece(sequence, first, ids, self._tiers.submit(fetch))
 

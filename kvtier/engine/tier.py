@@ -17,6 +17,7 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.client import ReadLease, TierClient
 from kvtier.engine.copier import ArenaTensor
 from kvtier.engine.paged import Done, PagedKV
+from kvtier.wire.local import MAX_KEYS
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
@@ -86,17 +87,19 @@ class EngineTier:
     ) -> list[Tier]:
         """Fill `block_ids` with the held blocks of keys[first:], from the first on.
 
-        `keys` is the whole path from the root. `compute` says what a block costs to be computed
-        again, where that is known: then nothing is loaded from a lower tier that takes longer.
-        Returns the tier that each restored block came from; blocks beyond them are unchanged or
-        undefined.
+        `keys` is the whole path from the root; it may go on beyond `block_ids` with what is to be
+        restored next. `compute` says what a block costs to be computed again, where that is known:
+        then nothing is loaded from a lower tier that takes longer. That is judged with all that
+        is held of `keys`: dear blocks far behind pay for cheap ones before them. Returns the tier
+        that each restored block came from; blocks beyond them are unchanged or undefined.
         """
         restored: list[Tier] = []
         while len(restored) < len(block_ids):
             done = len(restored)
             piece = block_ids[done : done + READ_BLOCKS]
-            path = keys[: first + done + len(piece)]
-            work = partial(self._restore, path=path, block_ids=piece, compute=compute)
+            work = partial(
+                self._restore, keys=keys, first=first + done, block_ids=piece, compute=compute
+            )
             tiers: list[Tier] = self._shielded("restore", [], work)
             restored += tiers
             if len(tiers) < len(piece):
@@ -194,14 +197,18 @@ class EngineTier:
     def _restore(
         self,
         client: TierClient,
-        path: Sequence[BlockKey],
+        keys: Sequence[BlockKey],
+        first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None,
     ) -> list[Tier]:
-        """Restore the last blocks of `path`."""
+        """Restore one piece of `keys`."""
         assert self._arena is not None
         start = self._clock()
-        first, copies, done = len(path) - len(block_ids), list[Done](), 0
+        path, copies, done = keys[: first + len(block_ids)], list[Done](), 0
+        if compute is not None and len(keys) > len(path):
+            held = client.match(keys[:MAX_KEYS]).blocks
+            compute = compute.mean(first, max(held, len(path)))
         with client.read(
             path, first, wait_s=self._wait_s, wanted=self._step, compute=compute
         ) as lease:

@@ -37,6 +37,12 @@ def test_blocks_behind_a_slow_one_can_pay_for_it() -> None:
     assert worth_loading([2, 2, 2], 0, compute, load_s) == 0
 
 
+def test_a_mean_over_blocks_takes_as_long_as_they_do() -> None:
+    cost = ComputeCost(1.0, 0.1)
+    assert cost.mean(30, 40).block_s * 10 == pytest.approx(sum(1 + 0.1 * i for i in range(30, 40)))
+    assert cost.mean(7, 8).block_s == pytest.approx(1.7)
+
+
 def test_what_was_never_measured_is_tried() -> None:
     assert worth_loading([1] * 3, 0, ComputeCost(1e-9), [0.0, 0.0]) == 3
 

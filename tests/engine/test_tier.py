@@ -175,6 +175,18 @@ def test_a_load_that_is_slower_than_computing_is_declined(tmp_path: Path) -> Non
         # What was measured long ago is tried again, too: on a machine that stood still meanwhile.
         wait_for("a load that is declined", lambda: from_disk(fast) == [])
         assert status(node).counters["kvtier_declined_blocks_total"] >= 8
+        # Each block costs more than the one before: where the first piece alone does not pay, all
+        # together do, and where nobody knows of more, it does not.
+        rising = ComputeCost(0.0, 1000.0)
+        assert from_disk(rising) == [Tier.DISK] * 8
+        keys = engine.tier.keys(tokens)
+
+        def first_block(held: int) -> list[Tier]:
+            clear_host(node)
+            return engine.tier.restore(keys[:held], 0, [0], rising)
+
+        assert first_block(8) == [Tier.DISK]
+        wait_for("one that is declined", lambda: first_block(1) == [])
         assert from_disk(slow) == [Tier.DISK] * 8
         assert engine.restore(tokens, compute=fast) == [Tier.HOST] * 8, "nothing to load"
 
