@@ -138,7 +138,7 @@ class TestLibCacheSim:
     @pytest.mark.parametrize(
         ("make", "reference", "tolerance"),
         [
-            # A few victims differ, nobody knows why: test_gdsf_is_its_definition has what is meant.
+            # A few victims differ, the reason was not found; test_gdsf_is_its_definition is ours.
             (GDSF, libcachesim.GDSF, 0.002),
             # Other bounds of the ghosts, and other keys become low while the cache fills.
             (lambda: LIRS(0.01), libcachesim.LIRS, 0.02),
