@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvtier.sim.evict import Workload
     from kvtier.sim.sweep import Row
 
+_MOST_TIMES = 10**6
 _CAPACITIES = "0.005,0.01,0.02,0.05,0.1,0.2,0.5"
 
 
@@ -35,6 +36,11 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         metavar="NAMES",
         help="by comma, or all; default phd,lru,opt",
     )
+    evict.add_argument(
+        "--tiers", default="1", metavar="A:B:C",
+        help="sizes of VRAM, host memory and disk to one another, as 1:4:40: --capacity is then "
+        "VRAM's, and the tiers below it have 4 and 40 times as much; default VRAM alone",
+    )  # fmt: skip
     evict.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     evict.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
     evict.set_defaults(run=_evict)
@@ -45,7 +51,7 @@ def _evict(options: argparse.Namespace) -> int:
     from kvtier.sim.evict import Workload
     from kvtier.sim.trace import read_trace
 
-    capacities = _shares(options.capacity)
+    capacities, tiers = _shares(options.capacity), _tiers(options.tiers)
     names = sweep.NAMES if options.policy == "all" else tuple(options.policy.split(","))
     for name in names:
         if name not in sweep.NAMES:
@@ -58,7 +64,7 @@ def _evict(options: argparse.Namespace) -> int:
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:
         task = bar.add_task("replaying", total=total)
-        rows = sweep.sweep(workload, names, capacities, lambda done: bar.advance(task, done))
+        rows = sweep.sweep(workload, names, capacities, lambda done: bar.advance(task, done), tiers)
     _print(workload, rows)
     if options.json is not None:
         sweep.write_json(options.json, workload, rows)
@@ -80,6 +86,18 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
+def _tiers(text: str) -> list[float]:
+    try:
+        sizes = [float(part) for part in text.split(":")]
+    except ValueError:
+        sizes = []
+    if not 1 <= len(sizes) <= 3 or not all(0 < size <= _MOST_TIMES for size in sizes):
+        raise ConfigError(
+            f"--tiers {text!r}: must be 1 to 3 numbers above 0 and up to {_MOST_TIMES}, as 1:4:40"
+        )
+    return sizes
+
+
 def _progress() -> "Progress":
     from rich.console import Console
     from rich.progress import Progress
@@ -91,13 +109,18 @@ def _print(workload: "Workload", rows: "list[Row]") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kvtier.sim.tiers import NAMES
+
+    tiers = NAMES[: max(len(row.by_tier) for row in rows)]
     table = Table(title=f"{workload.name}: {len(workload.prompts)} requests")
-    for heading in ("policy", "capacity", "blocks", "tokens found", "prefill saved", "us a block"):
+    more = tiers or ("prefill saved", "us a block")
+    for heading in ("policy", "capacity", "blocks", "tokens found", *more):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for row in rows:
+        parts = [f"{100 * part:.2f}%" for part in row.by_tier]
         table.add_row(
             row.policy, f"{100 * row.capacity_fraction:g}%", str(row.capacity_blocks),
-            f"{100 * row.token_hit_ratio:.2f}%", f"{100 * row.flop_saved:.2f}%",
-            f"{row.us_per_block:.2f}",
+            f"{100 * row.token_hit_ratio:.2f}%",
+            *(parts or (f"{100 * row.flop_saved:.2f}%", f"{row.us_per_block:.2f}")),
         )  # fmt: skip
     Console().print(table)

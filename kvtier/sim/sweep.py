@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvtier.core.policies import POLICIES
 from kvtier.errors import ConfigError
+from kvtier.sim import tiers as tiered
 from kvtier.sim.belady import optimum
 from kvtier.sim.evict import Progress, Workload, replay
 
@@ -23,29 +25,48 @@ class Row(NamedTuple):
     token_hit_ratio: float
     flop_saved: float
     us_per_block: float
+    by_tier: tuple[float, ...] = ()  # of token_hit_ratio, the parts, where there are tiers
 
 
 def sweep(
-    workload: Workload, policies: Iterable[str], capacities: Sequence[float], progress: Progress
+    workload: Workload,
+    policies: Iterable[str],
+    capacities: Sequence[float],
+    progress: Progress,
+    tiers: Sequence[float] = (1.0,),
 ) -> list[Row]:
     """Every policy of `NAMES` at every share of the footprint.
+
+    With several `tiers`, whose sizes are to one another as those numbers, a share is the first
+    one's. The optimum's part of a tier is what the tiers down to it can find together, less what
+    those above it can.
 
     Raises:
         KeyError: There is no such policy.
     """
-    rows = []
-    for name in policies:
-        for fraction in capacities:
-            blocks = workload.capacity(fraction)
-            if name == OPT:
-                result = optimum(workload, blocks, progress)
-            else:
-                result = replay(workload, POLICIES[name], blocks, progress)
-            hits = result.hits
-            rows.append(
-                Row(name, fraction, blocks, hits.token_ratio, hits.flop_ratio, result.us_per_block)
-            )
-    return rows
+    return [
+        _row(workload, name, fraction, progress, tiers)
+        for name in policies
+        for fraction in capacities
+    ]
+
+
+def _row(
+    workload: Workload, name: str, fraction: float, progress: Progress, tiers: Sequence[float]
+) -> Row:
+    sizes = [workload.capacity(fraction * size / tiers[0]) for size in tiers]
+    by_tier: tuple[float, ...] = ()
+    if name == OPT:
+        hits, cost = optimum(workload, sum(sizes), progress)
+        if len(tiers) > 1:
+            down_to = [optimum(workload, sum(sizes[:n])).hits for n in range(1, len(sizes))]
+            ratios = [0.0, *(each.token_ratio for each in down_to), hits.token_ratio]
+            by_tier = tuple(below - above for above, below in pairwise(ratios))
+    elif len(tiers) > 1:
+        hits, by_tier, cost = tiered.replay(workload, POLICIES[name], sizes, progress)
+    else:
+        hits, cost = replay(workload, POLICIES[name], sizes[0], progress)
+    return Row(name, fraction, sizes[0], hits.token_ratio, hits.flop_ratio, cost, by_tier)
 
 
 def write_json(path: Path, workload: Workload, rows: Sequence[Row]) -> None:
@@ -58,12 +79,19 @@ def write_json(path: Path, workload: Workload, rows: Sequence[Row]) -> None:
         "trace": workload.name,
         "requests": len(workload.prompts),
         "footprint_blocks": workload.footprint,
-        "results": [row._asdict() for row in rows],
+        "results": [_figures(row) for row in rows],
     }
     try:
         path.write_text(json.dumps(figures, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--json {path}: {error.strerror}") from None
+
+
+def _figures(row: Row) -> dict[str, object]:
+    figures = row._asdict()
+    if not row.by_tier:
+        del figures["by_tier"]
+    return figures
 
 
 def plot(path: Path, workload: Workload, rows: Sequence[Row]) -> None:

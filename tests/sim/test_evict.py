@@ -11,6 +11,7 @@ from kvtier.core.phd import PHD
 from kvtier.core.policies import POLICIES
 from kvtier.core.policy import LRU
 from kvtier.errors import ConfigError
+from kvtier.sim import tiers
 from kvtier.sim.belady import optimum
 from kvtier.sim.evict import Workload, replay
 from kvtier.sim.trace import Request, read_trace
@@ -50,6 +51,38 @@ class TestReplay:
     def test_a_trace_without_a_full_block_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="no request has a full block"):
             asked("A", "B")
+
+
+class TestTiers:
+    def test_what_one_tier_gives_up_the_next_one_has(self) -> None:
+        workload = asked("ab", "cd", "ef", "ab", "ab", "cd")
+        found = tiers.replay(workload, LRU, (2, 2, 2))
+        # ab comes back from disk, is in VRAM then; cd sank to disk, below ef and ab's copy.
+        assert [round(share * 12) for share in found.by_tier] == [2, 0, 4]
+        assert found.hits.token_ratio == 6 / 12
+
+    def test_a_prefix_may_lie_in_several_tiers(self) -> None:
+        workload = asked("abcd", "abcd")
+        found = tiers.replay(workload, LRU, (1, 2, 1))
+        assert [round(share * 8) for share in found.by_tier] == [1, 2, 1]
+
+    @pytest.mark.parametrize("name", POLICIES)
+    def test_no_tier_finds_more_than_it_could(self, name: str) -> None:
+        workload = Workload(generate("chat", 3, 400))
+        sizes = [workload.capacity(0.02 * n) for n in (1, 4, 10)]
+        found = tiers.replay(workload, POLICIES[name], sizes)
+        assert sum(found.by_tier) == pytest.approx(found.hits.token_ratio)
+        alone = replay(workload, POLICIES[name], sizes[0]).hits
+        assert found.by_tier[0] == pytest.approx(alone.token_ratio)
+        assert found.hits.hit_blocks <= optimum(workload, sum(sizes)).hits.hit_blocks
+        assert all(found.by_tier)
+
+    def test_one_tier_is_no_cascade(self) -> None:
+        workload = Workload(generate("chat", 3, 300))
+        capacity = workload.capacity(0.1)
+        assert tiers.replay(workload, PHD, [capacity]).hits.hit_tokens == (
+            replay(workload, PHD, capacity).hits.hit_tokens
+        )
 
 
 class TestOptimum:
@@ -137,12 +170,30 @@ class TestCommands:
             assert row["token_hit_ratio"] <= best + 0.01  # the bound is in blocks
         assert png.read_bytes().startswith(b"\x89PNG")
 
+    def test_tiers_are_told_apart(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
+        arguments = ["trace", "generate", "chat", "--seed", "3", "--requests", "300"]
+        assert main([*arguments, "--out", str(trace)]) == 0
+        arguments = ["simulate", "evict", "--trace", str(trace), "--capacity", "0.01"]
+        arguments += ["--policy", "lru,sieve,opt", "--json", str(out)]
+        assert main([*arguments, "--tiers", "1:4:40"]) == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in ("VRAM", "host", "disk"))
+        for row in json.loads(out.read_text())["results"]:
+            assert len(row["by_tier"]) == 3
+            assert sum(row["by_tier"]) == pytest.approx(row["token_hit_ratio"])
+        assert main(arguments) == 0
+        assert "by_tier" not in json.loads(out.read_text())["results"][0]
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
             (["--capacity", "0.1,2"], "--capacity '2': must be a share above 0 and up to 1"),
             (["--capacity", "x"], "--capacity 'x'"),
             (["--policy", "fifo"], "--policy 'fifo': must be of phd, lru"),
+            (["--tiers", "1:0"], "--tiers '1:0': must be 1 to 3 numbers above 0"),
+            (["--tiers", "1:2:3:4"], "--tiers '1:2:3:4'"),
+            (["--tiers", "1:x"], "--tiers '1:x'"),
             (["--block-size", "0"], "--block-size 0: must be 1 to 1048576"),
             (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
             (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: No such file"),
