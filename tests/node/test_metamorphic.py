@@ -23,6 +23,7 @@ from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.node.manager import Reading, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.faulty import Fault, FaultyStore
@@ -93,7 +94,12 @@ def node_of(seed: int, folder: Path) -> Iterator[tuple[Callable[[], TierManager]
             tier=kind, capacity=capacity, drain_at=int(draw.random() * capacity),
             queue=draw.choice([4, 64]),
         ))  # fmt: skip
-        lower.append(LowerTier(kind, store, draw.choice(LOSSLESS), draw.choice([1, 3]), 0.01))
+        codec, threads = draw.choice(LOSSLESS), draw.choice([1, 3])
+        if seed % 3:
+            lower.append(LowerTier(kind, store, codec, threads, 0.01))
+        else:  # changes its mind in the middle
+            tuner = Tuner(kind.label, LAYOUT, threads, 2, period_s=0.02)
+            lower.append(LowerTier(kind, tuner.metered(store), codec, threads, 0.01, tuner))
     arena = Arena.create(BLOCK, slots)
     yield lambda: TierManager(LAYOUT, arena, specs, lower, lambda _: None), faults
 
