@@ -1,9 +1,10 @@
 """Which lossless codec makes a tier fastest, from what was measured of both.
 
-A tier's threads take turns at its store and at the processor. With `threads` of them, a block
-takes at least the store's time, the codec's time over the threads that have a core, and both in
-turn over all threads; the largest of the three is close to what is seen (the break-even model
-of docs/codecs.md; the bounds are those of a closed queueing network, Denning and Buzen 1978).
+A tier's threads take turns at its store and at the processor. A block takes at least the store's
+time, and the store's and the codec's time in turn over the threads that work at once; the larger
+is what a steady stream comes to (asymptotic bounds of a closed queueing network, Denning and
+Buzen 1978). Only half the cores are counted on: the others are the engine's. With one thread
+left this is the plain rule that a codec must save more of the store's time than it takes.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,16 @@ from kvtier.codec.frame import LEAST_SAVED
 # A block is written once and read as often as its tier is worth having; and a request waits for
 # a read, nobody for a write.
 READS: Final = 3.0
-MARGIN: Final = 0.1  # what another codec must gain before it takes the place of the one in use
+LEAVE_RAW: Final = 0.1  # what a codec must gain on raw before it takes its place
+MARGIN: Final = 0.05  # on a codec in use
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One codec on blocks of one layout: bytes of a payload, seconds a block on one thread."""
+    """One codec on blocks of one layout: bytes of a payload, seconds a block on one thread.
+
+    As measured while as many threads as `working` says did the same: they share an interpreter.
+    """
 
     codec: Codec
     nbytes: float
@@ -60,8 +65,12 @@ class Device:
         return self._in_stream(self.read.of(timing.nbytes), timing.decode_s)
 
     def _in_stream(self, store_s: float, codec_s: float) -> float:
-        working = min(self.threads, self.cores)
-        return max(store_s, codec_s / working, (store_s + codec_s) / self.threads)
+        return max(store_s, (store_s + codec_s) / working(self.threads, self.cores))
+
+
+def working(threads: int, cores: int) -> int:
+    """Of a tier's threads, how many are sure to have a core."""
+    return max(1, min(threads, cores // 2))
 
 
 def choose(
@@ -70,7 +79,7 @@ def choose(
     """The codec with the fewest seconds a block, reads weighed READS times.
 
     Never a lossy one, never one that saves less than a frame must save or by which restores are
-    slower than raw. `current` stays where nothing gains MARGIN on it.
+    slower than raw. `current` stays where nothing gains MARGIN on it, LEAVE_RAW if it is raw.
 
     Args:
         timings: Raw's and those of others that suit the blocks, in any order.
@@ -98,6 +107,7 @@ def choose(
         if admitted(each)
     }
     best_s, best = min(scores.values(), key=lambda each: each[0])
-    if current.id in scores and best_s > scores[current.id][0] * (1 - MARGIN):
+    margin = LEAVE_RAW if current is RAW else MARGIN
+    if current.id in scores and best_s > scores[current.id][0] * (1 - margin):
         return current
     return best

@@ -6,7 +6,7 @@ from typing import Final
 
 from kvtier.codec.auto import Cost
 
-LEAST_ROWS: Final = 4  # before anything is said
+LEAST_ROWS: Final = 8  # before anything is said
 FORGET_S: Final = 600.0  # in which half of what a frame costs by itself is doubted again
 _STRETCH_S: Final = 1.0  # of being busy, as one row
 _DECAY: Final = 0.97

@@ -1,27 +1,32 @@
 """Codec `auto`: measures codecs on the blocks that are saved, and the store on its own calls."""
 
+import contextlib
 import logging
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier import metrics
-from kvtier.codec.auto import Device, Timing, choose
+from kvtier.codec.auto import Device, Timing, choose, working
 from kvtier.codec.base import Codec
 from kvtier.codec.codecs import CODECS, RAW
 from kvtier.codec.frame import frame_nbytes
-from kvtier.codec.measure import measure
+from kvtier.codec.measure import Measured, measure
 from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.errors import StoreUnavailable
 from kvtier.node.pace import Pace
 from kvtier.stores.base import Parts, Store
 
 PERIOD_S: Final = 30.0  # between two choices
 SAMPLES: Final = 3  # blocks that the first choice is made on
+READ_BACK: Final = 2  # blocks of a batch, until enough was read
 _KEPT: Final = 5  # newest samples, whose median counts
 
 log = logging.getLogger(__name__)
@@ -57,6 +62,7 @@ class Tuner:
         self.codec: Codec = RAW
         self._name, self._layout = name, layout
         self._threads, self._cores = threads, cores
+        self._working = working(threads, cores)
         self._period_s, self._clock = period_s, clock
         self._writes, self._reads = Pace(clock), Pace(clock)
         self._samples: dict[int, deque[Timing]] = {}
@@ -70,37 +76,49 @@ class Tuner:
 
     def offer(self, block: memoryview) -> None:
         """`block` (layout.nbytes bytes) is about to be encoded: maybe measure, maybe choose."""
-        waits_for_store = self._sampled >= SAMPLES and not self._writes.known
+        waits_for_store = self._sampled >= SAMPLES and not self._known
         if waits_for_store or self._clock() < self._due:
             return
         if not self._measuring.acquire(blocking=False):
             return
         try:
             self._sample(block)
-            if self._sampled >= SAMPLES and self._writes.known:
+            if self._sampled >= SAMPLES and self._known:
                 self._choose()
                 self._due = self._clock() + self._period_s
         finally:
             self._measuring.release()
 
+    @property
+    def _known(self) -> bool:
+        return self._writes.known and self._reads.known
+
     def _sample(self, block: memoryview) -> None:
         blocks = np.frombuffer(block, np.uint8).reshape(1, -1)
-        for codec in CODECS:
-            if not codec.exact:
-                continue
-            found = measure(codec, blocks, self._layout, rounds=1, clock=self._clock)
-            if found is None:
-                self._samples.pop(codec.id, None)
-                continue
-            timing = Timing(codec, found.nbytes, found.encode[0], found.decode[0])
-            self._samples.setdefault(codec.id, deque(maxlen=_KEPT)).append(timing)
+        with ThreadPoolExecutor(self._working, f"tune-{self._name}") as pool:
+            for codec in CODECS:
+                if codec.exact:
+                    self._try(codec, blocks, pool)
         self._sampled += 1
 
+    def _try(self, codec: Codec, blocks: npt.NDArray[np.uint8], pool: Executor) -> None:
+        """On as many threads as will work at once: they share an interpreter and its lock."""
+
+        def once(_: int) -> Measured | None:
+            return measure(codec, blocks, self._layout, rounds=1, clock=self._clock)
+
+        timings = [
+            Timing(codec, found.nbytes, found.encode[0], found.decode[0])
+            for found in pool.map(once, range(self._working))
+            if found is not None
+        ]
+        if timings:
+            self._samples.setdefault(codec.id, deque(maxlen=_KEPT)).append(_median(timings))
+        else:
+            self._samples.pop(codec.id, None)
+
     def _choose(self) -> None:
-        write = self._writes.cost()
-        # Until something was read: as slow as writing.
-        read = self._reads.cost() if self._reads.known else write
-        device = Device(write, read, self._threads, self._cores)
+        device = Device(self._writes.cost(), self._reads.cost(), self._threads, self._cores)
         timings = [_median(each) for each in self._samples.values()]
         codec = choose(timings, self._layout.nbytes, device, self.codec)
         if codec is not self.codec:
@@ -136,9 +154,16 @@ class _Metered:
             written = self._inner.write(frames)
             if all(written):  # a refusal takes no time
                 blocks, nbytes = len(frames), sum(frame_nbytes(parts) for _, parts in frames)
-            return written
         finally:
             self._writes.end(blocks, nbytes)
+        if blocks and not self._reads.known:
+            self._read_back([key for key, _ in frames[:READ_BACK]])
+        return written
+
+    def _read_back(self, keys: Sequence[BlockKey]) -> None:
+        """Until there was something to restore: so that reads are not guessed."""
+        with contextlib.suppress(StoreUnavailable):  # as good as not asked
+            self.read(keys)
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
         """See `Store.read`."""

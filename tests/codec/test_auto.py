@@ -85,10 +85,10 @@ def test_raw_where_a_codec_saves_too_little() -> None:
 def test_other_dtypes_have_other_codecs() -> None:
     # float32: three of four bytes are noise. float16: bp4 is none.
     fp32 = {"raw": BF16["raw"], "bp-zh": (1.19, 2.4, 3.4), "bp4": (1.14, 5.0, 6.0)}
-    assert name(device(0.5), table=fp32) == "bp-zh"
+    assert name(device(0.1), table=fp32) == "bp-zh"
     assert name(device(6.0), table=fp32) == "raw"
     fp16 = {"raw": BF16["raw"], "bp-zh": (1.16, 1.2, 2.0)}
-    assert name(device(0.5), table=fp16) == "bp-zh"
+    assert name(device(0.1), table=fp16) == "bp-zh"
 
 
 def test_settings_know_every_codec_and_auto() -> None:
@@ -125,15 +125,15 @@ def test_what_is_in_use_stays_where_little_is_gained() -> None:
         current = found
     assert [each for _, each in changed_up] == ["bp-zh", "bp4", "raw"]
     assert [each for _, each in changed_down] == ["bp4", "bp-zh"]
-    assert changed_down[0][0] * (1 + MARGIN / 2) < changed_up[2][0]
-    assert changed_down[1][0] * (1 + MARGIN / 2) < changed_up[1][0]
+    assert changed_down[0][0] * (1 + MARGIN) < changed_up[2][0]
+    assert changed_down[1][0] * (1 + MARGIN) < changed_up[1][0]
 
 
-def test_noise_does_not_make_it_change_again_and_again() -> None:
+@pytest.mark.parametrize("edge", [0.05 * 1.2**step for step in range(38)])
+def test_noise_does_not_make_it_change_again_and_again(edge: float) -> None:
     current, changes = "raw", 0
-    edge = 5.5
-    for step in range(200):
-        found = name(device(edge * (1.03 if step % 2 else 0.97)), current)
+    for step in range(40):
+        found = name(device(edge * (1.015 if step % 2 else 0.985)), current)
         changes += found != current
         current = found
-    assert changes <= 1
+    assert changes <= 2
