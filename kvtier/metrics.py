@@ -20,6 +20,10 @@ MOVED_BLOCKS = _counter("moved_blocks", "Blocks copied between tiers", "source",
 MOVED_BYTES = _counter("moved_bytes", "Frame bytes copied between tiers", "source", "target")
 CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check and were dropped", "tier")
 INEXACT_FRAMES = _counter("inexact_frames", "Lossy frames refused: no lossy codec is set", "tier")
+ENCODED_BLOCKS = _counter(
+    "encoded_blocks", "Blocks encoded for a tier, by the codec of their frame", "tier", "codec"
+)
+CODEC_CHANGES = _counter("codec_changes", "Times that `auto` went over to a codec", "tier", "codec")
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
 DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
 DISK_WRITTEN_BYTES = _counter(

@@ -62,5 +62,6 @@ async def _print_status(address: str) -> None:
         for tier in layout.tiers:
             name = feed_pb2.Tier.Name(tier.tier).removeprefix("TIER_").lower()
             answer = "" if tier.available else "  (gives no answer)"
+            codec = f"  {tier.codec}{' by auto' if tier.codec_chosen else ''}" if tier.codec else ""
             used, room = tier.used_bytes / 2**20, tier.capacity_bytes / 2**20
-            print(f"  {name:7}{tier.blocks:8} blocks {used:10.1f} of {room:.1f} MiB{answer}")
+            print(f"  {name:7}{tier.blocks:8} blocks {used:10.1f} of {room:.1f} MiB{codec}{answer}")

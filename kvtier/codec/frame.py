@@ -21,7 +21,7 @@ can write any KV there.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -36,10 +36,11 @@ VERSION = 1
 
 _FIELDS = struct.Struct("<4sBBBx8s16sQQQ")
 _CHECK = struct.Struct("<Q")
+_CODEC_AT = 5
 HEADER_NBYTES = _FIELDS.size + _CHECK.size
 
 # A codec that saves less than 1/64 of a block costs more time than its bytes are worth.
-_LEAST_SAVED = 64
+LEAST_SAVED: Final = 64
 _MOST_FIDELITY = Fidelity.CODED | Fidelity.DERIVED
 
 
@@ -117,9 +118,14 @@ def _encode(
         if payload is None:
             continue
         saved = layout.nbytes - frame_nbytes(payload)
-        if each is RAW or saved * _LEAST_SAVED >= layout.nbytes:
+        if each is RAW or saved * LEAST_SAVED >= layout.nbytes:
             return each, payload
     return RAW, (block,)
+
+
+def codec_of(parts: Sequence[bytes | memoryview]) -> Codec:
+    """The codec of a frame that `encode` made: raw where the one asked for did not save enough."""
+    return by_id(parts[0][_CODEC_AT])
 
 
 def decode(

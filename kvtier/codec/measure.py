@@ -1,7 +1,7 @@
 """What a codec saves of some blocks and how long it takes, beside a plain copy of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from kvtier.core.blocks import BlockLayout
 
 @dataclass(slots=True)
 class Measured:
-    """Processor seconds of one thread, one number a block; `nbytes` are those of all payloads."""
+    """Seconds of one thread, one number a block; `nbytes` are those of all payloads."""
 
     raw_nbytes: int = 0
     nbytes: int = 0
@@ -36,27 +36,32 @@ class Measured:
 
 
 def measure(
-    codec: Codec, blocks: npt.NDArray[np.uint8], layout: BlockLayout, rounds: int
+    codec: Codec,
+    blocks: npt.NDArray[np.uint8],
+    layout: BlockLayout,
+    rounds: int,
+    clock: Callable[[], float] = time.thread_time,
 ) -> Measured | None:
     """Copy, encode and decode each of `blocks` [n, layout.nbytes] in turn, `rounds` times over.
 
-    Into memory that is not fresh, as movers do. None where the codec passes on a block.
+    Into memory that is not fresh, as movers do. None where the codec passes on a block. `clock`
+    gives seconds, of the processor unless another one is passed.
     """
     out = np.ones_like(blocks)
     found = Measured()
     for turn in range(rounds + 1):  # the first only warms up
         for before, after in zip(blocks, out, strict=True):
-            start = time.thread_time()
+            start = clock()
             after[:] = before
-            copied = time.thread_time()
+            copied = clock()
             parts = codec.encode(before.data, layout)
-            encoded = time.thread_time()
+            encoded = clock()
             if parts is None:
                 return None
             payload = memoryview(b"".join(parts))
-            begin = time.thread_time()
+            begin = clock()
             codec.decode(payload, after.data, layout)
-            end = time.thread_time()
+            end = clock()
             if turn:
                 found.memcpy.append(copied - start)
                 found.encode.append(encoded - copied)

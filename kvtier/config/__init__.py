@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvtier.config.host import (
     cache_dir,
+    cores_available,
     memory_available,
     node_name,
     redis_url,
@@ -40,6 +41,7 @@ __all__ = [
     "Size",
     "WorkerConfig",
     "cache_dir",
+    "cores_available",
     "from_dict",
     "limits",
     "load",

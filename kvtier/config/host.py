@@ -24,6 +24,16 @@ def memory_available() -> int:
     return int(found[0]) * 1024 if found else 2**63
 
 
+def cores_available() -> int:
+    """Processors that this process may keep busy, by affinity and cgroup quota; at least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return allowed
+
+
 def redis_url(redis: RedisConfig) -> str:
     """The URL with the password that `password_file` holds, read anew at each call.
 

@@ -8,7 +8,7 @@ from kvtier.core.policies import POLICIES
 _GIB = 2**30
 _PORTS = limits(0, 65535)
 _SHARE = limits(0.0, 1.0)
-_CODECS = ("raw", "lz4", "bs-lz4", "bp4", "bp-zh", "int8-tok", "k8v4", "fp8", "int4-had")
+_CODECS = ("raw", "lz4", "bs-lz4", "bp4", "bp-zh", "int8-tok", "k8v4", "fp8", "int4-had", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,6 +83,8 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:
+    codecs = [("", False)]
+    codecs += [(each.codec_in_use.name, each.tuner is not None) for each in manager.lower]
     return node_pb2.LayoutStatus(
         layout=manager.layout.describe(),
         leases=manager.leases,
@@ -94,7 +96,11 @@ def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:
                 used_bytes=used.nbytes,
                 capacity_bytes=spec.capacity,
                 available=available,
+                codec=codec,
+                codec_chosen=chosen,
             )
-            for spec, used, available in manager.usage()
+            for (spec, used, available), (codec, chosen) in zip(
+                manager.usage(), codecs, strict=True
+            )
         ],
     )

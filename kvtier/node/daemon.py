@@ -11,7 +11,7 @@ from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
 from kvtier.codec.frame import max_frame_nbytes
-from kvtier.config import Config, memory_available, node_name
+from kvtier.config import Config, cores_available, memory_available, node_name
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
@@ -19,12 +19,15 @@ from kvtier.node.admin import NodeServicer
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
 from kvtier.node.server import LocalServer
+from kvtier.node.tuner import Tuner
+from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.redis import RedisStore
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2_grpc
 from kvtier.wire.rpc import Server
 
+AUTO: Final = "auto"  # the codec that is none but chooses one
 LAYOUT_FILE: Final = "layout.json"
 DRAIN_S: Final = 10.0  # at SIGTERM, for what has no lower copy yet
 
@@ -127,10 +130,9 @@ class NodeDaemon:
                 requests=disk.requests,
                 write_bytes_per_day=disk.write_bytes_per_day // share,
             )
-            codec = codecs.by_name(disk.codec)
             # Smaller frames lose more to whole pages: count on a codec that saves half.
             most = max_frame_nbytes(layout)
-            usable = store.usable(most if codec is codecs.RAW else most // 2)
+            usable = store.usable(most if disk.codec == codecs.RAW.name else most // 2)
             if usable < most:
                 store.close()
                 raise ConfigError(f"disk.bytes is {capacity}: one block of {most} does not fit")
@@ -141,7 +143,8 @@ class NodeDaemon:
                 drain_at=int(usable * disk.drain_at),
                 queue=disk.queue,
             )
-            tiers.append((spec, LowerTier(Tier.DISK, store, codec, disk.threads, 1.0)))
+            lower = _lower_tier(Tier.DISK, layout, store, disk.codec, disk.threads, 1.0)
+            tiers.append((spec, lower))
         if redis := self._config.redis:
             shared = RedisStore(redis, layout.id)
             spec = TierSpec(
@@ -150,8 +153,9 @@ class NodeDaemon:
                 drain_at=redis.bytes // share,
                 queue=redis.queue,
             )
-            codec = codecs.by_name(redis.codec)
-            lower = LowerTier(Tier.SHARED, shared, codec, redis.threads, redis.retry_s)
+            lower = _lower_tier(
+                Tier.SHARED, layout, shared, redis.codec, redis.threads, redis.retry_s
+            )
             tiers.append((spec, lower))
         return tiers
 
@@ -186,6 +190,15 @@ class NodeDaemon:
         await self.local.close()
         for manager in self.layouts.values():
             await manager.close()
+
+
+def _lower_tier(
+    tier: Tier, layout: BlockLayout, store: Store, codec: str, threads: int, retry_s: float
+) -> LowerTier:
+    if codec != AUTO:
+        return LowerTier(tier, store, codecs.by_name(codec), threads, retry_s)
+    tuner = Tuner(tier.label, layout, threads, cores_available())
+    return LowerTier(tier, tuner.metered(store), codecs.RAW, threads, retry_s, tuner)
 
 
 def _check_lower_tiers(config: Config) -> None:

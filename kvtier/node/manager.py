@@ -81,7 +81,7 @@ class TierManager:
         self.layout = layout
         self.arena = arena
         self.specs = specs
-        self._lower = lower
+        self.lower = lower
         self._ledger = Ledger(layout.nbytes, specs)
         self._announce = announce
         self._lineage = Lineage()
@@ -97,7 +97,7 @@ class TierManager:
 
     async def start(self) -> None:
         """Learn what the lower tiers still hold from an earlier life."""
-        for tier, lower in enumerate(self._lower, 1):
+        for tier, lower in enumerate(self.lower, 1):
             try:
                 held = await asyncio.to_thread(_scan, lower.store)
             except StoreUnavailable as error:
@@ -361,7 +361,7 @@ class TierManager:
         """A store gave no answer: leave it alone, and ask again after a while."""
         if self._ledger.paused(tier):
             return
-        lower = self._lower[tier - 1]
+        lower = self.lower[tier - 1]
         log.warning("%s tier gives no answer; going on without it", lower.tier.label)
         self._ledger.pause(tier)
         self._carry_out()
@@ -369,7 +369,7 @@ class TierManager:
 
     def _retry_later(self, tier: int) -> None:
         if not self._closed:
-            retry_s = self._lower[tier - 1].retry_s
+            retry_s = self.lower[tier - 1].retry_s
             self._retries[tier] = self._loop.call_later(retry_s, self._retry, tier)
 
     def _retry(self, tier: int) -> None:
@@ -385,7 +385,7 @@ class TierManager:
         if done.exception() is not None:
             self._retry_later(tier)
             return
-        log.warning("%s tier answers again", self._lower[tier - 1].tier.label)
+        log.warning("%s tier answers again", self.lower[tier - 1].tier.label)
         self._ledger.resume(tier)
         self._carry_out()
 

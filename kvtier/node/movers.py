@@ -18,6 +18,7 @@ from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.node.backlog import After, Backlog
+from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Parts, Store
 
 # Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
@@ -32,13 +33,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LowerTier:
-    """A tier below the arena: where its frames lie and how they are encoded."""
+    """A tier below the arena: where its frames lie and how they are encoded.
+
+    A `tuner` chooses the codec, among the lossless ones; `codec` counts where there is none.
+    """
 
     tier: Tier
     store: Store
     codec: Codec
     threads: int
     retry_s: float
+    tuner: Tuner | None = None
+
+    @property
+    def codec_in_use(self) -> Codec:
+        """What the next frames are encoded with."""
+        return self.tuner.codec if self.tuner else self.codec
 
 
 class Moved(NamedTuple):
@@ -257,13 +267,18 @@ class Movers:
 
     def _encoded(self, batch: list[Move]) -> "dict[BlockKey, _Frame]":
         """The frames of blocks in the arena."""
-        codec = self._tiers[batch[0].target - 1].codec
+        target = self._tiers[batch[0].target - 1]
+        if target.tuner is not None:
+            assert batch[0].slot is not None
+            target.tuner.offer(self._arena.slot(batch[0].slot))
+        codec = target.codec_in_use
         frames: dict[BlockKey, _Frame] = {}
         for move in batch:
             assert move.slot is not None
             block, fidelity = self._arena.slot(move.slot), self._lineage.of(move.key)
             parts = frame.encode(move.key, block, self._layout, codec, fidelity)
             frames[move.key] = _Frame(parts, fidelity or not codec.exact)
+            metrics.ENCODED_BLOCKS.labels(target.tier.label, frame.codec_of(parts).name).inc()
         return frames
 
     def _stored(self, batch: list[Move]) -> "dict[BlockKey, _Frame]":

@@ -23,6 +23,7 @@ from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.node.manager import Reading, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.faulty import Fault, FaultyStore
@@ -49,6 +50,18 @@ class Faults:
 
     def stop(self) -> None:
         self._on = False
+
+
+def mad_clock(seed: int) -> Callable[[], float]:
+    """Any time may pass between two looks at it."""
+    draw, now = random.Random(seed), 0.0
+
+    def look() -> float:
+        nonlocal now
+        now += draw.choice([1e-6, 1e-3, 0.1])
+        return now
+
+    return look
 
 
 def prompts() -> list[list[BlockKey]]:
@@ -93,7 +106,12 @@ def node_of(seed: int, folder: Path) -> Iterator[tuple[Callable[[], TierManager]
             tier=kind, capacity=capacity, drain_at=int(draw.random() * capacity),
             queue=draw.choice([4, 64]),
         ))  # fmt: skip
-        lower.append(LowerTier(kind, store, draw.choice(LOSSLESS), draw.choice([1, 3]), 0.01))
+        codec, threads = draw.choice(LOSSLESS), draw.choice([1, 3])
+        if seed % 2:
+            lower.append(LowerTier(kind, store, codec, threads, 0.01))
+        else:  # codec auto, and nothing that it measures makes sense
+            tuner = Tuner(kind.label, LAYOUT, threads, 2, period_s=0.0, clock=mad_clock(seed))
+            lower.append(LowerTier(kind, tuner.metered(store), codec, threads, 0.01, tuner))
     arena = Arena.create(BLOCK, slots)
     yield lambda: TierManager(LAYOUT, arena, specs, lower, lambda _: None), faults
 

@@ -47,18 +47,22 @@ class LayoutStatus(_message.Message):
     def __init__(self, layout: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., leases: _Optional[int] = ..., moves: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "blocks", "used_bytes", "capacity_bytes", "available")
+    __slots__ = ("tier", "blocks", "used_bytes", "capacity_bytes", "available", "codec", "codec_chosen")
     TIER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_CHOSEN_FIELD_NUMBER: _ClassVar[int]
     tier: _feed_pb2.Tier
     blocks: int
     used_bytes: int
     capacity_bytes: int
     available: bool
-    def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., available: _Optional[bool] = ...) -> None: ...
+    codec: str
+    codec_chosen: bool
+    def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., available: _Optional[bool] = ..., codec: _Optional[str] = ..., codec_chosen: _Optional[bool] = ...) -> None: ...
 
 class NodeClearRequest(_message.Message):
     __slots__ = ("tiers",)
