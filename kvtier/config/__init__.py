@@ -14,6 +14,7 @@ from kvtier.config.host import (
     node_name,
     redis_url,
     sentinel_password,
+    tenant_secrets,
     vllm_speaks_on_stderr,
 )
 from kvtier.config.settings import (
@@ -24,6 +25,7 @@ from kvtier.config.settings import (
     NodeConfig,
     RedisConfig,
     RouterConfig,
+    TenantConfig,
     WorkerConfig,
 )
 from kvtier.config.values import Size, build, limits, one_of, parse_address, parse_size
@@ -38,6 +40,7 @@ __all__ = [
     "RedisConfig",
     "RouterConfig",
     "Size",
+    "TenantConfig",
     "WorkerConfig",
     "cache_dir",
     "from_dict",
@@ -50,6 +53,7 @@ __all__ = [
     "parse_size",
     "redis_url",
     "sentinel_password",
+    "tenant_secrets",
     "vllm_speaks_on_stderr",
 ]
 

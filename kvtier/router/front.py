@@ -77,7 +77,7 @@ class Front:
         prompt, ranked = await self._ranked(request, self._rng.random, timely=True)
         best, *others = ranked
         self._placement.sent(prompt, best, followed=False)
-        self.recorder.tell(prompt, best.info, time.time(), 0)
+        self.recorder.tell(prompt, best.info, best.root, time.time(), 0)
         return router_pb2.RouteResponse(
             choice=best.proto(), fallbacks=[each.proto() for each in others],
             prompt_tokens=len(prompt.ids),
@@ -99,16 +99,17 @@ class Front:
         With `fill` a request without `max_tokens` may take all the room that the model has.
         """
         _check(request)
-        prompt, links = await self.prompts.read(request.model, request.prompt)
+        prompt, links = await self.prompts.read(request)
         readers = {digest(link) for link in links}
 
         def candidates(longer: Prompt) -> list[Link]:
-            found = self._placement.candidates(longer.model)
+            found = self._placement.candidates(longer.model, *longer.space)
             return [each for each in found if digest(each) in readers and fits(longer, each)]
 
         job = Job(request, prompt, candidates, deadline, fill)
         attempts = self._config.max_attempts
-        with self.recorder.recorded(prompt, links[0].info) as seen:
+        root = links[0].roots[prompt.space]
+        with self.recorder.recorded(prompt, links[0].info, root) as seen:
 
             async def recorded(response: router_pb2.GenerateResponse) -> None:
                 seen(len(response.chunk.ids))
@@ -119,7 +120,7 @@ class Front:
     async def _ranked(
         self, request: router_pb2.RouteRequest, tie: Callable[[], float], *, timely: bool = False
     ) -> tuple[Prompt, list[Ranked]]:
-        prompt, links = await self.prompts.read(request.model, request.prompt)
+        prompt, links = await self.prompts.read(request)
         since = prompt.ready_at if timely else None
         return prompt, self._placement.rank(prompt, links, tie, since)
 

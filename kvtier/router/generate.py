@@ -119,7 +119,9 @@ async def generate(
 
 
 def _with_answer(prompt: Prompt, answer: Sequence[int]) -> Prompt:
-    return Prompt(prompt.model, [*prompt.ids, *answer]) if answer else prompt
+    if not answer:
+        return prompt
+    return Prompt(prompt.model, [*prompt.ids, *answer], prompt.adapter, prompt.tenant)
 
 
 def _ended(job: Job, answer: _Answer, last: Ranked) -> worker_pb2.FinishReason | None:
@@ -244,4 +246,5 @@ class _Attempt:
             request_id=asked.request_id, token_ids=ids, max_tokens=max_tokens,
             temperature=asked.temperature, seed=asked.seed, ignore_eos=asked.ignore_eos,
             return_first_logits=asked.return_first_logits, model=self._to.info.model,
+            adapter=self._prompt.adapter, tenant=self._prompt.tenant,
         )  # fmt: skip
