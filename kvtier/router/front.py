@@ -87,7 +87,7 @@ class Front:
         """Every candidate; remembers nothing."""
         # Every router must say the same, so nothing is left to chance.
         prompt, ranked = await self._ranked(request, lambda: 0.0)
-        choices = [each.proto() for each in ranked]
+        choices = [each.explained(self._config.behind) for each in ranked]
         return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
 
     async def generate(

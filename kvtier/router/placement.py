@@ -95,6 +95,29 @@ class Ranked:
             source=self.source, source_tokens=self.source_blocks * self.info.block_tokens,
         )  # fmt: skip
 
+    def explained(self, behind: float) -> router_pb2.Choice:
+        """The candidate with all that its score is made of; `behind` is the score's lambda."""
+        told, choice, rates = self.proto(), self.choice, self.choice.rates
+        nbytes = self.info.kv_bytes_per_token * self.info.block_tokens
+        loads = [
+            router_pb2.Load(
+                tier=TO_WIRE[each.tier] if each.tier is not None else None,
+                tokens=each.blocks * self.info.block_tokens, seconds=each.seconds,
+                bytes_per_s=each.bytes_per_s,
+            )
+            for each in choice.loads(nbytes)
+        ]  # fmt: skip
+        there = (choice.warmth.blocks + choice.pull_blocks) * self.info.block_tokens
+        told.terms.CopyFrom(
+            router_pb2.Terms(
+                loads=loads, waiting_tokens=choice.waiting_tokens, decoding=choice.decoding,
+                drag=rates.decode_drag, prefill_tokens_per_s=rates.prefill_tokens_per_s,
+                computed_tokens=max(1, choice.prompt_tokens - there),
+                doubles_at=rates.doubles_at, behind=behind,
+            )
+        )  # fmt: skip
+        return told
+
     @property
     def source_blocks(self) -> int:
         """Blocks that come from `source`."""
