@@ -13,7 +13,7 @@ from kvtier.errors import DeadlinePassed, InvalidRequest, RequestError
 from kvtier.router.admission import Admission
 from kvtier.router.generate import Job, Write, generate
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.placement import Placement, Prompt, Ranked, Tie
 from kvtier.router.prompts import Prompts, digest, fits
 from kvtier.router.record import Recorder
 from kvtier.wire.pb import router_pb2
@@ -85,8 +85,8 @@ class Front:
 
     async def explain(self, request: router_pb2.RouteRequest) -> router_pb2.ExplainResponse:
         """Every candidate; remembers nothing."""
-        # Every router must say the same, so nothing is left to chance.
-        prompt, ranked = await self._ranked(request, lambda: 0.0)
+        # Every router must say the same, so nothing is left to chance or to its own history.
+        prompt, ranked = await self._ranked(request, None)
         choices = [each.explained(self._config.behind) for each in ranked]
         return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
 
@@ -118,7 +118,7 @@ class Front:
             await generate(job, self._placement, attempts, self._rng, recorded)
 
     async def _ranked(
-        self, request: router_pb2.RouteRequest, tie: Callable[[], float], *, timely: bool = False
+        self, request: router_pb2.RouteRequest, tie: Tie | None, *, timely: bool = False
     ) -> tuple[Prompt, list[Ranked]]:
         prompt, links = await self.prompts.read(request)
         since = prompt.ready_at if timely else None

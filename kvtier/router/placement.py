@@ -244,9 +244,11 @@ class Placement:
         return []
 
     def rank(
-        self, prompt: Prompt, links: Collection[Link], tie: Tie, since: float | None = None
+        self, prompt: Prompt, links: Collection[Link], tie: Tie | None, since: float | None = None
     ) -> list[Ranked]:
         """These workers, best first. Asks only.
+
+        Without `tie` equals are in the order of their addresses, whoever was cold last.
 
         Where more than the configured budget has passed `since` the request was ready to be
         placed, by load alone: an answer that is late helps nobody.
@@ -279,7 +281,7 @@ class Placement:
         return sent
 
     def _rank(
-        self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie, since: float | None
+        self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None
     ) -> list[Ranked]:
         """Workers that give the prompt the same keys."""
         now = self._clock()
@@ -302,7 +304,7 @@ class Placement:
                     link.heartbeat.load.waiting_tokens, self._load.waiting(name, now)
                 ),
                 rates=self._learned.rates(name, link.rates, now),
-                last_cold=self._last_cold.get(name, 0.0),
+                last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),
                 decoding=link.heartbeat.load.running,
                 lends=_own(warmth[f"{_LENDER}{name}"]) if pulls else 0,
@@ -315,7 +317,7 @@ class Placement:
             block_tokens=info.block_tokens,
             block_nbytes=info.kv_bytes_per_token * info.block_tokens,
             behind=self._config.behind,
-            tie=tie,
+            tie=tie or _no_luck,
         )
         draining = {each.name for each in candidates if each.draining}
         return [
@@ -326,6 +328,10 @@ class Placement:
         if choice.pull_from:
             return alike[choice.pull_from][0].node
         return Tier.SHARED.label if choice.warmth.shared else ""
+
+
+def _no_luck() -> float:
+    return 0.0
 
 
 def _own(warmth: Warmth) -> int:
