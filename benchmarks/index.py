@@ -24,9 +24,11 @@ from kvtier.core.score import DEFAULT_RATES, Candidate, rank
 from kvtier.core.tiers import Tier
 
 NODES = 64
+MESSAGE = 4096  # blocks of one message of a feed
 PATH = 512  # blocks of a prompt: 8k tokens
 SYSTEM = 32  # of them: one of 16 system prompts
 BLOCK_TOKENS = 16
+SCATTERED = 0  # in place of a piece's size: a node's blocks in random order, as after a restart
 PEER = Path(__file__).parent / "index_peer.py"
 
 
@@ -39,6 +41,7 @@ def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
         ("whole prompts, 1 holder", PATH, 1),
         ("whole prompts, 8 holders", PATH, 8),
         ("pieces of 16, 1 holder", 16, 1),
+        ("scattered, 1 holder", SCATTERED, 1),
     ):
         # Each in a process of its own: memory that another one gave back would hide what it takes.
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
@@ -64,8 +67,10 @@ def _measure(
         for when in ("first", "again")
         for depth in (PATH, PATH // 2, SYSTEM, 0)
     }
+    found["gather after the first look-up"] = index.gathers[:rounds]
     found["with holes"] = index.look_up(PATH, rounds, hole=PATH // 3)
-    worst = max(summary(each)["median_s"] for each in found.values()) * 1e6
+    looks = (each for what, each in found.items() if not what.startswith("gather"))
+    worst = max(summary(each)["median_s"] for each in looks) * 1e6
     bars = [
         Bar(f"{name}: slowest p50 of a look-up in us", worst, at_most=40),
         Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=120 + 8 * holders),
@@ -88,6 +93,7 @@ class Index:
 
     def __init__(self, chains: int, piece: int, holders: int) -> None:
         self._rng = Random(1)
+        self.gathers: list[float] = []  # seconds of tidying up after a look-up
         self._root = os.urandom(32)
         starts = [array("I", self._tokens(SYSTEM)) for _ in range(16)]
         self._ids = [
@@ -97,13 +103,7 @@ class Index:
         self._packed = packed
         names = [f"node {n}" for n in range(NODES)]
         self._candidates = {name: [name, f"daemon of {name}"] for name in names}
-        told = [
-            (number // 16, start, name, number)
-            for number in range(chains)
-            for name in self._rng.sample(names, holders)
-            for start in range(0, PATH, piece)
-        ]
-        told.sort(key=lambda each: each[:2])
+        told = self._told(packed, names, piece, holders)
         seq = dict.fromkeys(names, 0)
         gc.collect()
         before = _resident()
@@ -111,13 +111,29 @@ class Index:
         for name in names:
             self.directory.snapshot(name, 1, 0, [])
         begun = time.perf_counter()
-        for _, start, name, number in told:
+        for name, part in told:
             seq[name] += 1
-            keys = _unpack(packed[number][16 * start : 16 * (start + piece)])
-            assert self.directory.apply(name, 1, seq[name], [(Tier.VRAM, keys)], [])
-        self.blocks_per_s = len(told) * piece / (time.perf_counter() - begun)
+            assert self.directory.apply(name, 1, seq[name], [(Tier.VRAM, _unpack(part))], [])
+        blocks = sum(len(part) for _, part in told) // 16
+        self.blocks_per_s = blocks / (time.perf_counter() - begun)
         gc.collect()
         self.bytes_per_block = (_resident() - before) / self.directory.blocks
+
+    def _told(
+        self, packed: list[bytes], names: list[str], piece: int, holders: int
+    ) -> list[tuple[str, bytes]]:
+        """Who tells which blocks, in order."""
+        held = [(n, name) for n in range(len(packed)) for name in self._rng.sample(names, holders)]
+        if piece != SCATTERED:
+            pieces = [(n // 16, s, n, name) for n, name in held for s in range(0, PATH, piece)]
+            pieces.sort(key=lambda each: each[:2])
+            return [(name, packed[n][16 * s : 16 * (s + piece)]) for _, s, n, name in pieces]
+        told = []
+        for holder in names:
+            own = [key for n, name in held if name == holder for key in _unpack(packed[n])]
+            self._rng.shuffle(own)
+            told += [(holder, b"".join(own[s : s + MESSAGE])) for s in range(0, len(own), MESSAGE)]
+        return told
 
     def look_up(self, depth: int, rounds: int, hole: int | None = None) -> list[float]:
         """Seconds of look-ups of prompts of which `depth` blocks are held, or all but one."""
@@ -133,7 +149,9 @@ class Index:
             seconds.append(time.perf_counter() - start)
             best = max(each.blocks for each in warmth.values())
             assert best == (depth if hole is None else hole), (best, depth)
+            start = time.perf_counter()
             self.directory.gather()
+            self.gathers.append(time.perf_counter() - start)
         return seconds
 
     def decide(self, number: int) -> float:

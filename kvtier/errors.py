@@ -11,6 +11,7 @@ KVTierError
 └── RequestError              a request that cannot be served; carries the gRPC status name
     ├── InvalidRequest        the caller's fault: INVALID_ARGUMENT
     ├── UnknownModel          no worker serves that model: NOT_FOUND
+    ├── UnknownTenant         no worker knows that tenant: PERMISSION_DENIED
     ├── Overloaded            a queue is full: RESOURCE_EXHAUSTED, try again later
     ├── DeadlinePassed        it was not finished in time: DEADLINE_EXCEEDED
     └── WorkerLost            no worker could finish it: UNAVAILABLE
@@ -67,6 +68,12 @@ class UnknownModel(RequestError):
     """No worker serves the model that the request names."""
 
     grpc_status = "NOT_FOUND"
+
+
+class UnknownTenant(RequestError):
+    """No worker knows the tenant that the request names; who else is known is nobody's business."""
+
+    grpc_status = "PERMISSION_DENIED"
 
 
 class Overloaded(RequestError):

@@ -73,6 +73,27 @@ def test_a_mistake_gives_one_line_with_key_value_and_limit(
     assert "\n" not in str(error.value)
 
 
+def test_tenants_secrets_are_read_from_their_files(tmp_path: Path) -> None:
+    (tmp_path / "red").write_text("0123456789abcdef\n")
+    (tmp_path / "short").write_text("0123")
+
+    def secrets(*tenants: tuple[str, str]) -> dict[str, bytes]:
+        entries = [{"name": n, "secret_file": str(tmp_path / file)} for n, file in tenants]
+        tables: dict[str, object] = {"worker": {"tenants": entries}}
+        return config.tenant_secrets(config.from_dict(tables).worker)
+
+    assert secrets() == {}
+    assert secrets(("red", "red")) == {"red": b"0123456789abcdef"}
+    for wrong, line in (
+        ([("red", "red"), ("red", "red")], r"tenants\[1\].name is 'red', which another"),
+        ([("", "red")], r"tenants\[0\].name has 0 characters, must have 1 to 253"),
+        ([("red", "short")], r"tenants\[0\].secret_file holds 4 bytes, must hold at least 16"),
+        ([("red", "none")], r"tenants\[0\].secret_file: .*No such file"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^worker.{line}"):
+            secrets(*wrong)
+
+
 def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory"):
         config.load(tmp_path / "none.toml")

@@ -15,6 +15,7 @@ from kvtier.config.host import (
     node_name,
     redis_url,
     sentinel_password,
+    tenant_secrets,
     vllm_speaks_on_stderr,
 )
 from kvtier.config.settings import (
@@ -25,6 +26,7 @@ from kvtier.config.settings import (
     NodeConfig,
     RedisConfig,
     RouterConfig,
+    TenantConfig,
     WorkerConfig,
 )
 from kvtier.config.values import Size, build, limits, one_of, parse_address, parse_size
@@ -39,6 +41,7 @@ __all__ = [
     "RedisConfig",
     "RouterConfig",
     "Size",
+    "TenantConfig",
     "WorkerConfig",
     "cache_dir",
     "cores_available",
@@ -52,6 +55,7 @@ __all__ = [
     "parse_size",
     "redis_url",
     "sentinel_password",
+    "tenant_secrets",
     "vllm_speaks_on_stderr",
 ]
 

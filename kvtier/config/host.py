@@ -3,10 +3,15 @@
 import os
 import socket
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from kvtier.config.settings import RedisConfig
+from kvtier.config.settings import RedisConfig, WorkerConfig
 from kvtier.errors import ConfigError
+
+MAX_TENANTS: Final = 4096
+MAX_TENANT: Final = 253  # characters of a name
+MIN_SECRET: Final = 16  # bytes
 
 
 def node_name(configured: str) -> str:
@@ -60,6 +65,33 @@ def sentinel_password(redis: RedisConfig) -> str:
     if not redis.sentinel_password_file:
         return ""
     return _secret(redis.sentinel_password_file, "redis.sentinel_password_file")
+
+
+def tenant_secrets(worker: WorkerConfig) -> dict[str, bytes]:
+    """Every tenant's secret, by name, as its file holds it now (whitespace around it left out).
+
+    Raises:
+        ConfigError: A name is empty, too long or given twice, there are more than MAX_TENANTS, or
+            a secret cannot be read or is shorter than MIN_SECRET bytes.
+    """
+    if len(worker.tenants) > MAX_TENANTS:
+        raise ConfigError(f"worker.tenants has {len(worker.tenants)} entries, limit {MAX_TENANTS}")
+    secrets: dict[str, bytes] = {}
+    for i, tenant in enumerate(worker.tenants):
+        where = f"worker.tenants[{i}]"
+        if not 1 <= len(tenant.name) <= MAX_TENANT:
+            raise ConfigError(
+                f"{where}.name has {len(tenant.name)} characters, must have 1 to {MAX_TENANT}"
+            )
+        if tenant.name in secrets:
+            raise ConfigError(f"{where}.name is {tenant.name!r}, which another tenant has too")
+        secret = _secret(tenant.secret_file, f"{where}.secret_file").encode()
+        if len(secret) < MIN_SECRET:
+            raise ConfigError(
+                f"{where}.secret_file holds {len(secret)} bytes, must hold at least {MIN_SECRET}"
+            )
+        secrets[tenant.name] = secret
+    return secrets
 
 
 def _secret(path: str, name: str) -> str:

@@ -69,6 +69,14 @@ class RedisConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantConfig:
+    """One entry of `worker.tenants`."""
+
+    name: str
+    secret_file: str  # the same content wherever the tenant's blocks are to be found again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """`[worker]`: one engine with one model."""
 
@@ -94,6 +102,7 @@ class WorkerConfig:
     max_waiting: int = field(default=64, metadata=limits(0, 65536))
     wait_s: float = field(default=2.0, metadata=limits(0.0, 60))  # for a load from lower tiers
     threads: int = field(default=0, metadata=limits(0, 1024))  # 0: torch decides
+    tenants: tuple[TenantConfig, ...] = ()  # who shares no block with anybody else
     url: str = ""  # of vLLM's HTTP API; these four are for vllm-http
     events: str = ""  # its --kv-events-config endpoint; empty: nothing is known of its VRAM
     replay: str = ""  # and replay_endpoint

@@ -17,9 +17,11 @@ from math import inf
 from typing import NamedTuple
 
 from kvtier.core.audience import Warmth
+from kvtier.core.tiers import Tier
 
 _TIE_SHARE = 0.01
 _TIE_S = 0.001
+_LOWER = (Tier.HOST, Tier.DISK, Tier.SHARED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,15 @@ class Candidate(NamedTuple):
     lends: int = 0  # leading blocks of the prompt that others could load from its node
 
 
+class Load(NamedTuple):
+    """A part of `Choice.load_s`: so many blocks from one place; no tier means another node."""
+
+    tier: Tier | None
+    blocks: int
+    bytes_per_s: float
+    seconds: float
+
+
 class Choice(NamedTuple):
     """A candidate with what it is expected to take; `seconds` is the score, lowest first."""
 
@@ -103,6 +114,26 @@ class Choice(NamedTuple):
     block_tokens: int
     pull_from: str = ""  # the candidate on whose node the blocks after its own are loaded from
     pull_blocks: int = 0
+    rates: Rates = DEFAULT_RATES  # that it was scored with
+    waiting_tokens: int = 0
+    decoding: int = 0
+
+    def loads(self, block_nbytes: int) -> list[Load]:
+        """What `load_s` is made of: each lower tier that blocks come from, then another node."""
+        speeds = (
+            self.rates.host_bytes_per_s, self.rates.disk_bytes_per_s, self.rates.shared_bytes_per_s
+        )  # fmt: skip
+        loads = [
+            Load(tier, blocks, speed, block_nbytes * blocks / speed)
+            for tier, blocks, speed in zip(_LOWER, self.warmth[1:], speeds, strict=True)
+            if blocks
+        ]
+        if self.pull_from:
+            speed = self.rates.peer_bytes_per_s
+            loads.append(
+                Load(None, self.pull_blocks, speed, block_nbytes * self.pull_blocks / speed)
+            )
+        return loads
 
 
 class _Terms(NamedTuple):
@@ -113,6 +144,7 @@ class _Terms(NamedTuple):
     load_s: float
     prefill_s: float
     pull: int  # the number of the candidate that lends, or -1
+    rates: Rates
 
 
 def rank(
@@ -182,7 +214,8 @@ class _Prompt(NamedTuple):
             pull_from, pull_blocks = lender.name, lender.lends - candidate.warmth.blocks
         return Choice(
             candidate.name, candidate.warmth, terms.seconds, terms.wait_s, terms.load_s,
-            terms.prefill_s, self.tokens, self.block_tokens, pull_from, pull_blocks,
+            terms.prefill_s, self.tokens, self.block_tokens, pull_from, pull_blocks, terms.rates,
+            candidate.waiting_tokens, candidate.decoding,
         )  # fmt: skip
 
 
@@ -233,7 +266,7 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
                 if pull_s + rest_s < prefill_s:
                     pull, load_s, prefill_s = lender, load_s + pull_s, rest_s
         seconds = wait_s + (1 + behind) * (load_s + prefill_s)
-        terms.append(_Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull))
+        terms.append(_Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull, rate))
     return terms
 
 

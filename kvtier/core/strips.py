@@ -1,7 +1,7 @@
 """Which blocks are held by whom, kept by runs of blocks rather than block by block.
 
-A strip is a run of blocks that the same holders have, in the order in which they were told, which
-is nearly always the order of a prompt. A look-up finds the strip of a prompt's first block and
+A strip is some blocks that the same holders have, in the order in which they were told, which is
+nearly always the order of a prompt. A look-up finds the strip of a prompt's first block and
 compares the rest of it in one step; it touches a hash table once a strip, not once a block, which
 is what a look-up in a large table costs. Nothing depends on that order but speed: every block of
 an answer was compared with the prompt's key. (The edges of a radix tree are kept so in SGLang's
@@ -142,7 +142,7 @@ class StripIndex:
             strip = next(iter(self._cold_first))
             stop = len(strip)
             if excess < stop:
-                strip = self._cut(strip, stop - excess, stop)
+                strip = self._carve(strip, stop - excess, stop)
             self._release(strip, 0, len(strip), self._ranked)
 
     def gather(self) -> None:
@@ -214,33 +214,26 @@ class StripIndex:
             del self._of[key]
 
     def _carve(self, strip: Strip, start: int, stop: int) -> Strip:
-        """A strip with just these blocks; what is left and right of them is cut off.
+        """A strip with just these blocks; the rest becomes another, or stays in `strip`.
 
-        The longest part keeps the strip, so that the fewest blocks are told of another.
+        The longer part keeps the strip, so that the fewest blocks are told of another.
         """
         size = len(strip)
-        left, right = start, size - stop
-        if stop - start >= max(left, right):
-            if right:
-                self._cut(strip, stop, size)
-            if left:
-                self._cut(strip, 0, start)
+        if stop - start == size:
             return strip
-        if left >= right:
-            if right:
-                self._cut(strip, stop, size)
-            return self._cut(strip, start, stop)
-        if left:
-            self._cut(strip, 0, left)
-            start, stop = 0, stop - left
-        return self._cut(strip, start, stop)
-
-    def _cut(self, strip: Strip, start: int, stop: int) -> Strip:
-        """Move these blocks, at one end of `strip`, to a strip of their own."""
         first, last = start * KEY_NBYTES, stop * KEY_NBYTES
-        part = Strip(strip.packed[first:last], strip.mask)
-        strip.packed = strip.packed[:first] + strip.packed[last:]
-        self._of.update(dict.fromkeys(_unpack(part.packed), part))
+        packed = strip.packed
+        inside, outside = packed[first:last], packed[:first] + packed[last:]
+        if 2 * (stop - start) >= size:
+            self._move(strip, inside, outside)
+            return strip
+        return self._move(strip, outside, inside)
+
+    def _move(self, strip: Strip, stays: bytes, goes: bytes) -> Strip:
+        """Give the blocks `goes` of `strip` to one of their own, with the same holders."""
+        part = Strip(goes, strip.mask)
+        strip.packed = stays
+        self._of.update(dict.fromkeys(_unpack(goes), part))
         for holder in bits(strip.mask):
             self._held[holder][part] = None
         return part

@@ -118,15 +118,19 @@ class Model:
         return attach(self._config, namespace, storage)
 
     def generate(
-        self, prompt: str | Sequence[int], max_tokens: int = 64, *, temperature: float = 0.0
-    ) -> Generation:
+        self, prompt: str | Sequence[int], max_tokens: int = 64, *, temperature: float = 0.0,
+        tenant: str = "",
+    ) -> Generation:  # fmt: skip
         """Answer a prompt of text or token ids; greedy at temperature 0.
 
         Raises:
             InvalidRequest: The model cannot compute this.
+            UnknownTenant: `tenant` is none of the config's.
         """
         ids = self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
-        request = Request(token_ids=ids, max_tokens=max_tokens, temperature=temperature)
+        request = Request(
+            token_ids=ids, max_tokens=max_tokens, temperature=temperature, tenant=tenant
+        )
         answer: list[int] = []
         started: Started | None = None
         for event in self._engine.stream(request):

@@ -1,7 +1,7 @@
 """The model that a worker serves: from a folder on this machine, never from a hub."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from kvtier.config import WorkerConfig, cache_dir
+from kvtier.config import WorkerConfig, cache_dir, tenant_secrets
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Namespace
 from kvtier.engine import smollm2
 from kvtier.engine.revision import revision as fingerprint
@@ -39,10 +39,16 @@ class LoadedModel:
     vocab_size: int
     device: torch.device
     dtype: torch.dtype
+    tenants: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # secrets, by name
 
-    def namespace(self) -> Namespace:
-        """What the keys of its blocks start from."""
-        return Namespace(self.name, self.revision, self.layout)
+    def namespace(self, tenant: str = "") -> Namespace:
+        """What the keys of a tenant's blocks start from; without a tenant, everybody's.
+
+        Raises:
+            KeyError: There is no such tenant.
+        """
+        secret = self.tenants[tenant] if tenant else b""
+        return Namespace(self.name, self.revision, self.layout, tenant=tenant, tenant_secret=secret)
 
 
 def _silent(_: str) -> None:
@@ -53,13 +59,14 @@ def load(config: WorkerConfig, progress: Callable[[str], None] = _silent) -> Loa
     """Load the model that `config` names; takes seconds, more when it is converted first.
 
     Args:
-        config: Its model, name, device, dtype and block_tokens are used.
+        config: Its model, name, device, dtype, block_tokens and tenants are used.
         progress: Told in one line what takes long.
 
     Raises:
         ConfigError: The folder is missing, incomplete or not of a supported kind, or the device
-            is not there; the message names it.
+            is not there; the message names it. Or a tenant's secret cannot be had.
     """
+    secrets = tenant_secrets(config)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = smollm2.folder(cache_dir(), progress) if config.model == BUILT_IN else Path(config.model)
     device = _device(config.device)
@@ -81,6 +88,7 @@ def load(config: WorkerConfig, progress: Callable[[str], None] = _silent) -> Loa
         vocab_size=settings.vocab_size,
         device=device,
         dtype=dtype,
+        tenants=secrets,
     )
 
 

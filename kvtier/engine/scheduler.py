@@ -72,7 +72,7 @@ class Scheduler:
     ) -> None:
         self._loaded = loaded
         self._layout = loaded.layout
-        self._root = loaded.namespace().root()
+        self._roots = {name: loaded.namespace(name).root() for name in ("", *loaded.tenants)}
         self._pool = pool
         self._storage = storage
         self._tiers = tiers
@@ -190,11 +190,15 @@ class Scheduler:
         request = sequence.request
         if request.temperature > 0:
             sequence.generator = torch.Generator().manual_seed(request.seed)
-        sequence.keys = block_keys(self._root, sequence.tokens, self._layout.block_tokens)
+        size = self._layout.block_tokens
+        sequence.keys = block_keys(self._root(sequence), sequence.tokens, size)
         sequence.kv = WorkingKV(self._layout, sequence.limit, self._loaded.device)
         self._take_from_pool(sequence, sequence.kv)
         if self._tiers is None or self._lacking(sequence, sequence.kv) <= 0:
             self._restored(sequence)
+
+    def _root(self, sequence: Running) -> bytes:
+        return self._roots[sequence.request.tenant]
 
     def _restored(self, sequence: Running) -> None:
         """The rest has to be computed."""
@@ -365,7 +369,7 @@ class Scheduler:
         keys = sequence.keys
         if full > len(keys):
             new = sequence.tokens[len(keys) * size : full * size]
-            keys += block_keys(keys[-1] if keys else self._root, new, size)
+            keys += block_keys(keys[-1] if keys else self._root(sequence), new, size)
         there = len(self._pool.match(keys[:full]))  # others may have computed the same
         if there > sequence.pinned:
             self._pool.pin(keys[:there], sequence.pinned, self._use(sequence))

@@ -29,6 +29,7 @@ class Request:
     seed: int = 0
     ignore_eos: bool = False
     return_first_logits: bool = False
+    tenant: str = ""  # whose blocks it may use and leaves
 
     def check(self, vocab_size: int, max_tokens: int) -> None:
         """Refuse what a model of these limits cannot compute.

@@ -24,7 +24,7 @@ from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool, Changes
 from kvtier.engine.scheduler import Scheduler
 from kvtier.engine.sequence import Deliver, Done, Event, Failed, Request, Running
-from kvtier.errors import ConfigError, Overloaded, WorkerLost
+from kvtier.errors import ConfigError, Overloaded, UnknownTenant, WorkerLost
 
 STOPPING: Final = "the worker is stopping"
 
@@ -112,11 +112,14 @@ class Engine:
 
         Raises:
             InvalidRequest: The model cannot compute this.
+            UnknownTenant: Its tenant is none of the model's.
             Overloaded: `max_waiting` requests are waiting already.
             WorkerLost: The engine is closing.
         """
         most = self.loaded.max_tokens
         request.check(self.loaded.vocab_size, most)
+        if request.tenant and request.tenant not in self.loaded.tenants:
+            raise UnknownTenant(f"tenant {request.tenant[:200]!r} is not known to this worker")
         tokens = list(request.token_ids)
         limit = min(most, len(tokens) + request.max_tokens)
         sequence = Running(request, deliver, self._clock(), limit, tokens)

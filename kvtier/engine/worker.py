@@ -75,6 +75,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             eos_token_ids=sorted(loaded.eos_token_ids),
             vocab_size=loaded.vocab_size,
             kv_bytes_per_token=loaded.layout.nbytes_per_token,
+            spaces=[
+                worker_pb2.Space(tenant=name, root=loaded.namespace(name).root())
+                for name in loaded.tenants
+            ],
         )
 
     async def Tokenizer(  # noqa: N802
@@ -121,6 +125,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             )
         if request.model not in ("", self._loaded.name):
             raise UnknownModel(f"model {request.model!r} is not served here: {self._loaded.name}")
+        if request.adapter:
+            raise UnknownModel(
+                f"adapter {request.adapter[:200]!r} is not served here: {self._loaded.name} "
+                "has no adapters"
+            )
         wanted = Request(
             token_ids=request.token_ids,
             max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
@@ -128,6 +137,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             seed=request.seed,
             ignore_eos=request.ignore_eos,
             return_first_logits=request.return_first_logits,
+            tenant=request.tenant,
         )
         return self.engine.submit(
             wanted, lambda event: self._on_loop(lambda: events.put_nowait(event))

@@ -13,7 +13,7 @@ from kvtier.errors import DeadlinePassed, InvalidRequest, RequestError
 from kvtier.router.admission import Admission
 from kvtier.router.generate import Job, Write, generate
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Ranked
+from kvtier.router.placement import Placement, Prompt, Ranked, Tie
 from kvtier.router.prompts import Prompts, digest, fits
 from kvtier.router.record import Recorder
 from kvtier.wire.pb import router_pb2
@@ -77,7 +77,7 @@ class Front:
         prompt, ranked = await self._ranked(request, self._rng.random, timely=True)
         best, *others = ranked
         self._placement.sent(prompt, best, followed=False)
-        self.recorder.tell(prompt, best.info, time.time(), 0)
+        self.recorder.tell(prompt, best.info, best.root, time.time(), 0)
         return router_pb2.RouteResponse(
             choice=best.proto(), fallbacks=[each.proto() for each in others],
             prompt_tokens=len(prompt.ids),
@@ -85,9 +85,9 @@ class Front:
 
     async def explain(self, request: router_pb2.RouteRequest) -> router_pb2.ExplainResponse:
         """Every candidate; remembers nothing."""
-        # Every router must say the same, so nothing is left to chance.
-        prompt, ranked = await self._ranked(request, lambda: 0.0)
-        choices = [each.proto() for each in ranked]
+        # Every router must say the same, so nothing is left to chance or to its own history.
+        prompt, ranked = await self._ranked(request, None)
+        choices = [each.explained(self._config.behind) for each in ranked]
         return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
 
     async def generate(
@@ -99,16 +99,17 @@ class Front:
         With `fill` a request without `max_tokens` may take all the room that the model has.
         """
         _check(request)
-        prompt, links = await self.prompts.read(request.model, request.prompt)
+        prompt, links = await self.prompts.read(request)
         readers = {digest(link) for link in links}
 
         def candidates(longer: Prompt) -> list[Link]:
-            found = self._placement.candidates(longer.model)
+            found = self._placement.candidates(longer.model, *longer.space)
             return [each for each in found if digest(each) in readers and fits(longer, each)]
 
         job = Job(request, prompt, candidates, deadline, fill)
         attempts = self._config.max_attempts
-        with self.recorder.recorded(prompt, links[0].info) as seen:
+        root = links[0].roots[prompt.space]
+        with self.recorder.recorded(prompt, links[0].info, root) as seen:
 
             async def recorded(response: router_pb2.GenerateResponse) -> None:
                 seen(len(response.chunk.ids))
@@ -117,9 +118,9 @@ class Front:
             await generate(job, self._placement, attempts, self._rng, recorded)
 
     async def _ranked(
-        self, request: router_pb2.RouteRequest, tie: Callable[[], float], *, timely: bool = False
+        self, request: router_pb2.RouteRequest, tie: Tie | None, *, timely: bool = False
     ) -> tuple[Prompt, list[Ranked]]:
-        prompt, links = await self.prompts.read(request.model, request.prompt)
+        prompt, links = await self.prompts.read(request)
         since = prompt.ready_at if timely else None
         return prompt, self._placement.rank(prompt, links, tie, since)
 

@@ -103,8 +103,12 @@ async def generate(
         )  # fmt: skip
         if lost:
             (metrics.RESUMES if answer.ids else metrics.RETRIES).inc()
-        await write(router_pb2.GenerateResponse(routed=routed))
-        outcome = await attempt.run(placement)
+        sent = placement.sent(prompt, best, followed=True)  # before others are ranked meanwhile
+        try:
+            await write(router_pb2.GenerateResponse(routed=routed))
+            outcome = await attempt.run(sent)
+        finally:
+            sent.began()
         if outcome is Outcome.ANSWERED:
             return
         avoided[best.link.address] = outcome
@@ -119,7 +123,9 @@ async def generate(
 
 
 def _with_answer(prompt: Prompt, answer: Sequence[int]) -> Prompt:
-    return Prompt(prompt.model, [*prompt.ids, *answer]) if answer else prompt
+    if not answer:
+        return prompt
+    return Prompt(prompt.model, [*prompt.ids, *answer], prompt.adapter, prompt.tenant)
 
 
 def _ended(job: Job, answer: _Answer, last: Ranked) -> worker_pb2.FinishReason | None:
@@ -156,7 +162,7 @@ class _Attempt:
         if answer.decoder is None and text is not None:
             answer.decoder = text.decoder()
 
-    async def run(self, placement: Placement) -> Outcome:
+    async def run(self, sent: Sent) -> Outcome:
         """Pass on the whole answer; without `resume`, all or nothing was passed on.
 
         Raises:
@@ -166,7 +172,6 @@ class _Attempt:
         channel = self._to.link.channel
         if channel is None:  # lost since it was ranked
             return Outcome.LOST
-        sent = placement.sent(self._prompt, self._to, followed=True)
         left_s = self._job.deadline - asyncio.get_running_loop().time()
         stub = worker_pb2_grpc.WorkerStub(channel)
         call = stub.Generate(self._request(), timeout=left_s + SLACK_S)
@@ -182,7 +187,6 @@ class _Attempt:
             return self._judge(grpc.StatusCode.CANCELLED, "it fell silent")
         finally:
             call.cancel()
-            sent.began()
 
     async def _pass_on(self, call: grpc.aio.UnaryStreamCall, sent: Sent) -> Outcome:
         while True:
@@ -244,4 +248,5 @@ class _Attempt:
             request_id=asked.request_id, token_ids=ids, max_tokens=max_tokens,
             temperature=asked.temperature, seed=asked.seed, ignore_eos=asked.ignore_eos,
             return_first_logits=asked.return_first_logits, model=self._to.info.model,
+            adapter=self._prompt.adapter, tenant=self._prompt.tenant,
         )  # fmt: skip

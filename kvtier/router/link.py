@@ -28,6 +28,7 @@ TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MAX_ROOT: Final = 64  # bytes
+MAX_SPACES: Final = 4096  # of one worker
 KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
@@ -89,6 +90,7 @@ class Link:
         self.source = f"{serves}:{address}"
         self.state = State.CONNECTING
         self.info: worker_pb2.WorkerInfo | None = None
+        self.roots: dict[tuple[str, str], bytes] = {}  # by adapter and tenant; of `info`
         self.text: Text | None = None
         self.channel: grpc.aio.Channel | None = None
         self.heartbeat = feed_pb2.Heartbeat()
@@ -156,6 +158,8 @@ class Link:
             files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
             self.text = await self._context.texts.load(dict(files.files))
         self.info = info
+        self.roots = {(each.adapter, each.tenant): each.root for each in info.spaces}
+        self.roots["", ""] = info.root
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
         """Reads one stream of the feed to its end; always raises."""
@@ -266,8 +270,19 @@ def _check(info: worker_pb2.WorkerInfo) -> None:
             raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
     if info.key_scheme not in KEY_SCHEMES:
         raise RemoteProtocolError(f"worker info: key_scheme {info.key_scheme[:64]!r} is unknown")
-    if not 1 <= len(info.root) <= MAX_ROOT:
-        raise RemoteProtocolError(f"worker info: root has {len(info.root)} bytes, limit {MAX_ROOT}")
+    if len(info.spaces) > MAX_SPACES:
+        raise RemoteProtocolError(
+            f"worker info: {len(info.spaces)} spaces, which are more than {MAX_SPACES}"
+        )
+    roots = [
+        ("root", info.root),
+        *((f"root of spaces[{i}]", s.root) for i, s in enumerate(info.spaces)),
+    ]
+    for name, root in roots:
+        if not 1 <= len(root) <= MAX_ROOT:
+            raise RemoteProtocolError(
+                f"worker info: {name} has {len(root)} bytes, limit {MAX_ROOT}"
+            )
 
 
 def _line(error: BaseException) -> str:

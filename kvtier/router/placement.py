@@ -28,6 +28,7 @@ FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
 _LENDER: Final = "lender of "  # an address has no spaces
 
 Tie = Callable[[], float]
+_Worker = tuple[Link, worker_pb2.WorkerInfo, bytes]  # with the root of the prompt's keys there
 
 
 @dataclass(slots=True)
@@ -36,6 +37,8 @@ class Prompt:
 
     model: str
     ids: Sequence[int]
+    adapter: str = ""  # of the model
+    tenant: str = ""
     _keys: dict[tuple[bytes, int], list[BlockKey]] = field(default_factory=dict)
     _highest: int | None = None
     ready_at: float | None = None  # on the loop's clock: nothing but placing it was left to do
@@ -47,12 +50,17 @@ class Prompt:
             self._highest = max(self.ids)
         return self._highest
 
-    def keys(self, info: worker_pb2.WorkerInfo) -> list[BlockKey]:
-        """The block keys that this worker gives the prompt."""
-        kind = (info.root, info.block_tokens)
+    @property
+    def space(self) -> tuple[str, str]:
+        """Adapter and tenant: the key of `Link.roots`."""
+        return self.adapter, self.tenant
+
+    def keys(self, info: worker_pb2.WorkerInfo, root: bytes) -> list[BlockKey]:
+        """The block keys that this worker gives the prompt; `root` is its own for our `space`."""
+        kind = (root, info.block_tokens)
         if kind not in self._keys:
             chain = prompt_keys if info.key_scheme == SCHEME else block_keys
-            self._keys[kind] = chain(info.root, self.ids, info.block_tokens)
+            self._keys[kind] = chain(root, self.ids, info.block_tokens)
         return self._keys[kind]
 
 
@@ -62,6 +70,7 @@ class Ranked:
 
     link: Link
     info: worker_pb2.WorkerInfo
+    root: bytes  # of the prompt's keys there
     choice: score.Choice
     draining: bool
     source: str  # where the blocks come from that neither the worker nor its node has
@@ -85,6 +94,29 @@ class Ranked:
             prefill_s=choice.prefill_s, why=score.why(choice), draining=self.draining,
             source=self.source, source_tokens=self.source_blocks * self.info.block_tokens,
         )  # fmt: skip
+
+    def explained(self, behind: float) -> router_pb2.Choice:
+        """The candidate with all that its score is made of; `behind` is the score's lambda."""
+        told, choice, rates = self.proto(), self.choice, self.choice.rates
+        nbytes = self.info.kv_bytes_per_token * self.info.block_tokens
+        loads = [
+            router_pb2.Load(
+                tier=TO_WIRE[each.tier] if each.tier is not None else None,
+                tokens=each.blocks * self.info.block_tokens, seconds=each.seconds,
+                bytes_per_s=each.bytes_per_s,
+            )
+            for each in choice.loads(nbytes)
+        ]  # fmt: skip
+        there = (choice.warmth.blocks + choice.pull_blocks) * self.info.block_tokens
+        told.terms.CopyFrom(
+            router_pb2.Terms(
+                loads=loads, waiting_tokens=choice.waiting_tokens, decoding=choice.decoding,
+                drag=rates.decode_drag, prefill_tokens_per_s=rates.prefill_tokens_per_s,
+                computed_tokens=max(1, choice.prompt_tokens - there),
+                doubles_at=rates.doubles_at, behind=behind,
+            )
+        )  # fmt: skip
+        return told
 
     @property
     def source_blocks(self) -> int:
@@ -197,29 +229,37 @@ class Placement:
         self._last_cold: dict[str, float] = {}
         self._learned = Learned()
 
-    def candidates(self, model: str) -> list[Link]:
-        """Workers of `model` that take requests: those READY, or STALE ones where none is."""
+    def candidates(self, model: str, adapter: str = "", tenant: str = "") -> list[Link]:
+        """Workers of all this that take requests: those READY, or STALE ones where none is."""
+        space = adapter, tenant
         for state in (State.READY, State.STALE):
             links = [link for link in self._members.workers() if link.state is state]
-            found = [link for link in links if link.info is not None and link.info.model == model]
+            found = [
+                link
+                for link in links
+                if link.info is not None and link.info.model == model and space in link.roots
+            ]
             if found:
                 return found
         return []
 
     def rank(
-        self, prompt: Prompt, links: Collection[Link], tie: Tie, since: float | None = None
+        self, prompt: Prompt, links: Collection[Link], tie: Tie | None, since: float | None = None
     ) -> list[Ranked]:
         """These workers, best first. Asks only.
+
+        Without `tie` equals are in the order of their addresses, whoever was cold last.
 
         Where more than the configured budget has passed `since` the request was ready to be
         placed, by load alone: an answer that is late helps nobody.
         """
-        kinds: dict[tuple[bytes, int, int], dict[str, tuple[Link, worker_pb2.WorkerInfo]]] = {}
+        kinds: dict[tuple[bytes, int, int], dict[str, _Worker]] = {}
+        space = prompt.space
         for link in sorted(links, key=lambda each: each.address):
-            info = link.info
-            if info is not None:
-                kind = (info.root, info.block_tokens, info.kv_bytes_per_token)
-                kinds.setdefault(kind, {})[link.address] = (link, info)
+            info, root = link.info, link.roots.get(space)
+            if info is not None and root is not None:
+                kind = (root, info.block_tokens, info.kv_bytes_per_token)
+                kinds.setdefault(kind, {})[link.address] = (link, info, root)
         orders = [self._rank(prompt, alike, tie, since) for alike in kinds.values()]
         # Not sorted: each order has its equals in an order of its own, which stays.
         return list(merge(*orders, key=lambda each: (each.draining, each.choice.seconds)))
@@ -233,7 +273,7 @@ class Placement:
             known = {link.address for link in self._members.workers()}
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
             self._learned.keep_only(known)
-        self._speculation.add(address, prompt.keys(to.info), now)
+        self._speculation.add(address, prompt.keys(to.info, to.root), now)
         expires = None if followed else now + SPECULATIVE_S
         self._directory.gather()
         sent = self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
@@ -241,18 +281,17 @@ class Placement:
         return sent
 
     def _rank(
-        self, prompt: Prompt, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]], tie: Tie,
-        since: float | None,
-    ) -> list[Ranked]:  # fmt: skip
+        self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None
+    ) -> list[Ranked]:
         """Workers that give the prompt the same keys."""
         now = self._clock()
-        _, info = next(iter(alike.values()))
+        _, info, root = next(iter(alike.values()))
         keys: Sequence[BlockKey] = ()
         if since is not None and now - since > self._config.budget_s:
             metrics.ROUTED_BY_LOAD.inc()
         else:
-            keys = prompt.keys(info)
-        sources = {name: self._members.sources(link) for name, (link, _) in alike.items()}
+            keys = prompt.keys(info, root)
+        sources = {name: self._members.sources(link) for name, (link, *_) in alike.items()}
         pulls = self._config.peer_bytes_per_s > 0
         if pulls:  # what a node's daemon has, without its worker's VRAM, could be pulled from it
             sources |= {f"{_LENDER}{name}": of[1:] for name, of in sources.items()}
@@ -265,12 +304,12 @@ class Placement:
                     link.heartbeat.load.waiting_tokens, self._load.waiting(name, now)
                 ),
                 rates=self._learned.rates(name, link.rates, now),
-                last_cold=self._last_cold.get(name, 0.0),
+                last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),
                 decoding=link.heartbeat.load.running,
                 lends=_own(warmth[f"{_LENDER}{name}"]) if pulls else 0,
             )
-            for name, (link, _) in alike.items()
+            for name, (link, *_) in alike.items()
         ]
         choices = score.rank(
             candidates,
@@ -278,19 +317,21 @@ class Placement:
             block_tokens=info.block_tokens,
             block_nbytes=info.kv_bytes_per_token * info.block_tokens,
             behind=self._config.behind,
-            tie=tie,
+            tie=tie or _no_luck,
         )
         draining = {each.name for each in candidates if each.draining}
         return [
             Ranked(*alike[c.name], c, c.name in draining, self._source(c, alike)) for c in choices
         ]
 
-    def _source(
-        self, choice: score.Choice, alike: Mapping[str, tuple[Link, worker_pb2.WorkerInfo]]
-    ) -> str:  # fmt: skip
+    def _source(self, choice: score.Choice, alike: Mapping[str, _Worker]) -> str:
         if choice.pull_from:
             return alike[choice.pull_from][0].node
         return Tier.SHARED.label if choice.warmth.shared else ""
+
+
+def _no_luck() -> float:
+    return 0.0
 
 
 def _own(warmth: Warmth) -> int:

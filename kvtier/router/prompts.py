@@ -4,10 +4,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from kvtier.core.blocks import KEY_NBYTES, MAX_BLOCK_TOKENS, BlockKey
-from kvtier.errors import InvalidRequest, UnknownModel, WorkerLost
+from kvtier.errors import InvalidRequest, UnknownModel, UnknownTenant, WorkerLost
 from kvtier.router.link import Link
 from kvtier.router.members import Members
 from kvtier.router.placement import Placement, Prompt
@@ -16,6 +16,32 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 
 LONG: Final = 4096  # tokens from which on keys are computed off the loop
 NAMED: Final = 8  # of a list in an error
+
+
+class Asked(Protocol):
+    """What a RouteRequest and a GenerateRequest have in common."""
+
+    model: str
+    adapter: str
+    tenant: str
+
+    @property
+    def prompt(self) -> router_pb2.Prompt:
+        """What is to be read."""
+        ...
+
+
+class Space(NamedTuple):
+    """Whose blocks a request may use: those of one model, adapter and tenant."""
+
+    model: str
+    adapter: str
+    tenant: str
+
+    @property
+    def name(self) -> str:
+        """What callers know the model by."""
+        return self.adapter or self.model
 
 
 @dataclass(slots=True)
@@ -29,7 +55,7 @@ class KeyedPrompt(Prompt):
         """No token id is known, so none is too high."""
         return 0
 
-    def keys(self, info: worker_pb2.WorkerInfo) -> list[BlockKey]:
+    def keys(self, info: worker_pb2.WorkerInfo, root: bytes) -> list[BlockKey]:
         """The caller's keys."""
         return list(self.given)
 
@@ -42,16 +68,18 @@ class Prompts:
         self._placement = placement
         self._texts = texts
 
-    async def read(self, model: str, asked: router_pb2.Prompt) -> tuple[Prompt, list[Link]]:
+    async def read(self, request: Asked) -> tuple[Prompt, list[Link]]:
         """The prompt in token ids, and the workers that read these ids alike and can take it.
 
         Raises:
-            InvalidRequest, UnknownModel, WorkerLost, Overloaded: See the messages.
+            InvalidRequest, UnknownModel, UnknownTenant, WorkerLost, Overloaded: See the messages.
         """
-        model = self.model(model)
-        links = self._placement.candidates(model)
+        asked = request.prompt
+        space = self.space(request.model, request.adapter, request.tenant)
+        model = space.model
+        links = self._placement.candidates(*space)
         if not links:
-            raise WorkerLost(f"no worker of {model!r} is ready")
+            raise WorkerLost(f"no worker of {space.name!r} is ready")
         kind = asked.WhichOneof("kind")
         if kind == "keys":
             prompt, links = _keyed(model, asked.keys, links)
@@ -63,28 +91,72 @@ class Prompts:
             prompt = Prompt(model, await self._encode(text, asked))
         if not prompt.ids:
             raise InvalidRequest("prompt: no tokens")
+        prompt.adapter, prompt.tenant = space.adapter, space.tenant
         prompt.ready_at = time.monotonic()
-        infos = [link.info for link in links if link.info is not None]
         if len(prompt.ids) >= LONG and kind != "keys":
-            await self._texts.run(lambda: _compute(prompt, infos))
+            roots = [(link.info, link.roots.get(prompt.space)) for link in links]
+            await self._texts.run(lambda: _compute(prompt, roots))
         return prompt, _fitting(prompt, links)
 
-    def model(self, name: str) -> str:
-        """The model that a request means.
+    def space(self, model: str, adapter: str = "", tenant: str = "") -> Space:
+        """What a request means; `model` may be left out, or name an adapter.
 
         Raises:
-            UnknownModel, InvalidRequest, WorkerLost: See the messages.
+            UnknownModel, UnknownTenant, InvalidRequest, WorkerLost: See the messages.
         """
         served = self.models()
         if not served:
             raise WorkerLost(f"no worker is ready; {len(self._members.workers())} connecting")
-        if not name and len(served) == 1:
-            return served[0]
-        if not name:
+        if not model and len(served) == 1:
+            model = served[0]
+        if not model:
             raise InvalidRequest(f"model: must be one of {some(served)}")
-        if name not in served:
-            raise UnknownModel(f"model {name[:200]!r} is not served; served: {some(served)}")
-        return name
+        if model not in served:
+            model, adapter = self._by_adapter(model, adapter, served)
+        if not adapter and not tenant:
+            return Space(model, adapter, tenant)
+        links = [each for each in self._members.workers() if each.info is not None]
+        spaces = {
+            at for each in links if each.info and each.info.model == model for at in each.roots
+        }
+        adapters = sorted({name for name, _ in spaces if name})
+        if adapter and adapter not in adapters:
+            raise UnknownModel(
+                f"adapter {adapter[:200]!r} of {model!r} is not served; "
+                f"served: {some(adapters) or 'none'}"
+            )
+        if (adapter, tenant) not in spaces:
+            raise UnknownTenant(
+                f"tenant {tenant[:200]!r} is not known to any worker of {adapter or model!r}"
+            )
+        return Space(model, adapter, tenant)
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Every adapter that some worker serves, and its model."""
+        links = [link for link in self._members.workers() if link.info is not None]
+        return sorted(
+            {
+                (name, link.info.model)
+                for link in links
+                if link.info
+                for name, _ in link.roots
+                if name
+            }
+        )
+
+    def _by_adapter(self, name: str, adapter: str, served: Sequence[str]) -> tuple[str, str]:
+        """The model of the adapter that a request names as its model."""
+        adapters = self.adapters()
+        models = [model for each, model in adapters if each == name]
+        if not models or adapter:
+            names = [*served, *(each for each, _ in adapters)]
+            raise UnknownModel(f"model {name[:200]!r} is not served; served: {some(names)}")
+        if len(models) > 1:
+            raise InvalidRequest(
+                f"model: {name!r} is an adapter of {some(models)}; name the model, and the adapter "
+                "as `adapter`"
+            )
+        return models[0], name
 
     def models(self) -> list[str]:
         """Every model that some worker serves, or served until a moment ago."""
@@ -116,14 +188,18 @@ def digest(link: Link) -> str | None:
 
 def fits(prompt: Prompt, link: Link) -> bool:
     """Whether this worker can take the prompt."""
-    return link.info is not None and _misfit(prompt, link.info) is None
+    there = link.info is not None and prompt.space in link.roots
+    return there and link.info is not None and _misfit(prompt, link.info) is None
 
 
-def _compute(prompt: Prompt, infos: Sequence[worker_pb2.WorkerInfo]) -> None:
+def _compute(
+    prompt: Prompt, workers: Sequence[tuple[worker_pb2.WorkerInfo | None, bytes | None]]
+) -> None:
     """All of a long prompt that takes time."""
     _ = prompt.highest
-    for info in infos:
-        prompt.keys(info)
+    for info, root in workers:
+        if info is not None and root is not None:
+            prompt.keys(info, root)
     prompt.ready_at = time.monotonic()  # from here on the loop is awaited
 
 
@@ -190,7 +266,7 @@ def _fitting(prompt: Prompt, links: list[Link]) -> list[Link]:
     found = [link for link in links if fits(prompt, link)]
     if found:
         return found
-    infos = [link.info for link in links if link.info is not None]
+    infos = [link.info for link in links if link.info is not None and prompt.space in link.roots]
     if not infos:
         raise WorkerLost(f"no worker of {prompt.model!r} is ready")
     widest = max(infos, key=lambda info: (info.max_tokens, info.vocab_size))

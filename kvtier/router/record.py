@@ -22,24 +22,28 @@ class Recorder:
         self._readers: list[_Reader] = []
 
     def tell(
-        self, prompt: Prompt, info: worker_pb2.WorkerInfo, at_s: float, output_tokens: int
-    ) -> None:
-        """A request has ended that came at `at_s`, seconds since the epoch."""
+        self, prompt: Prompt, by: worker_pb2.WorkerInfo, root: bytes, at_s: float,
+        output_tokens: int,
+    ) -> None:  # fmt: skip
+        """A request has ended that came at `at_s`, seconds since the epoch.
+
+        `root` is that of the prompt's keys at `by`.
+        """
         if not self._readers:
             return
         message = router_pb2.RecordedRequest(
             at_s=at_s,
             input_tokens=len(prompt.ids),
             output_tokens=output_tokens,
-            block_tokens=info.block_tokens,
-            keys=prompt.keys(info),
+            block_tokens=by.block_tokens,
+            keys=prompt.keys(by, root),
         )
         for reader in self._readers:
             reader.put(message)
 
     @contextmanager
     def recorded(
-        self, prompt: Prompt, info: worker_pb2.WorkerInfo | None
+        self, prompt: Prompt, by: worker_pb2.WorkerInfo | None, root: bytes
     ) -> Iterator[Callable[[int], None]]:
         """Tell of a request that comes now and ends with this context, however it ends.
 
@@ -54,8 +58,8 @@ class Recorder:
         try:
             yield seen
         finally:
-            if info is not None:
-                self.tell(prompt, info, at_s, output_tokens)
+            if by is not None:
+                self.tell(prompt, by, root, at_s, output_tokens)
 
     async def requests(self) -> AsyncIterator[router_pb2.RecordedRequest]:
         """Every request from now on, until the caller stops reading.

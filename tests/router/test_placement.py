@@ -62,11 +62,11 @@ def test_expected_blocks_are_taken_from_the_coldest_count_last():
 
 def test_keys_are_computed_once_for_each_kind_of_worker():
     prompt = Prompt("m", list(range(16)))
-    one = worker_pb2.WorkerInfo(root=b"a", block_tokens=4)
-    assert prompt.keys(one) is prompt.keys(worker_pb2.WorkerInfo(root=b"a", block_tokens=4))
-    assert len(prompt.keys(one)) == 4
-    assert len(prompt.keys(worker_pb2.WorkerInfo(root=b"a", block_tokens=8))) == 2
-    assert prompt.keys(worker_pb2.WorkerInfo(root=b"b", block_tokens=4)) != prompt.keys(one)
+    small, large = (worker_pb2.WorkerInfo(block_tokens=n) for n in (4, 8))
+    assert prompt.keys(small, b"a") is prompt.keys(worker_pb2.WorkerInfo(block_tokens=4), b"a")
+    assert len(prompt.keys(small, b"a")) == 4
+    assert len(prompt.keys(large, b"a")) == 2
+    assert prompt.keys(small, b"b") != prompt.keys(small, b"a")
 
 
 def test_the_first_token_teaches_what_the_worker_did():

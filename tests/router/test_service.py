@@ -84,6 +84,50 @@ async def test_a_choice_tells_why(engines, routers):
     assert choice.seconds == pytest.approx(choice.wait_s + 3 * cost)
 
 
+async def test_explain_gives_every_term_and_they_add_up(engines, routers):
+    worker = await engines(StubWorker("w", KEYS[:2]))
+    worker.info.kv_bytes_per_token = 100_000
+    load = worker.heartbeat.load
+    load.prefill_tokens_per_s, load.waiting_tokens, load.running = 2000.0, 500, 3
+    load.host_bytes_per_s, load.disk_bytes_per_s, load.shared_bytes_per_s = 4e9, 2e9, 1e9
+    held = {Tier.HOST: KEYS[2:5], Tier.DISK: KEYS[5:9], Tier.SHARED: KEYS[9:10]}
+    lender = await engines(StubSource({Tier.HOST: KEYS[:40]}))
+    other = await engines(StubWorker("lender"))
+    other.info.kv_bytes_per_token = 100_000
+    router = await routers(
+        (worker, await engines(StubSource(held))),
+        (other, lender),
+        peer_bytes_per_s=8 * 10**9, behind=1.5,
+    )  # fmt: skip
+
+    async def heard() -> bool:
+        choices = {c.worker_id: c for c in await router.explain(PROMPT)}
+        return choices["w"].terms.waiting_tokens == 500
+
+    await eventually(heard, "the worker's load was told")
+    choices = {c.worker_id: c for c in await router.explain(PROMPT)}
+    choice, terms = choices["w"], choices["w"].terms
+    bytes_per_token = 100_000
+    assert [(each.tier, each.tokens, each.bytes_per_s) for each in terms.loads] == [
+        (2, 12, 4e9), (3, 16, 2e9), (4, 4, 1e9), (0, 120, 8e9),
+    ]  # fmt: skip
+    assert (choice.source, choice.source_tokens) == ("lender", 120)
+    for each in terms.loads:
+        assert each.seconds == pytest.approx(each.tokens * bytes_per_token / each.bytes_per_s)
+    assert choice.load_s == pytest.approx(sum(each.seconds for each in terms.loads))
+    slow = 1 + terms.decoding * terms.drag
+    assert terms.decoding == 3
+    assert choice.wait_s == pytest.approx(500 / 2000 * slow)
+    assert terms.computed_tokens == len(ids(PROMPT)) - 160
+    assert choice.prefill_s == pytest.approx(
+        terms.computed_tokens / terms.prefill_tokens_per_s * slow
+    )
+    assert choice.seconds == pytest.approx(
+        choice.wait_s + (1 + terms.behind) * (choice.load_s + choice.prefill_s)
+    )
+    assert not (await router.route(PROMPT)).HasField("terms")
+
+
 async def test_more_of_the_prefix_beats_less(engines, routers):
     less, more = await engines(StubWorker("a", KEYS[:100])), await engines(StubWorker("b", KEYS))
     router = await routers(less, more)

@@ -17,7 +17,14 @@ from kvtier.engine.answers import to_wire
 from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
 from kvtier.engine.vllm.events import Changes, Residency
 from kvtier.engine.vllm.subscriber import Subscriber
-from kvtier.errors import InvalidRequest, Overloaded, RequestError, UnknownModel, WorkerLost
+from kvtier.errors import (
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    UnknownModel,
+    UnknownTenant,
+    WorkerLost,
+)
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
@@ -175,6 +182,10 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             )
         if request.model not in ("", served.model):
             raise UnknownModel(f"model {request.model!r} is not served here: {served.model}")
+        if request.adapter:
+            raise UnknownModel(f"adapter {request.adapter[:200]!r} is not served here")
+        if request.tenant:
+            raise UnknownTenant(f"tenant {request.tenant[:200]!r} is not known to this worker")
         if request.return_first_logits:
             raise InvalidRequest("return_first_logits: vLLM gives no logits")
         room = served.max_tokens - len(request.token_ids)

@@ -65,8 +65,8 @@ class Picker:
         by, prompt, links = await self._read(model, asked, body)
         found = self._among(links, subset)
         if not found and by == "prompt":  # those with another tokenizer may be in the subset
-            by, prompt = "load", _by_length(prompt.model, body)
-            found = self._among(self._placement.candidates(prompt.model), subset)
+            by, prompt = "load", _by_length(prompt.model, body, prompt.adapter)
+            found = self._among(self._placement.candidates(prompt.model, prompt.adapter), subset)
         if not found:
             limit = "" if subset is None else f" among the {len(subset)} of the subset"
             raise WorkerLost(f"no endpoint of {prompt.model!r} is ready{limit}")
@@ -91,14 +91,17 @@ class Picker:
         if asked is not None:
             try:
                 async with asyncio.timeout(READ_S):
-                    return "prompt", *await self._prompts.read(model, asked)
+                    request = router_pb2.RouteRequest(model=model, prompt=asked)
+                    return "prompt", *await self._prompts.read(request)
             except (InvalidRequest, Overloaded, TimeoutError):
                 pass  # what we cannot read the engine perhaps can, and if not, it says so itself
         names = self._prompts.models()
-        if model or len(names) == 1:
-            names = [self._prompts.model(model)]
-        links = [link for name in names for link in self._placement.candidates(name)]
-        return "load", _by_length(names[0] if len(names) == 1 else "", body), links
+        if not model and len(names) != 1:
+            links = [link for name in names for link in self._placement.candidates(name)]
+            return "load", _by_length("", body), links
+        space = self._prompts.space(model)
+        links = self._placement.candidates(*space)
+        return "load", _by_length(space.model, body, space.adapter), links
 
     def _among(self, links: Sequence[Link], subset: Collection[str] | None) -> dict[str, Link]:
         found = {self.endpoint(link): link for link in links}
@@ -117,9 +120,9 @@ def _parse(path: str, body: bytes) -> tuple[str, router_pb2.Prompt | None]:
         return "", None
 
 
-def _by_length(model: str, body: bytes) -> Prompt:
+def _by_length(model: str, body: bytes, adapter: str = "") -> Prompt:
     """A prompt of which only the length is known, more or less."""
-    return KeyedPrompt(model, range(1 + len(body) // BYTES_PER_TOKEN))
+    return KeyedPrompt(model, range(1 + len(body) // BYTES_PER_TOKEN), adapter)
 
 
 def _with_host(http: str, worker: str) -> str:

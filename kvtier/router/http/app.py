@@ -33,6 +33,7 @@ from kvtier.wire.rpc import MAX_MESSAGE
 
 MAX_BODY: Final = MAX_MESSAGE
 CLIENT_GONE: Final = 499  # nginx's number for it; nobody reads this answer
+TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
 TIMEOUT_HEADER: Final = "x-envoy-expected-rq-timeout-ms"  # how long Envoy will wait for us
 
 T = TypeVar("T")
@@ -70,15 +71,17 @@ class _Paths:
         return await self._generate(request, chat=True)
 
     async def models(self, _request: Request) -> Response:
-        models = [self._model(name) for name in self._front.prompts.models()]
+        prompts = self._front.prompts
+        models = [self._model(name) for name in prompts.models()]
+        models += [self._model(name, model) for name, model in prompts.adapters()]
         return JSONResponse({"object": "list", "data": models})
 
     async def one_model(self, request: Request) -> Response:
         try:
-            name = self._front.prompts.model(str(request.path_params["name"]))
+            space = self._front.prompts.space(str(request.path_params["name"]))
         except RequestError as error:
             return _error(error)
-        return JSONResponse(self._model(name))
+        return JSONResponse(self._model(space.name, space.model if space.adapter else ""))
 
     async def health(self, _request: Request) -> Response:
         if self._members.serving():
@@ -88,8 +91,11 @@ class _Paths:
     async def metrics(self, _request: Request) -> Response:
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
-    def _model(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._started, "owned_by": "kvtier"}
+    def _model(self, name: str, parent: str = "") -> dict[str, object]:
+        model: dict[str, object] = {
+            "id": name, "object": "model", "created": self._started, "owned_by": "kvtier",
+        }  # fmt: skip
+        return {**model, "parent": parent} if parent else model
 
     async def _generate(self, request: Request, *, chat: bool) -> Response:
         request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or uuid.uuid4().hex
@@ -97,8 +103,9 @@ class _Paths:
         try:
             body = await _body(request)
             seed = self._rng.getrandbits(63)
-            asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed)
-            model = self._front.prompts.model(asked.model)
+            tenant = request.headers.get(TENANT_HEADER, "")
+            asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed, tenant=tenant)
+            model = self._front.prompts.space(asked.model, tenant=tenant).name
             answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
             writer = Writer(asked, answer_id, model, int(time.time()))
             answer = Answer(self._front, asked, writer, _limit_s(request))

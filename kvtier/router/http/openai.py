@@ -19,11 +19,13 @@ COMPLETION_TOKENS: Final = 16  # OpenAI's default for /v1/completions
 _U32: Final = 2**32 - 1
 
 _HTTP: Final = {
-    "INVALID_ARGUMENT": 400, "OUT_OF_RANGE": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404,
+    "INVALID_ARGUMENT": 400, "OUT_OF_RANGE": 400, "FAILED_PRECONDITION": 400,
+    "PERMISSION_DENIED": 403, "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429, "UNIMPLEMENTED": 501, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504,
 }  # fmt: skip
-_TYPES: Final = {400: "invalid_request_error", 404: "invalid_request_error",
-                 413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+_TYPES: Final = {400: "invalid_request_error", 403: "permission_error",
+                 404: "invalid_request_error", 413: "invalid_request_error",
+                 429: "rate_limit_error"}  # fmt: skip
 # What is taken only at the value that changes nothing.
 _NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
     "top_p": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
@@ -60,7 +62,9 @@ class Asked:
     n: int  # choices a prompt
 
 
-def read(body: object, *, chat: bool, request_id: str, luck: Callable[[], int]) -> Asked:
+def read(
+    body: object, *, chat: bool, request_id: str, luck: Callable[[], int], tenant: str = ""
+) -> Asked:
     """The request in a parsed body; one that names no seed takes `luck`.
 
     Raises:
@@ -86,7 +90,7 @@ def read(body: object, *, chat: bool, request_id: str, luck: Callable[[], int]) 
         router_pb2.GenerateRequest(
             request_id=request_id, model=model, prompt=prompt, max_tokens=limit,
             temperature=temperature, seed=(seed + i) % 2**64,
-            ignore_eos=_flag(table, "ignore_eos"),
+            ignore_eos=_flag(table, "ignore_eos"), tenant=tenant,
         )
         for prompt in prompts
         for i in range(n)

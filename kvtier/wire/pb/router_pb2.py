@@ -22,60 +22,65 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from kvtier.wire.pb import feed_pb2 as kvtier_dot_v1_dot_feed__pb2
 from kvtier.wire.pb import worker_pb2 as kvtier_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/router.proto\x12\tkvtier.v1\x1a\x16kvtier/v1/worker.proto\"\x8e\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.kvtier.v1.ChatH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.kvtier.v1.TokenIdsH\x00\x12$\n\x04keys\x18\x04 \x01(\x0b\x32\x14.kvtier.v1.BlockKeysH\x00\x42\x06\n\x04kind\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvtier.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"F\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"K\n\x12RouteStreamRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.kvtier.v1.RouteRequest\"\x80\x01\n\x13RouteStreamResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.RouteResponseH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.kvtier.v1.RouteErrorH\x00\x42\x06\n\x04\x62ody\">\n\nRouteError\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07retry_s\x18\x03 \x01(\x01\"@\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.Prompt\"o\n\rRouteResponse\x12!\n\x06\x63hoice\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.Choice\x12$\n\tfallbacks\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"L\n\x0f\x45xplainResponse\x12\"\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\xe9\x01\n\x06\x43hoice\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12#\n\x04warm\x18\x04 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0e\n\x06wait_s\x18\x06 \x01(\x01\x12\x0e\n\x06load_s\x18\x07 \x01(\x01\x12\x11\n\tprefill_s\x18\x08 \x01(\x01\x12\x0b\n\x03why\x18\t \x01(\t\x12\x10\n\x08\x64raining\x18\n \x01(\x08\x12\x0e\n\x06source\x18\x0b \x01(\t\x12\x15\n\rsource_tokens\x18\x0c \x01(\r\"\xcf\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12!\n\x06prompt\x18\x03 \x01(\x0b\x32\x11.kvtier.v1.Prompt\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x08 \x01(\x08\x12\x0e\n\x06resume\x18\t \x01(\x08\"\xae\x01\n\x10GenerateResponse\x12#\n\x06routed\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.RoutedH\x00\x12%\n\x07started\x18\x02 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x10.kvtier.v1.ChunkH\x00\x12#\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"w\n\x06Routed\x12!\n\x06\x63hoice\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.Choice\x12!\n\x06others\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\"\n\x05\x43hunk\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x15\n\x13WatchMembersRequest\">\n\x07Members\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Member\"g\n\x06Member\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_address\x18\x02 \x01(\t\x12\x16\n\x0eworker_address\x18\x03 \x01(\t\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05state\x18\x05 \x01(\t\"%\n\x12SetMembersResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\"\x0f\n\rRecordRequest\"\x81\x01\n\x0fRecordedRequest\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x0c\n\x04keys\x18\x05 \x03(\x0c\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x32\xdf\x03\n\x06Router\x12:\n\x05Route\x12\x17.kvtier.v1.RouteRequest\x1a\x18.kvtier.v1.RouteResponse\x12P\n\x0bRouteStream\x12\x1d.kvtier.v1.RouteStreamRequest\x1a\x1e.kvtier.v1.RouteStreamResponse(\x01\x30\x01\x12>\n\x07\x45xplain\x12\x17.kvtier.v1.RouteRequest\x1a\x1a.kvtier.v1.ExplainResponse\x12\x45\n\x08Generate\x12\x1a.kvtier.v1.GenerateRequest\x1a\x1b.kvtier.v1.GenerateResponse0\x01\x12=\n\x05Watch\x12\x1e.kvtier.v1.WatchMembersRequest\x1a\x12.kvtier.v1.Members0\x01\x12?\n\nSetMembers\x12\x12.kvtier.v1.Members\x1a\x1d.kvtier.v1.SetMembersResponse\x12@\n\x06Record\x12\x18.kvtier.v1.RecordRequest\x1a\x1a.kvtier.v1.RecordedRequest0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/router.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\x1a\x16kvtier/v1/worker.proto\"\x8e\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.kvtier.v1.ChatH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.kvtier.v1.TokenIdsH\x00\x12$\n\x04keys\x18\x04 \x01(\x0b\x32\x14.kvtier.v1.BlockKeysH\x00\x42\x06\n\x04kind\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvtier.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"F\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"K\n\x12RouteStreamRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12(\n\x07request\x18\x02 \x01(\x0b\x32\x17.kvtier.v1.RouteRequest\"\x80\x01\n\x13RouteStreamResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.RouteResponseH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.kvtier.v1.RouteErrorH\x00\x42\x06\n\x04\x62ody\">\n\nRouteError\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07retry_s\x18\x03 \x01(\x01\"a\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.Prompt\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"o\n\rRouteResponse\x12!\n\x06\x63hoice\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.Choice\x12$\n\tfallbacks\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"L\n\x0f\x45xplainResponse\x12\"\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\x8a\x02\n\x06\x43hoice\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12#\n\x04warm\x18\x04 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0e\n\x06wait_s\x18\x06 \x01(\x01\x12\x0e\n\x06load_s\x18\x07 \x01(\x01\x12\x11\n\tprefill_s\x18\x08 \x01(\x01\x12\x0b\n\x03why\x18\t \x01(\t\x12\x10\n\x08\x64raining\x18\n \x01(\x08\x12\x0e\n\x06source\x18\x0b \x01(\t\x12\x15\n\rsource_tokens\x18\x0c \x01(\r\x12\x1f\n\x05terms\x18\r \x01(\x0b\x32\x10.kvtier.v1.Terms\"\xba\x01\n\x05Terms\x12\x1e\n\x05loads\x18\x01 \x03(\x0b\x32\x0f.kvtier.v1.Load\x12\x16\n\x0ewaiting_tokens\x18\x02 \x01(\x04\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\r\x12\x0c\n\x04\x64rag\x18\x04 \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x05 \x01(\x01\x12\x17\n\x0f\x63omputed_tokens\x18\x06 \x01(\r\x12\x12\n\ndoubles_at\x18\x07 \x01(\x01\x12\x0e\n\x06\x62\x65hind\x18\x08 \x01(\x01\"[\n\x04Load\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xf0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12!\n\x06prompt\x18\x03 \x01(\x0b\x32\x11.kvtier.v1.Prompt\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x08 \x01(\x08\x12\x0e\n\x06resume\x18\t \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\"\xae\x01\n\x10GenerateResponse\x12#\n\x06routed\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.RoutedH\x00\x12%\n\x07started\x18\x02 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x10.kvtier.v1.ChunkH\x00\x12#\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"w\n\x06Routed\x12!\n\x06\x63hoice\x18\x01 \x01(\x0b\x32\x11.kvtier.v1.Choice\x12!\n\x06others\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Choice\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\"\n\x05\x43hunk\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x15\n\x13WatchMembersRequest\">\n\x07Members\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.kvtier.v1.Member\"g\n\x06Member\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61\x65mon_address\x18\x02 \x01(\t\x12\x16\n\x0eworker_address\x18\x03 \x01(\t\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05state\x18\x05 \x01(\t\"%\n\x12SetMembersResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\"\x0f\n\rRecordRequest\"\x81\x01\n\x0fRecordedRequest\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x0c\n\x04keys\x18\x05 \x03(\x0c\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x32\xdf\x03\n\x06Router\x12:\n\x05Route\x12\x17.kvtier.v1.RouteRequest\x1a\x18.kvtier.v1.RouteResponse\x12P\n\x0bRouteStream\x12\x1d.kvtier.v1.RouteStreamRequest\x1a\x1e.kvtier.v1.RouteStreamResponse(\x01\x30\x01\x12>\n\x07\x45xplain\x12\x17.kvtier.v1.RouteRequest\x1a\x1a.kvtier.v1.ExplainResponse\x12\x45\n\x08Generate\x12\x1a.kvtier.v1.GenerateRequest\x1a\x1b.kvtier.v1.GenerateResponse0\x01\x12=\n\x05Watch\x12\x1e.kvtier.v1.WatchMembersRequest\x1a\x12.kvtier.v1.Members0\x01\x12?\n\nSetMembers\x12\x12.kvtier.v1.Members\x1a\x1d.kvtier.v1.SetMembersResponse\x12@\n\x06Record\x12\x18.kvtier.v1.RecordRequest\x1a\x1a.kvtier.v1.RecordedRequest0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.wire.pb.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROMPT']._serialized_start=62
-  _globals['_PROMPT']._serialized_end=204
-  _globals['_CHAT']._serialized_start=206
-  _globals['_CHAT']._serialized_end=254
-  _globals['_CHATMESSAGE']._serialized_start=256
-  _globals['_CHATMESSAGE']._serialized_end=300
-  _globals['_TOKENIDS']._serialized_start=302
-  _globals['_TOKENIDS']._serialized_end=325
-  _globals['_BLOCKKEYS']._serialized_start=327
-  _globals['_BLOCKKEYS']._serialized_end=397
-  _globals['_ROUTESTREAMREQUEST']._serialized_start=399
-  _globals['_ROUTESTREAMREQUEST']._serialized_end=474
-  _globals['_ROUTESTREAMRESPONSE']._serialized_start=477
-  _globals['_ROUTESTREAMRESPONSE']._serialized_end=605
-  _globals['_ROUTEERROR']._serialized_start=607
-  _globals['_ROUTEERROR']._serialized_end=669
-  _globals['_ROUTEREQUEST']._serialized_start=671
-  _globals['_ROUTEREQUEST']._serialized_end=735
-  _globals['_ROUTERESPONSE']._serialized_start=737
-  _globals['_ROUTERESPONSE']._serialized_end=848
-  _globals['_EXPLAINRESPONSE']._serialized_start=850
-  _globals['_EXPLAINRESPONSE']._serialized_end=926
-  _globals['_CHOICE']._serialized_start=929
-  _globals['_CHOICE']._serialized_end=1162
-  _globals['_GENERATEREQUEST']._serialized_start=1165
-  _globals['_GENERATEREQUEST']._serialized_end=1372
-  _globals['_GENERATERESPONSE']._serialized_start=1375
-  _globals['_GENERATERESPONSE']._serialized_end=1549
-  _globals['_ROUTED']._serialized_start=1551
-  _globals['_ROUTED']._serialized_end=1670
-  _globals['_CHUNK']._serialized_start=1672
-  _globals['_CHUNK']._serialized_end=1706
-  _globals['_WATCHMEMBERSREQUEST']._serialized_start=1708
-  _globals['_WATCHMEMBERSREQUEST']._serialized_end=1729
-  _globals['_MEMBERS']._serialized_start=1731
-  _globals['_MEMBERS']._serialized_end=1793
-  _globals['_MEMBER']._serialized_start=1795
-  _globals['_MEMBER']._serialized_end=1898
-  _globals['_SETMEMBERSRESPONSE']._serialized_start=1900
-  _globals['_SETMEMBERSRESPONSE']._serialized_end=1937
-  _globals['_RECORDREQUEST']._serialized_start=1939
-  _globals['_RECORDREQUEST']._serialized_end=1954
-  _globals['_RECORDEDREQUEST']._serialized_start=1957
-  _globals['_RECORDEDREQUEST']._serialized_end=2086
-  _globals['_ROUTER']._serialized_start=2089
-  _globals['_ROUTER']._serialized_end=2568
+  _globals['_PROMPT']._serialized_start=84
+  _globals['_PROMPT']._serialized_end=226
+  _globals['_CHAT']._serialized_start=228
+  _globals['_CHAT']._serialized_end=276
+  _globals['_CHATMESSAGE']._serialized_start=278
+  _globals['_CHATMESSAGE']._serialized_end=322
+  _globals['_TOKENIDS']._serialized_start=324
+  _globals['_TOKENIDS']._serialized_end=347
+  _globals['_BLOCKKEYS']._serialized_start=349
+  _globals['_BLOCKKEYS']._serialized_end=419
+  _globals['_ROUTESTREAMREQUEST']._serialized_start=421
+  _globals['_ROUTESTREAMREQUEST']._serialized_end=496
+  _globals['_ROUTESTREAMRESPONSE']._serialized_start=499
+  _globals['_ROUTESTREAMRESPONSE']._serialized_end=627
+  _globals['_ROUTEERROR']._serialized_start=629
+  _globals['_ROUTEERROR']._serialized_end=691
+  _globals['_ROUTEREQUEST']._serialized_start=693
+  _globals['_ROUTEREQUEST']._serialized_end=790
+  _globals['_ROUTERESPONSE']._serialized_start=792
+  _globals['_ROUTERESPONSE']._serialized_end=903
+  _globals['_EXPLAINRESPONSE']._serialized_start=905
+  _globals['_EXPLAINRESPONSE']._serialized_end=981
+  _globals['_CHOICE']._serialized_start=984
+  _globals['_CHOICE']._serialized_end=1250
+  _globals['_TERMS']._serialized_start=1253
+  _globals['_TERMS']._serialized_end=1439
+  _globals['_LOAD']._serialized_start=1441
+  _globals['_LOAD']._serialized_end=1532
+  _globals['_GENERATEREQUEST']._serialized_start=1535
+  _globals['_GENERATEREQUEST']._serialized_end=1775
+  _globals['_GENERATERESPONSE']._serialized_start=1778
+  _globals['_GENERATERESPONSE']._serialized_end=1952
+  _globals['_ROUTED']._serialized_start=1954
+  _globals['_ROUTED']._serialized_end=2073
+  _globals['_CHUNK']._serialized_start=2075
+  _globals['_CHUNK']._serialized_end=2109
+  _globals['_WATCHMEMBERSREQUEST']._serialized_start=2111
+  _globals['_WATCHMEMBERSREQUEST']._serialized_end=2132
+  _globals['_MEMBERS']._serialized_start=2134
+  _globals['_MEMBERS']._serialized_end=2196
+  _globals['_MEMBER']._serialized_start=2198
+  _globals['_MEMBER']._serialized_end=2301
+  _globals['_SETMEMBERSRESPONSE']._serialized_start=2303
+  _globals['_SETMEMBERSRESPONSE']._serialized_end=2340
+  _globals['_RECORDREQUEST']._serialized_start=2342
+  _globals['_RECORDREQUEST']._serialized_end=2357
+  _globals['_RECORDEDREQUEST']._serialized_start=2360
+  _globals['_RECORDEDREQUEST']._serialized_end=2489
+  _globals['_ROUTER']._serialized_start=2492
+  _globals['_ROUTER']._serialized_end=2971
 # @@protoc_insertion_point(module_scope)

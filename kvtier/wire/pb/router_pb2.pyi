@@ -1,3 +1,4 @@
+from kvtier.wire.pb import feed_pb2 as _feed_pb2
 from kvtier.wire.pb import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -78,12 +79,16 @@ class RouteError(_message.Message):
     def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., retry_s: _Optional[float] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("model", "prompt")
+    __slots__ = ("model", "prompt", "adapter", "tenant")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: Prompt
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ...) -> None: ...
+    adapter: str
+    tenant: str
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("choice", "fallbacks", "prompt_tokens")
@@ -104,7 +109,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Choice(_message.Message):
-    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why", "draining", "source", "source_tokens")
+    __slots__ = ("worker_id", "node", "address", "warm", "seconds", "wait_s", "load_s", "prefill_s", "why", "draining", "source", "source_tokens", "terms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +122,7 @@ class Choice(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node: str
     address: str
@@ -129,10 +135,43 @@ class Choice(_message.Message):
     draining: bool
     source: str
     source_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ..., source: _Optional[str] = ..., source_tokens: _Optional[int] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ..., source: _Optional[str] = ..., source_tokens: _Optional[int] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
+
+class Terms(_message.Message):
+    __slots__ = ("loads", "waiting_tokens", "decoding", "drag", "prefill_tokens_per_s", "computed_tokens", "doubles_at", "behind")
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    DRAG_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DOUBLES_AT_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    loads: _containers.RepeatedCompositeFieldContainer[Load]
+    waiting_tokens: int
+    decoding: int
+    drag: float
+    prefill_tokens_per_s: float
+    computed_tokens: int
+    doubles_at: float
+    behind: float
+    def __init__(self, loads: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., waiting_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., drag: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., doubles_at: _Optional[float] = ..., behind: _Optional[float] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("tier", "tokens", "bytes_per_s", "seconds")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tier: _feed_pb2.Tier
+    tokens: int
+    bytes_per_s: float
+    seconds: float
+    def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., tokens: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "resume")
+    __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "resume", "adapter", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +181,8 @@ class GenerateRequest(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     RETURN_FIRST_LOGITS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: Prompt
@@ -151,7 +192,9 @@ class GenerateRequest(_message.Message):
     ignore_eos: bool
     return_first_logits: bool
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., resume: _Optional[bool] = ...) -> None: ...
+    adapter: str
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., resume: _Optional[bool] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("routed", "started", "chunk", "finished")

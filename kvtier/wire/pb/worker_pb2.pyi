@@ -22,7 +22,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "key_scheme")
+    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "spaces", "key_scheme")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class WorkerInfo(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SPACES_FIELD_NUMBER: _ClassVar[int]
     KEY_SCHEME_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node: str
@@ -48,8 +49,19 @@ class WorkerInfo(_message.Message):
     vocab_size: int
     kv_bytes_per_token: int
     http_address: str
+    spaces: _containers.RepeatedCompositeFieldContainer[Space]
     key_scheme: str
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., key_scheme: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., spaces: _Optional[_Iterable[_Union[Space, _Mapping]]] = ..., key_scheme: _Optional[str] = ...) -> None: ...
+
+class Space(_message.Message):
+    __slots__ = ("adapter", "tenant", "root")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    tenant: str
+    root: bytes
+    def __init__(self, adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., root: _Optional[bytes] = ...) -> None: ...
 
 class TokenizerRequest(_message.Message):
     __slots__ = ()
@@ -69,7 +81,7 @@ class TokenizerFiles(_message.Message):
     def __init__(self, files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model")
+    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model", "adapter", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +90,8 @@ class WorkerRequest(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     RETURN_FIRST_LOGITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -86,7 +100,9 @@ class WorkerRequest(_message.Message):
     ignore_eos: bool
     return_first_logits: bool
     model: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
+    adapter: str
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class WorkerResponse(_message.Message):
     __slots__ = ("started", "tokens", "done")
