@@ -9,10 +9,12 @@ from kvtier.config import parse_size
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvtier.sim.evict import Workload
     from kvtier.sim.plan import Outcome, TierSize
     from kvtier.sim.shapes import Shape
-    from kvtier.sim.trace import Request
 
+_KINDS = ("chat", "agents", "shared", "rag")
+_REQUESTS, _MAX_REQUESTS = 10_000, 1_000_000
 _MORE = 100 * 10**9  # bytes: the step that "what would more memory buy" is answered for
 _TEXT = """how many tokens each tier would hold, what it would save, and what more would buy
 
@@ -29,7 +31,15 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.add_argument("--model", required=True, metavar="NAME|FILE|DIR", help="see `--model list`")
-    plan.add_argument("--trace", metavar="FILE", help="requests to replay")
+    traffic = plan.add_mutually_exclusive_group()
+    traffic.add_argument("--trace", metavar="FILE", help="requests to replay")
+    traffic.add_argument(
+        "--workload", metavar="KIND[:N]",
+        help="made-up traffic instead: chat, agents, shared or rag; N requests, default 10000",
+    )  # fmt: skip
+    plan.add_argument(
+        "--policy", default="phd", metavar="NAME", help="of VRAM and host memory; default phd"
+    )
     plan.add_argument("--block-tokens", type=int, metavar="N", help="of the trace; default 512")
     plan.add_argument("--gpu", default="80GB", metavar="SIZE", help="memory of one GPU")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of one engine (TP ranks)")
@@ -49,6 +59,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kvtier.core.policies import POLICIES
     from kvtier.sim import plan, shapes
 
     if options.model == "list":
@@ -62,13 +73,14 @@ def _run(options: argparse.Namespace) -> int:
         tiers = _tiers(options, shape)
     except ValueError as error:
         raise ConfigError(f"--gpus: {error}") from None
-    requests = _requests(options)
+    workload = _workload(options)
     machine = plan.Machine(options.tflops * 1e12 * options.gpus)
 
     def outcome(tiers: "list[TierSize]") -> "Outcome | None":
-        if not requests:
+        if workload is None:
             return None
-        return plan.replay(requests, tiers, shape, token_nbytes, machine)
+        policy = POLICIES[options.policy]
+        return plan.replay(workload.prompts, tiers, shape, token_nbytes, machine, policy)
 
     present = outcome(tiers)
     more = {
@@ -86,8 +98,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from kvtier.core.policies import POLICIES
     from kvtier.sim.shapes import KV_BITS
 
+    if options.policy not in POLICIES:
+        raise ConfigError(f"--policy is {options.policy!r}, must be one of {', '.join(POLICIES)}")
+    if options.block_tokens is not None and not 1 <= options.block_tokens <= 2**20:
+        raise ConfigError(f"--block-tokens is {options.block_tokens}, must be 1 to {2**20}")
     if options.kv not in KV_BITS:
         raise ConfigError(f"--kv is {options.kv!r}, must be one of {', '.join(KV_BITS)}")
     for name, low, high in (
@@ -132,15 +149,23 @@ def _larger(tier: "TierSize") -> "TierSize":
     return TierSize(tier.name, tier.nbytes + _MORE, tier.bytes_per_s)
 
 
-def _requests(options: argparse.Namespace) -> "list[Request]":
-    if not options.trace:
-        return []
+def _workload(options: argparse.Namespace) -> "Workload | None":
+    from kvtier.sim.evict import Workload
     from kvtier.sim.trace import read_trace
+    from kvtier.sim.workloads import generate
 
-    requests = [*read_trace(options.trace, options.block_tokens)]
-    if not requests:
-        raise ConfigError(f"trace {options.trace}: no requests in it")
-    return requests
+    if options.trace:
+        return Workload(read_trace(options.trace, options.block_tokens), f"trace {options.trace}")
+    if not options.workload:
+        return None
+    kind, _, count = options.workload.partition(":")
+    requests = int(count) if count.isdigit() else 0 if count else _REQUESTS
+    if kind not in _KINDS or not 1 <= requests <= _MAX_REQUESTS:
+        raise ConfigError(
+            f"--workload is {options.workload!r}, must be one of {', '.join(_KINDS)}, "
+            f"and after a colon 1 to {_MAX_REQUESTS} requests"
+        )
+    return Workload(generate(kind, 0, requests, options.block_tokens or 512), kind)
 
 
 def _figures(
@@ -155,6 +180,7 @@ def _figures(
     return {
         "model": shape.name,
         "kv": options.kv,
+        "policy": options.policy,
         "kv_bytes_per_token": token_nbytes,
         "weights": shape.weights,
         "tiers": [

@@ -24,7 +24,7 @@ def show(
     )
     console.print(_tiers(token_nbytes, tiers, present))
     if present is None:
-        console.print("give --trace FILE for hit ratios and times to first token")
+        console.print("give --trace FILE or --workload for hit ratios and times to first token")
         return
     console.print(
         f"{present.requests:,} requests, {present.tokens:,} prompt tokens, "
@@ -34,7 +34,7 @@ def show(
     console.print(_more(present, more))
     console.print(
         "Assumed: the router finds the node that has a prefix, so that the nodes' memories count "
-        "as one; lower tiers also keep what is warmer; LRU; a load and the prefill after it do not "
+        "as one; lower tiers also keep what is warmer; a load and the prefill after it do not "
         "overlap; no request waits for another (times are of an idle engine)."
     )
 

@@ -7,32 +7,33 @@ made; no request waits for another.
 """
 
 import statistics
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from kvtier.core.blocks import BlockKey
+from kvtier.core.policy import LRU, EvictionPolicy, PolicyFactory, Use
+from kvtier.sim.evict import Prompt
 from kvtier.sim.shapes import Shape
-from kvtier.sim.trace import Request
 
 
 class Resident:
-    """What one tier of `capacity` blocks holds under LRU, a path's deep end leaving first."""
+    """What one tier of `capacity` blocks holds under a policy that production runs."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._order: OrderedDict[int, None] = OrderedDict()
+    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
+        self._policy = policy
+        self._capacity = capacity
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._order
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._policy
 
-    def touch(self, path: Sequence[int]) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use) -> None:
         """A request used `path`, root first."""
-        order = self._order
-        for block in reversed(path):
-            order[block] = None
-            order.move_to_end(block)
-        while len(order) > self.capacity:
-            order.popitem(last=False)
+        self._policy.touch(path, use)
+        over = len(self._policy) - self._capacity
+        if over > 0:
+            for key in [*islice(self._policy.coldest(), over)]:
+                self._policy.remove(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,43 +73,49 @@ class Outcome:
 
 
 def replay(
-    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
     tiers: Sequence[TierSize],
     shape: Shape,
     token_nbytes: float,
     machine: Machine,
+    policy: PolicyFactory = LRU,
 ) -> Outcome:
-    """Play `requests` in order against `tiers`, warmest first.
+    """Play `prompts` in order against `tiers`, warmest first.
+
+    The first two tiers, VRAM and host memory, have `policy`; what lies below has LRU.
 
     Raises:
-        ValueError: There are no requests.
+        ValueError: There are no prompts.
     """
-    if not requests:
+    if not prompts:
         raise ValueError("the trace has no requests")
-    block_nbytes = token_nbytes * requests[0].block_tokens
-    caches = [Resident(int(tier.nbytes / block_nbytes)) for tier in tiers]
+    block_nbytes = token_nbytes * prompts[0].block_tokens
+    caches = [
+        Resident(policy() if n < 2 else LRU(), int(tier.nbytes / block_nbytes))
+        for n, tier in enumerate(tiers)
+    ]
     hits = [0] * len(tiers)
     cold: list[float] = []
     warm: list[float] = []
     tokens = 0
-    for request in requests:
-        full = request.full_blocks
-        by_tier = _leading(full, caches)
+    for number, prompt in enumerate(prompts):
+        by_tier = _leading(prompt.keys, caches)
         for cache in caches:
-            cache.touch(full)
-        tokens += request.input_tokens
-        restored = [blocks * request.block_tokens for blocks in by_tier]
+            if prompt.keys:
+                cache.touch(prompt.keys, Use(prompt.at_s, number, prompt.output_tokens))
+        tokens += prompt.input_tokens
+        restored = [blocks * prompt.block_tokens for blocks in by_tier]
         for tier, count in enumerate(restored):
             hits[tier] += count
         # The last token is always computed: its logits are what the request asks for.
-        start = max(0, min(sum(restored), request.input_tokens - 1))
+        start = max(0, min(sum(restored), prompt.input_tokens - 1))
         load = sum(
             count * token_nbytes / tier.bytes_per_s
             for count, tier in zip(restored, tiers, strict=True)
             if tier.bytes_per_s
         )
-        cold.append(shape.prefill_flops(0, request.input_tokens) / machine.flops)
-        restored_s = load + shape.prefill_flops(start, request.input_tokens) / machine.flops
+        cold.append(shape.prefill_flops(0, prompt.input_tokens) / machine.flops)
+        restored_s = load + shape.prefill_flops(start, prompt.input_tokens) / machine.flops
         warm.append(min(cold[-1], restored_s))  # a load slower than computing is not made
     return Outcome(
         len(cold),
@@ -121,7 +128,7 @@ def replay(
     )
 
 
-def _leading(path: Sequence[int], caches: Sequence[Resident]) -> list[int]:
+def _leading(path: Sequence[BlockKey], caches: Sequence[Resident]) -> list[int]:
     """Leading blocks of `path` that some tier has, each counted in its warmest."""
     by_tier = [0] * len(caches)
     for block in path:

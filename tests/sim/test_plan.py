@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.sim import plan, shapes
+from kvtier.sim.evict import Prompt, Workload
 from kvtier.sim.trace import Request, write_trace
 
 SHAPE = shapes.load("smollm2-135m")
@@ -26,6 +27,10 @@ def prompts(draws: list[list[int]]) -> list[Request]:
         blocks = tuple(hash(tuple(steps[: i + 1])) for i in range(len(steps)))
         requests.append(Request(float(n), BLOCK * len(steps) + 1, 1, blocks, BLOCK))
     return requests
+
+
+def played(requests: list[Request]) -> list[Prompt]:
+    return Workload(requests).prompts
 
 
 def tiers(*blocks: int) -> list[plan.TierSize]:
@@ -60,7 +65,7 @@ paths = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 )
 def test_hits_are_those_of_the_definition(draws: list[list[int]], capacities: list[int]) -> None:
     requests = prompts(draws)
-    outcome = plan.replay(requests, tiers(*capacities), SHAPE, BYTES, MACHINE)
+    outcome = plan.replay(played(requests), tiers(*capacities), SHAPE, BYTES, MACHINE)
     expected = slow_hits(requests, capacities)
     assert outcome.hits == pytest.approx([tokens / outcome.tokens for tokens in expected])
 
@@ -69,8 +74,8 @@ def test_hits_are_those_of_the_definition(draws: list[list[int]], capacities: li
 @given(st.lists(paths, min_size=1, max_size=25), st.integers(0, 9), st.integers(0, 9))
 def test_more_memory_never_makes_it_worse(draws: list[list[int]], small: int, more: int) -> None:
     requests = prompts(draws)
-    before = plan.replay(requests, tiers(2, small), SHAPE, BYTES, MACHINE)
-    after = plan.replay(requests, tiers(2, small + more), SHAPE, BYTES, MACHINE)
+    before = plan.replay(played(requests), tiers(2, small), SHAPE, BYTES, MACHINE)
+    after = plan.replay(played(requests), tiers(2, small + more), SHAPE, BYTES, MACHINE)
     assert after.hit_ratio >= before.hit_ratio - 1e-12
     assert after.mean_s <= before.mean_s + 1e-12
     assert before.mean_s <= before.cold_mean_s
@@ -79,7 +84,7 @@ def test_more_memory_never_makes_it_worse(draws: list[list[int]], small: int, mo
 def test_a_load_slower_than_computing_is_not_made() -> None:
     requests = prompts([[1, 2, 3]] * 2)
     slow = [plan.TierSize("vram", 0, 0.0), plan.TierSize("disk", 10**6, 1e-3)]
-    outcome = plan.replay(requests, slow, SHAPE, BYTES, MACHINE)
+    outcome = plan.replay(played(requests), slow, SHAPE, BYTES, MACHINE)
     assert outcome.mean_s == pytest.approx(outcome.cold_mean_s)
 
 
@@ -112,11 +117,17 @@ def test_the_command_says_what_tiers_hold_and_what_more_would_buy(tmp_path: Path
     assert set(result["plus_100_gb"]) == {"host", "disk", "redis"}
 
 
+def test_made_up_traffic_and_a_policy_will_do() -> None:
+    done = run("--model", "llama-3-8b", "--host", "50GB", "--workload", "chat:300")
+    assert done.returncode == 0, done.stderr
+    assert "300 requests" in done.stdout
+
+
 def test_without_a_trace_it_still_says_what_fits() -> None:
     done = run("--model", "llama-3-70b", "--gpus", "4", "--host", "320KiB")
     assert done.returncode == 0
     assert "320 KiB of KV a token" in done.stdout
-    assert "give --trace FILE" in done.stdout
+    assert "give --trace FILE or --workload" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,9 @@ def test_without_a_trace_it_still_says_what_fits() -> None:
         (("--model", "llama-3-8b", "--kv", "fp12"), "--kv is 'fp12', must be one of"),
         (("--model", "llama-3-8b", "--host", "many"), "--host: 'many' is not a size"),
         (("--model", "llama-3-8b", "--gpus", "0"), "--gpus is 0, must be 1 to 1024"),
+        (("--model", "llama-3-8b", "--policy", "mru"), "--policy is 'mru', must be one of phd"),
+        (("--model", "llama-3-8b", "--workload", "chat:0"), "--workload is 'chat:0', must be"),
+        (("--model", "llama-3-8b", "--workload", "mail"), "must be one of chat, agents, shared"),
         (("--model", "llama-3-8b", "--trace", "/no/such"), "trace /no/such: No such file"),
         (("--model", "nothing"), "no such file, and none of the known"),
     ],
