@@ -14,8 +14,8 @@ from kvtier.engine.client import TierClient
 from kvtier.stores.redis import RedisStore
 from kvtier.testing.codecs import numbers
 from kvtier.testing.valkey import ValkeyServer
-from tests.launching import Process, node_toml, redis_toml
-from tests.node.conftest import LAYOUT, new_keys, wait_for_blocks
+from tests.launching import Process, node_toml, redis_toml, wait_for
+from tests.node.conftest import LAYOUT, new_keys, status, wait_for_blocks
 
 
 def kv(key: BlockKey) -> bytes:
@@ -67,6 +67,8 @@ def test_what_is_not_exact_is_marked_and_takes_no_exact_block_s_place(
         # the blocks itself, and what follows comes to the store as exact.
         exact = TierClient(f"{folders[0]}/node.sock", LAYOUT, "exact")
         assert restore(exact, path[:3]) == []
+        # The read was over with the first block; the other loads may not be.
+        wait_for("the loads to end", lambda: not status(exact_node).layouts[0].moves)
         assert save(exact, path) == 6
         wait_for_blocks(exact_node, Tier.SHARED, 6)
         assert fidelities(valkey.url, path[3:]) == [Fidelity.EXACT] * 3
