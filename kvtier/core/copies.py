@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.effects import Move
-from kvtier.core.policy import EvictionPolicy
+from kvtier.core.policy import Use
 from kvtier.core.tiers import TierSpec
 
 
@@ -32,9 +32,9 @@ class Block:
 class Copies:
     """The copies in one tier: their sizes, who is coldest, and which have no copy further down."""
 
-    def __init__(self, spec: TierSpec, policy: EvictionPolicy, block_nbytes: int) -> None:
+    def __init__(self, spec: TierSpec, block_nbytes: int) -> None:
         self.spec = spec
-        self.policy = policy
+        self.policy = spec.policy()
         self.sizes: dict[BlockKey, int] = {}  # bytes of each
         self.nbytes = 0
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
@@ -48,10 +48,9 @@ class Copies:
         return key in self.sizes
 
     def add(self, key: BlockKey, nbytes: int) -> None:
-        """A copy of `nbytes` is here now, and warm."""
+        """A copy of `nbytes` is here now. It is given up by nobody before it is touched."""
         self.sizes[key] = nbytes
         self.nbytes += nbytes
-        self.policy.touch([key])
 
     def remove(self, key: BlockKey) -> None:
         """The copy is gone; its place in the undrained order is the caller's to give back."""
@@ -67,9 +66,11 @@ class Copies:
         """`key` needs no copy further down, or one is under way."""
         self.undrained_nbytes -= self.undrained.pop(key)
 
-    def touch(self, path: Sequence[BlockKey]) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use) -> None:
         """A request used `path` (root first): what of it is here becomes warm, its root most."""
-        self.policy.touch([key for key in path if key in self.sizes])
+        here = [key for key in path if key in self.sizes]
+        if here:
+            self.policy.touch(here, use)
 
     def saved(self, path: Sequence[BlockKey]) -> None:
         """`path` has just come in: its deep end goes down first, as it is dropped first.

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from kvtier.core.policy import Learned
+
 BINS: Final = 48
 MAX_AGE: Final = 3600  # seconds that an observation stays open
 _FIRST: Final = 2.0  # seconds of bin 0; each of the others is wider than the one before by
@@ -18,8 +20,6 @@ _PRIOR: Final = 20.0  # observations that the prior weighs
 _DECAY: Final = 0.98  # of what was learned, at each rebuild
 _EMPTY: Final = 1e-12
 STATE_VERSION: Final = 1
-
-State = dict[str, int | list[list[float]]]
 
 
 def _bin_of(age: int) -> int:
@@ -189,7 +189,7 @@ class Hazards:
         ]
         self._pool_index = index(self._pool)
 
-    def save(self) -> State:
+    def save(self) -> Learned:
         """What was learned, for `restore`; what is still open counts as no use until now."""
         now = max(each.upto for each in self._classes)
         for each in self._classes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.policy import Use
 
 
 class Match(NamedTuple):
@@ -28,6 +29,7 @@ class Lease:
     client: int
     writing: bool
     path: Sequence[BlockKey]
+    use: Use  # what is known of the request behind it
     keys: list[BlockKey] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)

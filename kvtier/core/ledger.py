@@ -30,7 +30,7 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.copies import Block, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
 from kvtier.core.lease import Lease, Match
-from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.residency import Residency
 from kvtier.core.tiers import TierSpec
 
@@ -54,10 +54,8 @@ class Ledger(Residency):
         ValueError: `tiers` are out of order, or a block does not fit in one of them.
     """
 
-    def __init__(
-        self, block_nbytes: int, tiers: Sequence[TierSpec], policy: PolicyFactory = LRU
-    ) -> None:
-        super().__init__(block_nbytes, tiers, policy)
+    def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
+        super().__init__(block_nbytes, tiers)
         self._leases: dict[int, Lease] = {}
         self._of_client: dict[int, set[int]] = {}
         self._waiting: dict[BlockKey, set[int]] = {}  # read leases, by the block that loads
@@ -89,6 +87,7 @@ class Ledger(Residency):
         keys: Sequence[BlockKey],
         first: int = 0,
         worth: Callable[[Sequence[int], int], int] | None = None,
+        use: Use = NO_USE,
     ) -> Lease:
         """Pin the held blocks of keys[first:] in host slots, and start loading what lies lower.
 
@@ -97,8 +96,9 @@ class Ledger(Residency):
         The lease ends before the first block for which no slot can be had, or that is on its way
         between two lower tiers. `worth` is asked, of the tiers that blocks would be loaded from
         and the position of the first of them in the path, how many it is worth while to load.
+        `use` says which request asks: a prompt told by several leases is one use.
         """
-        lease = self._open(client, keys, writing=False)
+        lease = self._open(client, keys, use, writing=False)
         lease.slots = self._in_host.leading(keys[first:])
         for slot in lease.slots:
             self._pins[slot] += 1
@@ -111,15 +111,17 @@ class Ledger(Residency):
             self._effects.append(Settled(lease.id))
         return lease
 
-    def write(self, client: int, keys: Sequence[BlockKey], first: int = 0) -> Lease:
+    def write(
+        self, client: int, keys: Sequence[BlockKey], first: int = 0, use: Use = NO_USE
+    ) -> Lease:
         """Reserve slots for the blocks of keys[first:] that are not held and that nobody fills.
 
         `keys` is the whole path. `indexes` of the lease count from the path's start.
         Grants fewer when no slot can be freed, and none after the first refusal: a block is of no
         use without the one before. A block that only a paused tier has counts as not held.
         """
-        lease = self._open(client, keys, writing=True)
-        self._touch(keys)
+        lease = self._open(client, keys, use, writing=True)
+        self._touch(lease)
         only_here = [key for key in keys if self._warmest(key, HOST + 1) is None]
         pinned = self._pin(only_here)  # or room for a block is made by losing the one before
         for index, key in enumerate(keys[first:], first):
@@ -163,10 +165,10 @@ class Ledger(Residency):
             assert block.slot is not None
             block.phase = Phase.STABLE
             self._pins[block.slot] -= 1
-            self._place(key, HOST, self.block_nbytes)
+            self._place(key, HOST, self.block_nbytes, touch=False)
         self._tiers[HOST].saved(lease.keys[:filled])
         self._undo(lease.keys[filled:])
-        self._touch(lease.path)
+        self._touch(lease)
         self._drain()
 
     def release(self, lease_id: int) -> None:
@@ -177,7 +179,7 @@ class Ledger(Residency):
             self._undo(lease.keys)
         else:
             self._cut(lease, 0)
-            self._touch(lease.path)
+            self._touch(lease)
         self._drain()
 
     def settle(self, lease_id: int) -> None:
@@ -185,6 +187,7 @@ class Ledger(Residency):
         lease = self._leases[lease_id]
         if lease.loading:
             self._cut(lease, next(i for i, key in enumerate(lease.keys) if key in lease.loading))
+            self._touch(lease)
             self._settled(lease)
 
     def disconnect(self, client: int) -> int:
@@ -223,6 +226,8 @@ class Ledger(Residency):
                 assert lease.id in self._waiting[key]
         assert sum(map(len, self._of_client.values())) == len(self._leases)
         assert all([*self._of_client.values(), *self._waiting.values()]), "an empty set was kept"
+        host = self._tiers[HOST]  # a read lease that has not ended pins what it loaded
+        assert all(key in host.policy or pins[key] for key in host.sizes), "a block stays for ever"
         for key, ids in self._waiting.items():
             assert self._blocks[key].phase is Phase.LOADING
             assert all(key in self._leases[lease_id].loading for lease_id in ids)
@@ -233,8 +238,8 @@ class Ledger(Residency):
 
     # --- leases -----------------------------------------------------------------------
 
-    def _open(self, client: int, path: Sequence[BlockKey], *, writing: bool) -> Lease:
-        lease = Lease(next(self._ids), client, writing, path)
+    def _open(self, client: int, path: Sequence[BlockKey], use: Use, *, writing: bool) -> Lease:
+        lease = Lease(next(self._ids), client, writing, path, use)
         self._leases[lease.id] = lease
         self._of_client.setdefault(client, set()).add(lease.id)
         return lease
@@ -317,7 +322,7 @@ class Ledger(Residency):
             held = held[: len(held) - lease.refused]
         if not held:
             return
-        self._touch(lease.path)
+        self._touch(lease)
         pinned = self._pin(held)  # or room for a block is made by dropping the next
         for key in held:
             if pinned and pinned[0] == key:
@@ -359,13 +364,15 @@ class Ledger(Residency):
 
     def _loaded(self, block: Block, move: Move, ok: bool) -> None:
         block.phase = Phase.STABLE
-        if ok:
-            self._place(move.key, HOST, self.block_nbytes)
-        for lease_id in self._waiting.pop(move.key, ()):
+        waiting = self._waiting.pop(move.key, ())
+        if ok:  # those that wait touch their paths at their ends
+            self._place(move.key, HOST, self.block_nbytes, touch=not waiting)
+        for lease_id in waiting:
             lease = self._leases[lease_id]
             lease.loading.remove(move.key)
             if not ok:
                 self._cut(lease, lease.keys.index(move.key))
+                self._touch(lease)  # what had come already behind it
             if not lease.loading:
                 self._settled(lease)
         if not ok:
@@ -375,6 +382,6 @@ class Ledger(Residency):
                 self._leave(move.key, move.source, forget=not source.spec.shared, gone=True)
         self._drain()
 
-    def _touch(self, path: Sequence[BlockKey]) -> None:
+    def _touch(self, lease: Lease) -> None:
         for copies in self._tiers:
-            copies.touch(path)
+            copies.touch(lease.path, lease.use)

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.hazards import BIN_OF, MAX_AGE, Hazards, State
-from kvtier.core.policy import NO_USE, Keep, Use
+from kvtier.core.hazards import BIN_OF, MAX_AGE, Hazards
+from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
 SAMPLE: Final = 32  # runs that are compared to find a victim, at least; at most twice as many
@@ -147,10 +147,9 @@ class PHD:
             and above.children == 1
             and above.request == request
         ):
-            self._forest.merge(above, run)
-        else:
-            run.open = True
-            self._hazards.opened(run.cls, now)
+            return self._forest.merge(above, run)
+        run.open = True
+        self._hazards.opened(run.cls, now)
         return run
 
     def _append(self, keys: list[BlockKey], above: Run | None, request: int, kind: int) -> Run:
@@ -292,7 +291,7 @@ class PHD:
 
     # --- kept over a restart ----------------------------------------------------------
 
-    def save(self) -> State:
+    def save(self) -> Learned:
         """What was learned: plain lists and numbers, for `restore`."""
         return self._hazards.save()
 

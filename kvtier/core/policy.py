@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
 
@@ -82,3 +82,21 @@ class LRU:
 
 
 PolicyFactory = Callable[[], EvictionPolicy]
+Learned = dict[str, int | list[list[float]]]  # plain lists and numbers, and a "version"
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """A policy that learns, and need not begin blind after a restart."""
+
+    def save(self) -> Learned:
+        """What was learned, for `restore`."""
+        ...
+
+    def restore(self, state: object) -> None:
+        """Go on with what an earlier life had learned.
+
+        Raises:
+            ValueError: Not such a state, or one of another version; nothing has changed.
+        """
+        ...

@@ -27,7 +27,7 @@ from itertools import islice
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
-from kvtier.core.policy import LRU, PolicyFactory
+from kvtier.core.policy import NO_USE, Keep, Learning
 from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
@@ -37,9 +37,7 @@ LOOK = 256  # candidates that one search for a victim, or for a block to drain, 
 class Residency:
     """The copies of all blocks of one layout on one node. `Ledger` adds the leases."""
 
-    def __init__(
-        self, block_nbytes: int, tiers: Sequence[TierSpec], policy: PolicyFactory = LRU
-    ) -> None:
+    def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
         kinds = [spec.tier for spec in tiers]
         if not kinds or kinds[0] is not Tier.HOST or kinds != sorted(set(kinds)):
             given = ", ".join(kind.label for kind in kinds) or "none"
@@ -49,7 +47,7 @@ class Residency:
         self.block_nbytes = block_nbytes
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
-        self._tiers = [Copies(spec, policy(), block_nbytes) for spec in tiers]
+        self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
         self._blocks: dict[BlockKey, Block] = {}
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
@@ -145,6 +143,11 @@ class Residency:
         host = TierUsage(in_use, in_use * self.block_nbytes)
         return [host, *(TierUsage(len(each.sizes), each.nbytes) for each in self._tiers[1:])]
 
+    def learning(self) -> dict[int, Learning]:
+        """The policies that learn, by tier."""
+        policies = enumerate(copies.policy for copies in self._tiers)
+        return {tier: policy for tier, policy in policies if isinstance(policy, Learning)}
+
     @property
     def moves(self) -> int:
         """Moves under way."""
@@ -165,8 +168,11 @@ class Residency:
                 return True
         return False
 
-    def _place(self, key: BlockKey, tier: int, nbytes: int) -> None:
+    def _place(self, key: BlockKey, tier: int, nbytes: int, *, touch: bool = True) -> None:
+        """`tier` has `key` now. Without `touch` the caller touches the path that it is part of."""
         self._tiers[tier].add(key, nbytes)
+        if touch:
+            self._tiers[tier].policy.touch([key], NO_USE)
         if tier == HOST:
             slot = self._blocks[key].slot
             assert slot is not None
@@ -250,10 +256,15 @@ class Residency:
 
     def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
         """The coldest copy that may go, and those before it that first want a lower copy."""
+        found = self._search(tier, self._pinned) if tier == HOST else (None, [])
+        # A block that somebody else pins hides those above it; they go if nothing else can.
+        return found if found[0] is not None else self._search(tier, None)
+
+    def _search(self, tier: int, keep: Keep | None) -> tuple[BlockKey | None, list[BlockKey]]:
         overdue: list[BlockKey] = []
         last_resort: BlockKey | None = None
         refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
-        for key in islice(self._tiers[tier].policy.coldest(), LOOK):
+        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK):
             if self._may_go(key, tier):
                 return key, overdue
             warmer = any(key in copies for copies in self._tiers[:tier])
@@ -262,6 +273,9 @@ class Residency:
             elif key in self._tiers[tier].undrained:
                 overdue.append(key)
         return last_resort, overdue
+
+    def _pinned(self, key: BlockKey) -> bool:
+        return self._pins[self._in_host.of[key]] > 0
 
     def _idle(self, key: BlockKey, tier: int) -> bool:
         if self._blocks[key].move is not None:
@@ -356,8 +370,9 @@ class Residency:
             assert copies.coming == coming <= copies.spec.queue
             assert copies.nbytes == sum(copies.sizes.values())
             assert copies.nbytes <= copies.spec.capacity, f"tier {tier} is over its capacity"
-            assert len(copies.policy) == len(copies.sizes)
-            assert all(key in copies.policy for key in copies.sizes)
+            ranked = [key for key in copies.sizes if key in copies.policy]
+            assert len(copies.policy) == len(ranked)
+            assert tier == HOST or len(ranked) == len(copies.sizes)
             assert all(key in self._blocks for key in copies.sizes)
             assert copies.undrained_nbytes == sum(copies.undrained.values())
         for key, block in self._blocks.items():

@@ -2,7 +2,8 @@
 
 A run's parent is the nearest run above it on a path that was touched; the keys between may have
 left. Every step costs O(runs) and not O(blocks) where it can: a split leaves the lower part its
-identity, and a merge the deeper run, so that the runs below need not be told.
+identity, so that the runs below need not be told, and a merge the longer of the two, so that a
+path of single blocks becomes one run in O(its length * log) and not in its square.
 """
 
 from itertools import islice
@@ -69,13 +70,26 @@ class Forest:
         self.of.update(dict.fromkeys(upper.blocks, upper))
         return upper
 
-    def merge(self, upper: Run, lower: Run) -> None:
-        """Put `upper`, whose only child is `lower`, before it; `lower` is what remains."""
+    def merge(self, upper: Run, lower: Run) -> Run:
+        """Put `upper`, whose only child is `lower`, before it; the one that remains.
+
+        It has the time and the observation of `upper`, and the class that both have.
+        """
+        if len(upper.blocks) > len(lower.blocks):
+            upper.blocks += lower.blocks
+            self.of.update(dict.fromkeys(lower.blocks, upper))
+            lower.blocks = []  # the runs below find `upper` through it
+            lower.parent, upper.children = upper, lower.children
+            if lower.place >= 0:
+                self._unleaf(lower)
+                self._leaf(upper)
+            return upper
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
         lower.t = upper.t
         self.of.update(dict.fromkeys(upper.blocks, lower))
         upper.blocks = []
+        return lower
 
     def parent(self, run: Run) -> Run | None:
         """The run above."""

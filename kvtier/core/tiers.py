@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
+from kvtier.core.policy import LRU, PolicyFactory
+
 
 class Tier(IntEnum):
     """A kind of place, warmest first. The first three go with their node; SHARED outlives it."""
@@ -26,6 +28,7 @@ class TierSpec:
     keeps is the store's business. `drain_at` is how much may lie in this tier without a copy
     further down; above it the coldest such blocks are copied one tier down. `queue` bounds the
     copies into this tier that are under way; the host tier is bounded by its slots instead.
+    `policy` makes the order in which a full tier gives up its blocks.
 
     Raises:
         ValueError: A limit makes no sense; the message names it and its value.
@@ -35,6 +38,7 @@ class TierSpec:
     capacity: int
     drain_at: int
     queue: int = 64
+    policy: PolicyFactory = LRU
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 
 T = TypeVar("T")
@@ -14,7 +15,8 @@ T = TypeVar("T")
 class LowerTiers(Protocol):
     """What lies under the pool, as `engine.tier.EngineTier` offers it. No method raises.
 
-    Block ids are rows of the pool's storage; keys are whole paths from the root.
+    Block ids are rows of the pool's storage; keys are whole paths from the root. `use` names the
+    request; its time does not count.
     """
 
     def restore(
@@ -23,6 +25,7 @@ class LowerTiers(Protocol):
         first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None = None,
+        use: Use = NO_USE,
     ) -> list[Tier]:
         """Fill `block_ids` with keys[first:], from the first on; where each filled one was.
 
@@ -31,7 +34,9 @@ class LowerTiers(Protocol):
         """
         ...
 
-    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
+    def save(
+        self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
+    ) -> int:
         """Hand keys[first:], which lie in `block_ids`, down; how many were taken."""
         ...
 

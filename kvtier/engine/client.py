@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout, Slot
 from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
 from kvtier.wire import local
@@ -139,12 +140,14 @@ class TierClient:
         wait_s: float = 2.0,
         wanted: int | None = None,
         compute: ComputeCost | None = None,
+        use: Use = NO_USE,
     ) -> Iterator[ReadLease]:
         """Lease the held blocks of keys[first:]; `keys` is the whole path from the root.
 
         What lies in lower tiers has `wait_s` to arrive and is cut off then. The lease is given
         once the first `wanted` blocks have arrived, or all that will: None asks for all. With
-        `compute` nothing is loaded that is faster computed again.
+        `compute` nothing is loaded that is faster computed again. `use` names the request, so that
+        reads and writes of one prompt count as one use of it; the time in it is not sent.
         """
         self._wait_s = wait_s
         block_us, growth_ns = 0, 0
@@ -153,6 +156,7 @@ class TierClient:
         lease, slots, sources, arrived = self._ask(
             wait_s + ANSWER_S, Op.READ, local.pack_keys(keys), first,
             len(keys) if wanted is None else wanted, int(wait_s * 1000), block_us, growth_ns,
+            *_told(use),
         )  # fmt: skip
         if not (isinstance(lease, int) and isinstance(slots, bytes) and isinstance(sources, bytes)):
             raise self._broken("READ")
@@ -183,13 +187,17 @@ class TierClient:
         del lease.slots[blocks:], lease.sources[blocks:]
 
     @contextmanager
-    def write(self, keys: Sequence[BlockKey], first: int = 0) -> Iterator[WriteLease]:
+    def write(
+        self, keys: Sequence[BlockKey], first: int = 0, use: Use = NO_USE
+    ) -> Iterator[WriteLease]:
         """Lease slots for the absent ones of keys[first:]; may grant fewer, never waits.
 
         What `filled` counts at the end of the context is kept from then on. That is told and
-        not asked: should the daemon be gone by then, the next call says so.
+        not asked: should the daemon be gone by then, the next call says so. `use` as for `read`;
+        without a request the blocks came by themselves, and are not used by that.
         """
-        lease, indexes, slots = self._ask(ANSWER_S, Op.WRITE, local.pack_keys(keys), first)
+        message = local.pack_keys(keys), first, *_told(use)
+        lease, indexes, slots = self._ask(ANSWER_S, Op.WRITE, *message)
         if not (isinstance(lease, int) and isinstance(indexes, bytes) and isinstance(slots, bytes)):
             raise self._broken("WRITE")
         granted = WriteLease(lease, local.unpack_numbers(indexes), self._slots(slots))
@@ -269,3 +277,8 @@ class TierClient:
     def _broken(self, what: str) -> RemoteProtocolError:
         self.close()
         return RemoteProtocolError(f"the node daemon's answer to {what} makes no sense")
+
+
+def _told(use: Use) -> tuple[int, int]:
+    output = -1 if use.output_tokens is None else min(use.output_tokens, local.MAX_OUTPUT)
+    return use.request or 0, output

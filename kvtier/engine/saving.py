@@ -8,6 +8,7 @@ from typing import Final
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import BlockKey
+from kvtier.core.policy import Use
 from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.pool import BlockPool, EvictedRun
 from kvtier.engine.sequence import Running
@@ -80,7 +81,9 @@ class Saver:
         sequence.saving = True
         self._pool.pin(path)
         ids = self._pool.match(path)[first:]
-        taken = self._tiers.submit(lambda tiers: tiers.save(path, first, ids))
+        output = sequence.produced if sequence.finish_reason is not None else None
+        use = Use(request=sequence.number, output_tokens=output)
+        taken = self._tiers.submit(lambda tiers: tiers.save(path, first, ids, use))
         self._under_way.append(_Save(sequence, path, first, taken))
 
     def settle(self) -> None:
@@ -101,6 +104,6 @@ class Saver:
 
 
 def save_runs(tiers: LowerTiers, runs: Sequence[EvictedRun]) -> None:
-    """Hand each run down; on the tiers' own thread."""
+    """Hand each run down, for no request: they were used long ago. On the tiers' own thread."""
     for run in runs:
         tiers.save(run.path, run.first, run.block_ids)

@@ -242,10 +242,11 @@ class Scheduler:
         # Prompts take turns: what else is computed makes computing this one take longer.
         among = len(self._prefilling) + 1
         compute = self.prefill.cost(among) if self._judges_loads else None
+        use = self._use(sequence)
 
         def fetch(tiers: LowerTiers) -> list[Tier]:
             save_runs(tiers, saved_first)
-            return tiers.restore(keys, first, ids, compute)
+            return tiers.restore(keys, first, ids, compute, use)
 
         self._piece = _Piece(sequence, first, ids, self._tiers.submit(fetch))
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import count
 from typing import Final
 
 import torch
@@ -12,11 +11,12 @@ import torch
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.engine.kvcache import WorkingKV
+from kvtier.engine.requests import numbers
 from kvtier.errors import InvalidRequest, RequestError
 
 DEFAULT_MAX_TOKENS: Final = 128
 MAX_SEED: Final = 2**64 - 1
-_numbers = count(1)
+_numbers = numbers()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class Running:
     submitted_s: float
     limit: int  # tokens of prompt and answer together
     tokens: list[int]  # prompt and answer so far
-    number: int = field(default_factory=_numbers.__next__)  # of all requests of this process
+    number: int = field(default_factory=_numbers.__next__)  # of all requests of the node
     cancelled: bool = False
     kv: WorkingKV | None = None
     keys: list[BlockKey] = field(default_factory=list)  # of all full blocks of `tokens` so far

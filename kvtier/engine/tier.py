@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey, Namespace, block_keys
 from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import ReadLease, TierClient
 from kvtier.engine.copier import ArenaTensor
@@ -84,6 +85,7 @@ class EngineTier:
         first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None = None,
+        use: Use = NO_USE,
     ) -> list[Tier]:
         """Fill `block_ids` with the held blocks of keys[first:], from the first on.
 
@@ -91,14 +93,20 @@ class EngineTier:
         restored next. `compute` says what a block costs to be computed again, where that is known:
         then nothing is loaded from a lower tier that takes longer. That is judged with all that
         is held of `keys`: dear blocks far behind pay for cheap ones before them. Returns the tier
-        that each restored block came from; blocks beyond them are unchanged or undefined.
+        that each restored block came from; blocks beyond them are unchanged or undefined. `use`
+        names the request.
         """
         restored: list[Tier] = []
         while len(restored) < len(block_ids):
             done = len(restored)
             piece = block_ids[done : done + READ_BLOCKS]
             work = partial(
-                self._restore, keys=keys, first=first + done, block_ids=piece, compute=compute
+                self._restore,
+                keys=keys,
+                first=first + done,
+                block_ids=piece,
+                compute=compute,
+                use=use,
             )
             tiers: list[Tier] = self._shielded("restore", [], work)
             restored += tiers
@@ -106,17 +114,19 @@ class EngineTier:
                 break
         return restored
 
-    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
+    def save(
+        self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
+    ) -> int:
         """Hand the blocks keys[first:], which lie in `block_ids`, to the host tier.
 
         `keys` is the whole path from the root. Returns how many were taken; those that the node
-        holds already are not counted.
+        holds already are not counted. `use` names the request.
         """
         saved = 0
         for at in range(0, len(block_ids), SAVE_BLOCKS):
             piece = block_ids[at : at + SAVE_BLOCKS]
             path = keys[: first + at + len(piece)]
-            work = partial(self._save, path=path, first=first + at, block_ids=piece)
+            work = partial(self._save, path=path, first=first + at, block_ids=piece, use=use)
             saved += self._shielded("save", 0, work)
         return saved
 
@@ -201,6 +211,7 @@ class EngineTier:
         first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None,
+        use: Use,
     ) -> list[Tier]:
         """Restore one piece of `keys`."""
         assert self._arena is not None
@@ -210,7 +221,7 @@ class EngineTier:
             held = client.match(keys[:MAX_KEYS]).blocks
             compute = compute.mean(first, max(held, len(path)))
         with client.read(
-            path, first, wait_s=self._wait_s, wanted=self._step, compute=compute
+            path, first, wait_s=self._wait_s, wanted=self._step, compute=compute, use=use
         ) as lease:
             try:
                 while True:  # what has arrived is copied while the rest is loaded
@@ -238,10 +249,15 @@ class EngineTier:
         self._bytes_per_s[tier] = median(speeds)
 
     def _save(
-        self, client: TierClient, path: Sequence[BlockKey], first: int, block_ids: Sequence[int]
+        self,
+        client: TierClient,
+        path: Sequence[BlockKey],
+        first: int,
+        block_ids: Sequence[int],
+        use: Use,
     ) -> int:
         assert self._arena is not None
-        with client.write(path, first) as lease:
+        with client.write(path, first, use) as lease:
             count = len(lease.slots)
             if count:
                 blocks = [block_ids[index - first] for index in lease.indexes]

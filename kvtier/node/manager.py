@@ -12,19 +12,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 from kvtier import metrics
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.breakeven import ComputeCost, worth_loading
+from kvtier.core.breakeven import worth_loading
 from kvtier.core.effects import HOST, Forget, Gone, Held, Move, Settled, TierUsage
 from kvtier.core.fidelity import Lineage
 from kvtier.core.ledger import Lease, Ledger, Match
+from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import StoreUnavailable
 from kvtier.node.movers import LowerTier, Movers, Outcome
+from kvtier.node.reading import Loading, Reading
 from kvtier.node.speed import Speed
 from kvtier.stores.base import Store
 
@@ -36,37 +38,12 @@ Changes = Iterable[tuple[Tier, BlockKey, bool]]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What an engine asks of `TierManager.read`.
-
-    The answer comes once `wanted` leading blocks are in their slots; `wait_s` is the deadline of
-    the loads. With `compute` nothing is loaded that is faster computed again.
-    """
-
-    client: int
-    keys: Sequence[BlockKey]
-    first: int
-    wanted: int
-    wait_s: float
-    compute: ComputeCost | None = None
-
-
-@dataclass(slots=True)
-class _Loading:
-    """A read lease that is not settled, and who waits for more of it."""
-
-    lease: Lease
-    deadline: asyncio.TimerHandle
-    wanted: int = 0
-    waiter: asyncio.Future[None] | None = None
-
-
 class TierManager:
     """The tiers of one layout on this node.
 
     `specs[0]` is the arena; `lower[i]` carries `specs[i + 1]`. `announce` is told of every change
-    of residency. Call everything on the loop that `start` ran on.
+    of residency. `clock` is what eviction learns by, in seconds; by default the loop's. `learning`
+    are the policies that learn. Call everything on the loop that `start` ran on.
     """
 
     def __init__(
@@ -76,6 +53,7 @@ class TierManager:
         specs: Sequence[TierSpec],
         lower: Sequence[LowerTier],
         announce: Callable[[Changes], None],
+        clock: Callable[[], float] | None = None,
     ) -> None:
         assert len(specs) == len(lower) + 1
         self.layout = layout
@@ -83,14 +61,19 @@ class TierManager:
         self.specs = specs
         self.lower = lower
         self._ledger = Ledger(layout.nbytes, specs)
+        self.learning: dict[Tier, Learning] = {
+            specs[index].tier: policy for index, policy in self._ledger.learning().items()
+        }
+        self._unnamed = count(-1, -1)  # reads of which nobody says the request
         self._announce = announce
         self._lineage = Lineage()
         self._movers = Movers(layout, arena, lower, self._report, self._lineage)
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
-        self._loading: dict[int, _Loading] = {}  # read leases that are not settled
+        self._loading: dict[int, Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
         self._retries: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
+        self._clock = clock or self._loop.time
         self._closed = False
         self._carrying = False
         self._at_rest = asyncio.Event()  # set when the last move under way has ended
@@ -134,9 +117,9 @@ class TierManager:
             return self._ledger.lease(lease_id)
         return self._wait(loading, have + 1)
 
-    def write(self, client: int, keys: Sequence[BlockKey], first: int) -> Lease:
+    def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
-        lease = self._ledger.write(client, keys, first)
+        lease = self._ledger.write(client, keys, first, use._replace(now=self._clock()))
         self._lineage.written(keys, lease.keys)
         metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
@@ -261,19 +244,22 @@ class TierManager:
             def worth(sources: Sequence[int], first: int) -> int:
                 return worth_loading(sources, first, compute, load_s)
 
-        lease = self._ledger.read(asked.client, asked.keys, asked.first, worth)
+        # A read is always for somebody, be it told or not.
+        request = asked.use.request or next(self._unnamed)
+        use = asked.use._replace(now=self._clock(), request=request)
+        lease = self._ledger.read(asked.client, asked.keys, asked.first, worth, use)
         metrics.DECLINED_BLOCKS.inc(lease.refused)
         if not lease.loading:
             self._carry_out_soon()
             return lease
         deadline = self._loop.call_later(wait_s, self._too_late, lease.id)
-        loading = self._loading[lease.id] = _Loading(lease, deadline)
+        loading = self._loading[lease.id] = Loading(lease, deadline)
         self._carry_out()
         if lease.arrived() >= asked.wanted:
             return lease
         return self._wait(loading, asked.wanted)
 
-    def _wait(self, loading: _Loading, wanted: int) -> Coroutine[None, None, Lease]:
+    def _wait(self, loading: Loading, wanted: int) -> Coroutine[None, None, Lease]:
         # Made here and not in the coroutine: what happens before that first runs must wake it.
         waiter = loading.waiter = self._loop.create_future()
         loading.wanted = wanted
@@ -295,7 +281,7 @@ class TierManager:
         """The lease is settled or over: nobody has anything to wait for."""
         if loading := self._loading.pop(lease_id, None):
             loading.deadline.cancel()
-            _wake(loading)
+            loading.wake()
 
     def _carry_out_soon(self) -> None:
         """Let the engine have its answer first."""
@@ -352,7 +338,7 @@ class TierManager:
                 self._movers.forget(move.source, [move.key])
         for loading in self._loading.values():
             if loading.lease.arrived() >= loading.wanted:
-                _wake(loading)
+                loading.wake()
         self._carry_out()
         if not self._ledger.moves:
             self._at_rest.set()
@@ -388,11 +374,6 @@ class TierManager:
         log.warning("%s tier answers again", self.lower[tier - 1].tier.label)
         self._ledger.resume(tier)
         self._carry_out()
-
-
-def _wake(loading: _Loading) -> None:
-    if loading.waiter is not None and not loading.waiter.done():
-        loading.waiter.set_result(None)
 
 
 def _scan(store: Store) -> list[tuple[BlockKey, int]]:

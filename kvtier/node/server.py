@@ -14,8 +14,10 @@ from kvtier import metrics
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.ledger import Lease
+from kvtier.core.policy import Use
 from kvtier.errors import ConfigError, KVTierError, RemoteProtocolError
-from kvtier.node.manager import Reading, TierManager
+from kvtier.node.manager import TierManager
+from kvtier.node.reading import Reading
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
 
@@ -143,8 +145,8 @@ class Connection(asyncio.Protocol):
                 if lease not in self._leases:
                     raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
                 self._answer(self.manager.more(lease, have), self._reply_more)
-            case Op.WRITE, [bytes(keys), int(first)]:
-                self._write(self.manager, keys, first)
+            case Op.WRITE, [bytes(keys), int(first), int(request), int(output)]:
+                self._write(self.manager, local.unpack_keys(keys), first, _use(request, output))
             case Op.COMMIT, [int(lease), int(filled)]:
                 if lease not in self._writes:
                     raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
@@ -180,7 +182,9 @@ class Connection(asyncio.Protocol):
         socket.send_fds(self._socket, [reply], [manager.arena.fd])
 
     def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
-        first, wanted, wait_ms, block_us, growth_ns = (int(cast("int", each)) for each in numbers)
+        first, wanted, wait_ms, block_us, growth_ns, request, output = (
+            int(cast("int", each)) for each in numbers
+        )
         wait_s = wait_ms / 1000
         if not 0 <= first <= len(keys) or not 0 <= wait_s <= MAX_WAIT_S:
             raise RemoteProtocolError(
@@ -192,8 +196,9 @@ class Connection(asyncio.Protocol):
                 f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
             )
         compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
-        request = Reading(self._client, keys, first, wanted, wait_s, compute)
-        self._answer(manager.read(request), self._reply_read)
+        use = _use(request, output)
+        reading = Reading(self._client, keys, first, wanted, wait_s, compute, use)
+        self._answer(manager.read(reading), self._reply_read)
 
     def _answer(
         self, result: Lease | Coroutine[None, None, Lease], reply: Callable[[Lease], None]
@@ -216,11 +221,10 @@ class Connection(asyncio.Protocol):
     def _reply_more(self, lease: Lease) -> None:
         self._reply(lease.arrived(), len(lease.keys))
 
-    def _write(self, manager: TierManager, raw: bytes, first: int) -> None:
-        keys = local.unpack_keys(raw)
+    def _write(self, manager: TierManager, keys: list[BlockKey], first: int, use: Use) -> None:
         if not 0 <= first <= len(keys):
             raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
-        lease = manager.write(self._client, keys, first)
+        lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
         self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
 
@@ -237,6 +241,15 @@ class Connection(asyncio.Protocol):
             return
         log.error("engine %s: request failed", self.name, exc_info=error)
         self._refuse("internal error of the node daemon; see its log")
+
+
+def _use(request: int, output: int) -> Use:
+    if not 0 <= request <= local.MAX_REQUEST or not -1 <= output <= local.MAX_OUTPUT:
+        raise RemoteProtocolError(
+            f"request {request} with {output} tokens of output: limits 0 to {local.MAX_REQUEST} "
+            f"and -1 to {local.MAX_OUTPUT}"
+        )
+    return Use(0.0, request or None, None if output < 0 else output)
 
 
 class Gate:

@@ -21,7 +21,7 @@ from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES, World
 CLIENTS = 3
 DEPTH = 5  # blocks of the longest prompt
 
-MakeLedger = Callable[[int, Sequence[TierSpec], PolicyFactory], Ledger]
+MakeLedger = Callable[[int, Sequence[TierSpec]], Ledger]
 
 # What a run can come across; a suite of seeds that never meets one of these proves too little.
 STATES = (
@@ -86,13 +86,20 @@ def simulate(seed: int, steps: int, seen: Counter[str], make_ledger: MakeLedger 
 
 def _random_tiers(rng: Random) -> list[TierSpec]:
     kinds = rng.choice([[], [Tier.DISK], [Tier.SHARED], [Tier.DISK, Tier.SHARED]])
+    policies: list[PolicyFactory] = [LRU, PHD, lambda: AnyOrder(rng)]
     specs = []
     for tier in [Tier.HOST, *kinds]:
         blocks = rng.randint(2, 6) if tier is Tier.HOST else rng.randint(1, 9)
         capacity = blocks * BLOCK_NBYTES + rng.randint(0, 9)
         drain_at = rng.choice([0, rng.randint(0, capacity), capacity])
         specs.append(
-            TierSpec(tier=tier, capacity=capacity, drain_at=drain_at, queue=rng.randint(1, 4))
+            TierSpec(
+                tier=tier,
+                capacity=capacity,
+                drain_at=drain_at,
+                queue=rng.randint(1, 4),
+                policy=rng.choice(policies),
+            )
         )
     return specs
 
@@ -102,9 +109,9 @@ class _Node(World):
 
     def __init__(self, rng: Random, seen: Counter[str], make_ledger: MakeLedger) -> None:
         specs = _random_tiers(rng)
-        policies: list[PolicyFactory] = [LRU, PHD, lambda: AnyOrder(rng)]
-        policy = rng.choice(policies)
-        super().__init__(make_ledger(BLOCK_NBYTES, specs, policy), specs, rng, seen)
+        super().__init__(make_ledger(BLOCK_NBYTES, specs), specs, rng, seen)
+        self.request = 0
+        self.now = 0.0
         self.failing = rng.choice([0.0, 0.1, 0.5])  # share of moves that fail
 
     # --- events -----------------------------------------------------------------------
@@ -121,7 +128,14 @@ class _Node(World):
         weights = [weight for weight, _ in events]
         _, event = self.rng.choices(events, weights)[0]
         event()
+        self.now += self.rng.choice([0.0, 0.1, 30.0, 300.0])
         self.carry_out()
+
+    def _use(self) -> Use:
+        """Of a new request, of the newest one, or of nobody's."""
+        self.request += self.rng.random() < 0.5
+        request = self.rng.choice([None, self.request, self.request])
+        return Use(self.now, request, self.rng.choice([None, 5, 500]))
 
     def path(self) -> list[BlockKey]:
         """A prompt: a way down a small tree, so that prompts share their beginnings."""
@@ -137,7 +151,7 @@ class _Node(World):
         readable = {key for key in path if self.ledger.match([key]).blocks}
         filling = {key for each in self.leases.values() if each.writing for key in each.keys}
         first = self._first(path)
-        lease = self.ledger.write(self.rng.randrange(CLIENTS), path, first)
+        lease = self.ledger.write(self.rng.randrange(CLIENTS), path, first, self._use())
         self.leases[lease.id] = lease
         assert lease.keys == [path[index] for index in lease.indexes]
         assert lease.indexes == sorted(set(lease.indexes) - {*range(first)})
@@ -172,7 +186,7 @@ class _Node(World):
         warmest = {key: by_tier.index(1) for key, by_tier in alone.items()}
         loading = {move.key: move.source for move in self.moves if move.target == HOST}
         worth = self.rng.choice([None, None, self._worth])
-        lease = self.ledger.read(self.rng.randrange(CLIENTS), path, first, worth)
+        lease = self.ledger.read(self.rng.randrange(CLIENTS), path, first, worth, self._use())
         self.leases[lease.id] = lease
         assert lease.keys == held[: len(lease.keys)]
         self.carry_out()

@@ -22,9 +22,11 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
+MAX_REQUEST: Final = 2**64 - 1
+MAX_OUTPUT: Final = 2**31 - 1  # tokens
 
 _LENGTH = struct.Struct("<I")
 
@@ -40,8 +42,12 @@ class Op(IntEnum):
     # be; AWAIT once there are more than `have`. `wait` is the deadline of the lease's loads, from
     # READ on. With a block us the daemon does not load what is faster computed again: the time
     # that this takes for the path's first block, and how many ns more for each one before it.
-    READ = 3  # keys, first, wanted, wait ms, block us, growth ns -> lease, slots, sources, arrived
-    WRITE = 4  # keys, first -> lease, indexes, slots
+    # What READ and WRITE tell with the same `request` is one prompt to the node's eviction: a
+    # number that no other prompt on the node has, 0: not known. `output` is how many tokens were
+    # generated for it, -1: not known (yet).
+    READ = 3  # keys, first, wanted, wait ms, block us, growth ns, request, output
+    #           -> lease, slots, sources, arrived
+    WRITE = 4  # keys, first, request, output -> lease, indexes, slots
     COMMIT = 5  # lease, filled; no reply
     RELEASE = 6  # lease; no reply
     AWAIT = 7  # lease, have -> arrived, blocks that the lease has now
@@ -50,8 +56,8 @@ class Op(IntEnum):
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.HELLO: (int, str, str),
     Op.MATCH: (bytes,),
-    Op.READ: (bytes, int, int, int, int, int),
-    Op.WRITE: (bytes, int),
+    Op.READ: (bytes, int, int, int, int, int, int, int),
+    Op.WRITE: (bytes, int, int, int),
     Op.COMMIT: (int, int),
     Op.RELEASE: (int,),
     Op.AWAIT: (int, int),

@@ -96,8 +96,8 @@ BUGS = [
     bug("a copy is lost while it is read", "if move is None or move.source != tier:", "if True:"),
     bug(
         "settle tells nobody",
-        "in lease.loading))\n            self._settled(lease)",
-        "in lease.loading))",
+        "in lease.loading))\n            self._touch(lease)\n            self._settled(lease)",
+        "in lease.loading))\n            self._touch(lease)",
     ),
     bug(
         "all blocks of a commit count as filled",
@@ -120,8 +120,8 @@ BUGS = [
     bug("resume forgets what waited", "paused = False\n        self._drain()", "paused = False"),
     bug(
         "a commit starts no copies",
-        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)\n        self._drain()",
-        "self._undo(lease.keys[filled:])\n        self._touch(lease.path)",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease)\n        self._drain()",
+        "self._undo(lease.keys[filled:])\n        self._touch(lease)",
     ),
     bug(
         "a lease tells the wrong source",
@@ -158,6 +158,11 @@ BUGS = [
         "what a tier refused once counts for ever",
         "target.refusing = not ok",
         "target.refusing |= not ok",
+    ),
+    bug(
+        "what a read loaded can never be dropped",
+        "self._cut(lease, 0)\n            self._touch(lease)",
+        "self._cut(lease, 0)",
     ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]

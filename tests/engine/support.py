@@ -10,6 +10,7 @@ import torch
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import BlockKey, Namespace
 from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.sequence import Done, Event, Request, Started, Tokens
@@ -37,6 +38,7 @@ class DictTier:
         first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None = None,
+        use: Use = NO_USE,
     ) -> list[Tier]:
         assert len(keys) >= first + len(block_ids)
         self.told.append(compute)
@@ -48,7 +50,9 @@ class DictTier:
             restored.append(self.tier)
         return restored
 
-    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
+    def save(
+        self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
+    ) -> int:
         assert len(keys) == first + len(block_ids)
         self.on_save()
         if self.away:

@@ -11,6 +11,7 @@ import torch
 
 from kvtier.core.blocks import BlockKey, Namespace
 from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.sequence import Done, Event, Failed, Request, Started, Tokens
@@ -38,19 +39,22 @@ class GatedTier(DictTier):
         first: int,
         block_ids: Sequence[int],
         compute: ComputeCost | None = None,
+        use: Use = NO_USE,
     ) -> list[Tier]:
         self.threads.add(threading.get_ident())
         self.asked.put(("restore", list(block_ids)))
         assert self.restores.wait(60)
         assert self.broken != "restore"
-        return super().restore(keys, first, block_ids, compute)
+        return super().restore(keys, first, block_ids, compute, use)
 
-    def save(self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int]) -> int:
+    def save(
+        self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
+    ) -> int:
         self.threads.add(threading.get_ident())
         self.asked.put(("save", list(block_ids)))
         assert self.saves.wait(60)
         assert self.broken != "save"
-        return super().save(keys, first, block_ids)
+        return super().save(keys, first, block_ids, use)
 
     def close(self) -> None:
         self.threads.add(threading.get_ident())

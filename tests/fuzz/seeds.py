@@ -25,8 +25,8 @@ def seeds() -> dict[str, list[bytes]]:
     keys = local.pack_keys([KEY] * 3)
     messages = [
         local.encode(Op.HELLO, local.VERSION, LAYOUT.describe(), "engine"),
-        local.encode(Op.MATCH, keys) + local.encode(Op.READ, keys, 1, 2, 2000, 0, 0),
-        local.encode(Op.WRITE, keys, 0) + local.encode(Op.COMMIT, 7, 3),
+        local.encode(Op.MATCH, keys) + local.encode(Op.READ, keys, 1, 2, 2000, 0, 0, 9, 30),
+        local.encode(Op.WRITE, keys, 0, 9, -1) + local.encode(Op.COMMIT, 7, 3),
         local.encode(Op.AWAIT, 7, 1) + local.encode(Op.RELEASE, 7),
     ]
     record = Header(1, 2, 4032, 9, KEY, 4096, 0).pack()

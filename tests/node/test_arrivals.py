@@ -10,8 +10,9 @@ from kvtier.codec import codecs
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.node.manager import Reading, TierManager
+from kvtier.node.manager import TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.reading import Reading
 from kvtier.stores.memory import MemoryStore
 from tests.node.conftest import BLOCK, LAYOUT, content
 

@@ -21,8 +21,9 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.node.manager import Reading, TierManager
+from kvtier.node.manager import TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.reading import Reading
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore

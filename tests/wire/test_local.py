@@ -47,7 +47,7 @@ def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
         (["x"], "no operation 'x'"),
         ([Op.MATCH], r"MATCH takes \(bytes\)"),
         ([Op.MATCH, "text"], r"MATCH takes \(bytes\)"),
-        ([Op.READ, b"", 0], r"READ takes \(bytes, int, int, int, int, int\)"),
+        ([Op.READ, b"", 0], r"READ takes \(bytes(, int){7}\)"),
         ([Op.AWAIT, 1], r"AWAIT takes \(int, int\)"),
         ([Op.COMMIT, 1, True], r"COMMIT takes \(int, int\)"),
     ],

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.policy import Use
 from kvtier.core.tiers import Tier
+from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Line, News
 
 MAX_APART: Final = 256  # blocks of a hybrid model that are asked for one by one
@@ -16,7 +18,8 @@ Keys = Callable[[Sequence[bytes]], Sequence[BlockKey]]
 class _Asked:
     """One request's questions and answers."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, request: str, deadline: float) -> None:
+        self.use = Use(request=number_of(request))
         self.deadline = deadline
         self.answers: dict[bytes, bool] = {}
         self.fresh: list[bytes] = []  # to be asked at the end of this step
@@ -48,7 +51,7 @@ class Lookups:
         """Whether the block is held; None: not known yet, ask again in a later step."""
         asked = self._asked.get(request)
         if asked is None:
-            asked = self._asked[request] = _Asked(self._clock() + self._lookup_s)
+            asked = self._asked[request] = _Asked(request, self._clock() + self._lookup_s)
         self._drain()
         answer = asked.answers.get(key)
         if answer is not None:
@@ -102,19 +105,19 @@ class Lookups:
         held = [False] * len(fresh)
         try:
             if attached is not None and self._clock() < asked.deadline:
-                held = self._ask(attached, fresh, asked.deadline)
+                held = self._ask(attached, asked, fresh)
         finally:
             self._answers.append((asked, fresh, held))
             self._news.tell()
 
-    def _ask(self, attached: Attached, fresh: Sequence[bytes], deadline: float) -> list[bool]:
+    def _ask(self, attached: Attached, asked: _Asked, fresh: Sequence[bytes]) -> list[bool]:
         groups: dict[bytes, list[int]] = {}
         for index, key in enumerate(fresh):
             groups.setdefault(key[-4:], []).append(index)
         held = [False] * len(fresh)
         for indexes in groups.values():
             keys = self._keys([fresh[index] for index in indexes])
-            found = self._leading(attached, keys, deadline)
+            found = self._leading(attached, keys, asked)
             for index in indexes[:found]:
                 held[index] = True
             if len(groups) > 1:  # a sliding window is asked for from its end, with gaps
@@ -122,14 +125,14 @@ class Lookups:
                     held[index] = attached.client.match([key]).blocks == 1
         return held
 
-    def _leading(self, attached: Attached, keys: Sequence[BlockKey], deadline: float) -> int:
+    def _leading(self, attached: Attached, keys: Sequence[BlockKey], asked: _Asked) -> int:
         client = attached.client
         found = client.match(keys).blocks
         if found == len(keys) or Tier.SHARED not in client.tiers:
             return found
         # MATCH asks no store. A read does, and what it finds is on its way before it is wanted.
-        wait_s = max(0.0, deadline - self._clock()) / 2
-        with client.read(keys, found, wait_s=wait_s) as lease:
+        wait_s = max(0.0, asked.deadline - self._clock()) / 2
+        with client.read(keys, found, wait_s=wait_s, use=asked.use) as lease:
             return max(found + len(lease.slots), client.match(keys).blocks)
 
 

@@ -146,7 +146,10 @@ class KvtierTier(SecondaryTierManager):
 
     def _submit(self, job: TransferJob, *, storing: bool) -> None:
         rows = [int(row) for row in job.chunk_ids]
-        self._hub.transfers.submit(job.job_id, storing=storing, keys=list(job.keys), rows=rows)
+        self._hub.transfers.submit(
+            job.job_id, storing=storing, keys=list(job.keys), rows=rows,
+            request=job.req_context.req_id,
+        )  # fmt: skip
 
     def _result(self, outcome: Outcome) -> JobResult:
         operation = "store" if outcome.storing else "load"

@@ -8,7 +8,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.policy import Use
 from kvtier.engine.client import ReadLease, WriteLease
+from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Bytes, Line, News
 from kvtier.engine.vllm.lookups import Keys
 
@@ -36,9 +38,10 @@ class _Job:
 
     def __init__(
         self, number: int, storing: bool, keys: Sequence[bytes], rows: Sequence[int],
-        began: float, deadline: float,
+        use: Use, began: float, deadline: float,
     ) -> None:  # fmt: skip
         self.number = number
+        self.use = use
         self.storing = storing
         self.keys = keys
         self.rows = rows
@@ -86,11 +89,18 @@ class Transfers:
         self.dropped = 0  # blocks of stores refused because too many were under way
 
     def submit(
-        self, number: int, *, storing: bool, keys: Sequence[bytes], rows: Sequence[int]
+        self,
+        number: int,
+        *,
+        storing: bool,
+        keys: Sequence[bytes],
+        rows: Sequence[int],
+        request: str | None = None,
     ) -> None:
-        """Begin a job; its outcome comes by `finished`."""
+        """Begin a job, of vLLM's `request` where there is one; its outcome comes by `finished`."""
+        use = Use(request=None if request is None else number_of(request))
         now = self._clock()
-        job = _Job(number, storing, keys, rows, now, now + self._limits[storing])
+        job = _Job(number, storing, keys, rows, use, now, now + self._limits[storing])
         self._jobs[number] = job
         if storing:
             if self._storing and self._storing + len(keys) > self._max_storing:
@@ -174,7 +184,7 @@ class Transfers:
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
     ) -> bool:
         wait_s = max(0.0, job.deadline - self._clock())
-        with attached.client.read(keys[start:end], wait_s=wait_s) as lease:
+        with attached.client.read(keys[start:end], wait_s=wait_s, use=job.use) as lease:
             with job.lock:
                 if not job.ended:
                     self._fill(attached, job, lease, start)
@@ -189,7 +199,7 @@ class Transfers:
     def _store(
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
     ) -> bool:
-        with attached.client.write(keys[:end], start) as lease:
+        with attached.client.write(keys[:end], start, job.use) as lease:
             with job.lock:
                 if job.ended:
                     return False
