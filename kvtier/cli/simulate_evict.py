@@ -41,6 +41,11 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         help="sizes of VRAM, host memory and disk to one another, as 1:4:40: --capacity is then "
         "VRAM's, and the tiers below it have 4 and 40 times as much; default VRAM alone",
     )  # fmt: skip
+    evict.add_argument(
+        "--cache", choices=("bare", "host", "vram"), default="bare",
+        help="what the policy orders: blocks alone, or a node's host tier or a worker's pool, "
+        "to the block as they do; default bare. Without --tiers",
+    )  # fmt: skip
     evict.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     evict.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
     evict.set_defaults(run=_evict)
@@ -49,9 +54,12 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _evict(options: argparse.Namespace) -> int:
     from kvtier.sim import sweep
     from kvtier.sim.evict import Workload
+    from kvtier.sim.live import CACHES
     from kvtier.sim.trace import read_trace
 
     capacities, tiers = _shares(options.capacity), _tiers(options.tiers)
+    if len(tiers) > 1 and options.cache != "bare":
+        raise ConfigError(f"--cache {options.cache} is one tier alone, and --tiers names several")
     names = sweep.NAMES if options.policy == "all" else tuple(options.policy.split(","))
     for name in names:
         if name not in sweep.NAMES:
@@ -64,7 +72,10 @@ def _evict(options: argparse.Namespace) -> int:
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:
         task = bar.add_task("replaying", total=total)
-        rows = sweep.sweep(workload, names, capacities, lambda done: bar.advance(task, done), tiers)
+        rows = sweep.sweep(
+            workload, names, capacities, lambda done: bar.advance(task, done), tiers,
+            CACHES[options.cache],
+        )  # fmt: skip
     _print(workload, rows)
     if options.json is not None:
         sweep.write_json(options.json, workload, rows)

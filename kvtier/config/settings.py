@@ -30,6 +30,7 @@ class HostConfig:
 
     bytes: Size = field(default=1 * _GIB, metadata=limits(2**20, 2**46))
     drain_at: float = field(default=0.5, metadata=_SHARE)  # used share above which copies go down
+    policy: str = field(default="phd", metadata=one_of(*POLICIES))  # what leaves first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class DiskConfig:
     path: str
     bytes: Size = field(default=10 * _GIB, metadata=limits(2**20, 2**50))
     drain_at: float = field(default=0.8, metadata=_SHARE)
+    policy: str = field(default="lru", metadata=one_of(*POLICIES))  # what leaves first
     codec: str = field(default="raw", metadata=one_of(*_CODECS))
     threads: int = field(default=2, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks

@@ -13,9 +13,11 @@ from kvtier.codec import codecs
 from kvtier.codec.frame import max_frame_nbytes
 from kvtier.config import Config, cores_available, memory_available, node_name
 from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
+from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
 from kvtier.node.server import LocalServer
@@ -35,12 +37,17 @@ log = logging.getLogger(__name__)
 
 
 class NodeDaemon:
-    """Everything under VRAM on one host. Lives on one loop."""
+    """Everything under VRAM on one host. Lives on one loop.
 
-    def __init__(self, config: Config) -> None:
+    `clock` is what eviction learns by, in seconds; by default the loop's.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float] | None = None) -> None:
         self._config = config
+        self._clock = clock
         self.name = node_name(config.node.name)
         self.layouts: dict[str, TierManager] = {}
+        self._learned: dict[str, LearnedFile] = {}
         self.draining = False
         self._opening = asyncio.Lock()
         self.feed = FeedServicer(self._held, self._heartbeat)
@@ -86,7 +93,7 @@ class NodeDaemon:
             if not self.local.attached(manager):
                 del self.layouts[name]
                 self._announce([(tier, key, False) for key, tier in manager.held()])
-                await manager.close()
+                await self._close(manager)
                 return
         raise ConfigError(
             f"layout {layout.describe()} would be one more than node.max_layouts "
@@ -104,7 +111,12 @@ class NodeDaemon:
         arena = await asyncio.to_thread(Arena.create, layout.nbytes, slots)
         capacity = slots * layout.nbytes
         specs = [
-            TierSpec(tier=Tier.HOST, capacity=capacity, drain_at=int(capacity * host.drain_at))
+            TierSpec(
+                tier=Tier.HOST,
+                capacity=capacity,
+                drain_at=int(capacity * host.drain_at),
+                policy=POLICIES[host.policy],
+            )
         ]
         lower: list[LowerTier] = []
         try:
@@ -114,7 +126,11 @@ class NodeDaemon:
         except BaseException:
             arena.close()
             raise
-        manager = TierManager(layout, arena, specs, lower, self._announce)
+        manager = TierManager(layout, arena, specs, lower, self._announce, self._clock)
+        if disk := self._config.disk:
+            path = Path(disk.path) / layout.id / LEARNED_FILE
+            self._learned[layout.id] = LearnedFile(path, manager.learning)
+            await self._learned[layout.id].open()
         await manager.start()
         log.info("layout %s: %d blocks of %d bytes in host memory", layout.id, slots, layout.nbytes)
         return manager
@@ -142,6 +158,7 @@ class NodeDaemon:
                 capacity=usable,
                 drain_at=int(usable * disk.drain_at),
                 queue=disk.queue,
+                policy=POLICIES[disk.policy],
             )
             lower = _lower_tier(Tier.DISK, layout, store, disk.codec, disk.threads, 1.0)
             tiers.append((spec, lower))
@@ -189,7 +206,12 @@ class NodeDaemon:
                 log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
         await self.local.close()
         for manager in self.layouts.values():
-            await manager.close()
+            await self._close(manager)
+
+    async def _close(self, manager: TierManager) -> None:
+        if learned := self._learned.pop(manager.layout.id, None):
+            await learned.close()
+        await manager.close()
 
 
 def _lower_tier(

@@ -1,15 +1,14 @@
 """What a policy keeps of a trace's prompts in a cache of some size.
 
-A request is one step: it finds the longest run of present blocks from its first one on, then all
-its full blocks enter, then the policy gives up the coldest until the cache has its size again.
-Blocks of the request itself may be among them. Hits are counted in tokens and in the floating
-point operations of prefill that they save.
+A request is one step: it finds the longest run of present blocks from its first one on, then its
+full blocks enter. What that means in detail is the cache's business (`Bare`; `sim/live.py`).
+Hits are counted in tokens and in the floating point operations of prefill that they save.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import PolicyFactory, Use
@@ -102,23 +101,62 @@ class Result(NamedTuple):
     us_per_block: float  # the policy's process time for each full block of each prompt
 
 
+class Cache(Protocol):
+    """Some number of blocks, and a policy that says which of them go."""
+
+    def find(self, prompt: Prompt) -> int:
+        """How many leading blocks of the prompt are here; changes nothing."""
+        ...
+
+    def use(self, prompt: Prompt, request: int) -> None:
+        """A request asks for the prompt, which has at least one full block."""
+        ...
+
+
+MakeCache = Callable[[PolicyFactory, int], Cache]
+
+
+class Bare:
+    """A policy alone: all blocks enter, then the coldest go until `capacity` are left.
+
+    Blocks of the request itself may be among them.
+    """
+
+    def __init__(self, policy: PolicyFactory, capacity: int) -> None:
+        self._kept = policy()
+        self._capacity = capacity
+
+    def find(self, prompt: Prompt) -> int:
+        """See `Cache.find`."""
+        absent = (i for i, key in enumerate(prompt.keys) if key not in self._kept)
+        return next(absent, len(prompt.keys))
+
+    def use(self, prompt: Prompt, request: int) -> None:
+        """See `Cache.use`."""
+        kept = self._kept
+        kept.touch(prompt.keys, Use(prompt.at_s, request, prompt.output_tokens))
+        over = len(kept) - self._capacity
+        if over > 0:
+            for key in [*islice(kept.coldest(), over)]:
+                kept.remove(key)
+
+
 def replay(
-    workload: Workload, policy: PolicyFactory, capacity: int, progress: Progress | None = None
+    workload: Workload,
+    policy: PolicyFactory,
+    capacity: int,
+    progress: Progress | None = None,
+    cache: MakeCache = Bare,
 ) -> Result:
     """Play all prompts to one policy over `capacity` blocks; `progress` is told of prompts."""
-    kept, hits, spent = policy(), Hits(), 0.0
-    for request, prompt in enumerate(workload.prompts):
-        hits.count(prompt, next((i for i, key in enumerate(prompt.keys) if key not in kept),
-                                len(prompt.keys)))  # fmt: skip
+    kept, hits, spent = cache(policy, capacity), Hits(), 0.0
+    for request, prompt in enumerate(workload.prompts, 1):
+        hits.count(prompt, kept.find(prompt))
         start = time.process_time()
         if prompt.keys:
-            kept.touch(prompt.keys, Use(prompt.at_s, request, prompt.output_tokens))
-            over = len(kept) - capacity
-            if over > 0:
-                for key in [*islice(kept.coldest(), over)]:
-                    kept.remove(key)
+            kept.use(prompt, request)
         spent += time.process_time() - start
-        if progress is not None and request % _STEP == _STEP - 1:
+        if progress is not None and request % _STEP == 0:
             progress(_STEP)
     if progress is not None:
         progress(len(workload.prompts) % _STEP)

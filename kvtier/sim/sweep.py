@@ -10,7 +10,7 @@ from kvtier.core.policies import POLICIES
 from kvtier.errors import ConfigError
 from kvtier.sim import tiers as tiered
 from kvtier.sim.belady import optimum
-from kvtier.sim.evict import Progress, Workload, replay
+from kvtier.sim.evict import Bare, MakeCache, Progress, Workload, replay
 
 OPT: Final = "opt"
 NAMES: Final = (*POLICIES, OPT)
@@ -34,25 +34,31 @@ def sweep(
     capacities: Sequence[float],
     progress: Progress,
     tiers: Sequence[float] = (1.0,),
+    cache: MakeCache = Bare,
 ) -> list[Row]:
     """Every policy of `NAMES` at every share of the footprint.
 
     With several `tiers`, whose sizes are to one another as those numbers, a share is the first
-    one's. The optimum's part of a tier is what the tiers down to it can find together, less what
+    one's. With one tier `cache` keeps its books. The optimum's part of a tier is what the tiers down to it can find together, less what
     those above it can.
 
     Raises:
         KeyError: There is no such policy.
     """
     return [
-        _row(workload, name, fraction, progress, tiers)
+        _row(workload, name, fraction, progress, tiers, cache)
         for name in policies
         for fraction in capacities
     ]
 
 
 def _row(
-    workload: Workload, name: str, fraction: float, progress: Progress, tiers: Sequence[float]
+    workload: Workload,
+    name: str,
+    fraction: float,
+    progress: Progress,
+    tiers: Sequence[float],
+    cache: MakeCache,
 ) -> Row:
     sizes = [workload.capacity(fraction * size / tiers[0]) for size in tiers]
     by_tier: tuple[float, ...] = ()
@@ -65,7 +71,7 @@ def _row(
     elif len(tiers) > 1:
         hits, by_tier, cost = tiered.replay(workload, POLICIES[name], sizes, progress)
     else:
-        hits, cost = replay(workload, POLICIES[name], sizes[0], progress)
+        hits, cost = replay(workload, POLICIES[name], sizes[0], progress, cache)
     return Row(name, fraction, sizes[0], hits.token_ratio, hits.flop_ratio, cost, by_tier)
 
 
