@@ -51,7 +51,8 @@ class VramPool:
         """See `Cache.use`."""
         pool, keys, use = self._pool, prompt.keys, Use(prompt.at_s, request)
         found = self.find(prompt)
-        pool.pin(keys[:found], 0, use)
+        if found:
+            pool.pin(keys[:found], 0, use)
         ids, _ = pool.allocate(len(keys) - found)
         path = keys[: found + len(ids)]
         if ids:

@@ -1,12 +1,19 @@
 """The VRAM pool under each policy: what the simulator promises is what the pool does."""
 
+from random import Random
+
 import pytest
 
+from kvtier.core.blocks import BlockKey
 from kvtier.core.policies import POLICIES
 from kvtier.core.policy import PolicyFactory, Use
+from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool
-from kvtier.sim.evict import Hits, Workload, replay
+from kvtier.engine.transformers import Engine
+from kvtier.sim.evict import Hits, Prompt, Workload, replay
+from kvtier.sim.live import VramPool
 from kvtier.sim.workloads import generate
+from tests.engine.support import BLOCK, ask, small
 
 
 def play(workload: Workload, policy: PolicyFactory, capacity: int) -> Hits:
@@ -47,3 +54,41 @@ def test_phd_finds_more_in_a_small_pool_than_lru() -> None:
     capacity = workload.capacity(0.02)
     phd, lru = (play(workload, POLICIES[name], capacity) for name in ("phd", "lru"))
     assert phd.token_ratio > lru.token_ratio + 0.02
+
+
+MOST = 12  # blocks of a prompt that the tiny model is asked for
+
+
+def tokens_of(key: BlockKey, vocab: int) -> list[int]:
+    draw = Random(key)
+    return [draw.randrange(3, vocab) for _ in range(BLOCK)]
+
+
+def short(kind: str, requests: int) -> Workload:
+    """A workload whose prompts a tiny model takes, each answered by one token."""
+    workload = Workload(generate(kind, 13, requests))
+    workload.prompts = [
+        Prompt(at_s, BLOCK * len(keys[:MOST]) + 1, 1, BLOCK, keys[:MOST])
+        for at_s, _, _, _, keys in workload.prompts
+        if keys
+    ]
+    return workload
+
+
+@pytest.mark.parametrize("policy", ["lru", "phd"])
+def test_the_simulator_counts_what_an_engine_finds(tiny: LoadedModel, policy: str) -> None:
+    """A real engine with a real pool; only the clock is the trace's."""
+    workload, capacity, now, found = short("chat", 500), 150, [0.0], 0
+    config = small(tiny, capacity, policy=policy, prefill_tokens=512)
+    engine = Engine(tiny, config, clock=lambda: now[0])
+    try:
+        assert engine.pool.capacity == capacity
+        for prompt in workload.prompts:
+            now[0] = prompt.at_s
+            blocks = [tokens_of(key, tiny.vocab_size) for key in prompt.keys]
+            # One token more: what an engine finds never is the whole prompt.
+            found += ask(engine, [*(token for each in blocks for token in each), 3], 1).hit
+    finally:
+        engine.close()
+    said = replay(workload, POLICIES[policy], capacity, cache=VramPool).hits
+    assert found == said.hit_blocks * BLOCK > 0
