@@ -96,6 +96,7 @@ class WorkerConfig:
     block_tokens: int = field(default=32, metadata=limits(1, 4096))
     vram_bytes: Size = field(default=512 * 2**20, metadata=limits(2**20, 2**46))
     policy: str = field(default="phd", metadata=one_of(*POLICIES))  # what leaves VRAM first
+    learned: str = ""  # file for what `policy` has learned, over a restart; empty: none
     save: str = field(default="fill", metadata=one_of("fill", "second-use", "evict"))
     # worth: nothing is loaded from disk or Redis that is faster computed again; always: everything
     loads: str = field(default="worth", metadata=one_of("worth", "always"))

@@ -77,13 +77,14 @@ def _smooth(counts: list[float]) -> list[float]:
 class _Class:
     """What was seen of one class."""
 
-    __slots__ = ("end", "hit", "open", "upto")
+    __slots__ = ("end", "hit", "open", "seen", "upto")
 
     def __init__(self) -> None:
         self.hit = [0.0] * BINS
         self.end = [0.0] * BINS  # observations that ended in the bin, by a hit or by their age
         self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
         self.upto = 0  # the newest second of the ring
+        self.seen = False  # whether there was any observation
 
     def advance(self, second: int) -> None:
         """Make `second` the newest: what is older than the ring ends without a hit."""
@@ -133,6 +134,7 @@ class Hazards:
         if second > each.upto:
             each.advance(second)
         each.open[second % MAX_AGE] += 1
+        each.seen = True
 
     def closed(self, c: int, at: float, now: float) -> None:
         """The run that was used at `at` is used again."""
@@ -159,6 +161,9 @@ class Hazards:
     def rebuild(self, c: int, now: float) -> None:
         """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""
         each = self._classes[c]
+        if not each.seen:
+            self.index[c] = self._pool_index
+            return
         each.advance(int(now))
         waiting, later = each.open_by_age(), 0.0
         risk = [0.0] * BINS
@@ -216,7 +221,7 @@ class Hazards:
             raise ValueError(f"not a learned state of version {STATE_VERSION}")
         hit, end = (self._table(state.get(name), name) for name in ("hit", "end"))
         for each, hits, ends in zip(self._classes, hit, end, strict=True):
-            each.hit, each.end = hits, ends
+            each.hit, each.end, each.seen = hits, ends, any(ends)
         now = max(each.upto for each in self._classes)
         for rebuild in range(2):  # the pool needs the sums, and the classes the pool
             for c, each in enumerate(self._classes):

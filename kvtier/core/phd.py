@@ -269,12 +269,11 @@ class PHD:
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again next time."""
-        index, now = self._hazards.index, self._now
-        order: list[tuple[float, float, int]] = []
-        for i, run in enumerate(runs):
-            age = int(now - run.t)
-            order.append((index[run.cls][BIN_OF[age] if age < MAX_AGE else -1], run.t, i))
-        order.sort()
+        index, now, bin_of = self._hazards.index, self._now, BIN_OF
+        order = sorted([
+            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.t, i)
+            for i, run in enumerate(runs)
+        ])  # fmt: skip
         poor: dict[Run, None] = {}
         worst = None
         for _, _, i in order:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.policy import LRU, NO_USE, PolicyFactory, Use
+from kvtier.core.policy import LRU, NO_USE, Learning, PolicyFactory, Use
+from kvtier.core.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ class BlockPool:
         self._blocks: dict[BlockKey, _Block] = {}
         self._policy = policy()
         self._changes: dict[BlockKey, bool] = {}
+        # The policy, if it is one that learns: for whoever keeps that over a restart.
+        self.learning: dict[Tier, Learning] = (
+            {Tier.VRAM: self._policy} if isinstance(self._policy, Learning) else {}
+        )
 
     def __len__(self) -> int:
         """Resident keys."""

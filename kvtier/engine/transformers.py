@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -25,6 +26,7 @@ from kvtier.engine.pool import BlockPool, Changes
 from kvtier.engine.scheduler import Scheduler
 from kvtier.engine.sequence import Deliver, Done, Event, Failed, Request, Running
 from kvtier.errors import ConfigError, Overloaded, UnknownTenant, WorkerLost
+from kvtier.stores import learned
 
 STOPPING: Final = "the worker is stopping"
 
@@ -59,8 +61,8 @@ class Engine:
 
     Args:
         loaded: The model.
-        config: Its vram_bytes, policy, save, loads, prefill_tokens, max_running, max_waiting and
-            threads are used.
+        config: Its vram_bytes, policy, learned, save, loads, prefill_tokens, max_running,
+            max_waiting and threads are used.
         make_tiers: Given the namespace and the pool's memory (uint8 [blocks, layout.nbytes] on
             the model's device, row i is block i), returns what lies under the pool. One thread,
             not the one that computes, calls it from then on and closes it at the end.
@@ -210,6 +212,9 @@ class Engine:
     def _run(self) -> None:
         if self._config.threads:
             torch.set_num_threads(self._config.threads)
+        kept, policies = Path(self._config.learned), self.pool.learning
+        if self._config.learned:
+            learned.restore(kept, policies)
         try:
             while self._await_work():
                 self._turn()
@@ -230,6 +235,8 @@ class Engine:
             finally:
                 if self._tiers is not None:
                     self._tiers.close()
+                if self._config.learned and policies:
+                    learned.write(kept, learned.pack(policies))
 
     def _await_work(self) -> bool:
         """Sleep until there is something to do; False: it is time to end."""

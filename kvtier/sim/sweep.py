@@ -39,8 +39,8 @@ def sweep(
     """Every policy of `NAMES` at every share of the footprint.
 
     With several `tiers`, whose sizes are to one another as those numbers, a share is the first
-    one's. With one tier `cache` keeps its books. The optimum's part of a tier is what the tiers down to it can find together, less what
-    those above it can.
+    one's; with one, `cache` keeps its books. The optimum's part of a tier is what the tiers down
+    to it can find together, less what those above it can.
 
     Raises:
         KeyError: There is no such policy.

@@ -8,7 +8,7 @@ import pytest
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Forget, Gone, Held, Ledger, Move, Settled, TierUsage
-from kvtier.core.policy import LRU
+from kvtier.core.policy import LRU, NO_USE, Use
 from kvtier.core.residency import LOOK
 from kvtier.core.tiers import Tier, TierSpec
 from tests.core.driver import (
@@ -532,3 +532,44 @@ def test_what_is_not_worth_loading_is_not_loaded():
     node.rest()
     assert node.ledger.read(1, prompt("abc"), 1, worth).keys == prompt("abc")[1:]
     assert len(asked) == 1, "what lies in host memory needs no load"
+
+
+class Told(LRU):
+    """Remembers how it was told of uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.touches: list[tuple[int, Use]] = []
+
+    def touch(self, path, use=NO_USE):
+        self.touches.append((len(path), use))
+        super().touch(path, use)
+
+
+def test_a_prompt_told_in_steps_is_told_on_with_its_request_and_as_a_path():
+    policy = Told()
+    host = replace(spec(Tier.HOST, 8), policy=lambda: policy)
+    node = Node(host, spec(Tier.DISK, 8, 8))
+    node.save(prompt("abcd"))
+    node.rest()
+    node.ledger.clear(HOST)
+    node.effects()
+    policy.touches.clear()
+    asked, known = Use(5.0, 7), Use(6.0, 7, 30)
+    read = node.ledger.read(1, prompt("abcd"), use=asked)
+    node.effects()
+    node.rest()
+    assert policy.touches == [], "what is loaded enters with its path, at the lease's end"
+    node.ledger.release(read.id)
+    node.ledger.commit(node.ledger.write(1, prompt("abcdef"), use=known).id)
+    assert policy.touches == [(4, asked), (4, known), (6, known)]
+
+
+def test_what_was_loaded_can_be_dropped_also_when_nobody_waited_for_it_any_more():
+    node = with_disk(4, 8)
+    lowered(node, prompt("abcd"))
+    node.ledger.release(node.ledger.read(1, prompt("abcd")).id)
+    node.effects()
+    node.rest()
+    assert node.held(prompt("abcd"))[HOST] == 4
+    assert node.save(prompt("wxyz")) == 4

@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
+from kvtier.core.phd import PHD
+from kvtier.core.policy import LRU
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.testing.world import BLOCK_NBYTES, World
 
@@ -28,13 +30,16 @@ class NodeMachine(RuleBasedStateMachine):
     """One node, its clients and its stores, as `World` models them."""
 
     @initialize(
-        lower=st.sampled_from([*LOWER]), drain_at=st.integers(0, 4), queue=st.integers(1, 3)
+        lower=st.sampled_from([*LOWER]),
+        drain_at=st.integers(0, 4),
+        queue=st.integers(1, 3),
+        policy=st.sampled_from([LRU, PHD]),
     )
-    def start(self, lower, drain_at, queue):
+    def start(self, lower, drain_at, queue, policy):
         specs = [
             TierSpec(
                 tier=tier, capacity=blocks * BLOCK_NBYTES, drain_at=drain_at * BLOCK_NBYTES,
-                queue=queue,
+                queue=queue, policy=policy,
             )
             for tier, blocks in [(Tier.HOST, 4), *LOWER[lower]]
         ]  # fmt: skip

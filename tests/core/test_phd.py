@@ -191,3 +191,15 @@ def test_observations_end_after_an_hour_without_a_hit():
     hazards.opened(0, 9000)
     hazards.rebuild(0, 90_000)  # a long silence
     assert sum(map(sum, hazards.save()["end"])) == pytest.approx(3 * 0.98)
+
+
+def test_blocks_that_came_one_by_one_are_one_run_once_a_prompt_used_them():
+    """As a tier gets them from another; what a path costs must not grow with its square."""
+    policy, keys = PHD(), prompt(1, 200)
+    for key in keys:
+        policy.touch([key])
+    policy.touch(keys, Use(5.0, 1))
+    policy.check()
+    runs = {id(policy._forest.of[key]) for key in keys}
+    assert len(runs) <= 2, "the first block may be taken for a shared prefix"
+    assert [*policy.coldest()] == keys[::-1]

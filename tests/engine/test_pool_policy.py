@@ -1,5 +1,6 @@
 """The VRAM pool under each policy: what the simulator promises is what the pool does."""
 
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -92,3 +93,21 @@ def test_the_simulator_counts_what_an_engine_finds(tiny: LoadedModel, policy: st
         engine.close()
     said = replay(workload, POLICIES[policy], capacity, cache=VramPool).hits
     assert found == said.hit_blocks * BLOCK > 0
+
+
+def test_a_restarted_engine_does_not_begin_blind(tiny: LoadedModel, tmp_path: Path) -> None:
+    now, file = [0.0], tmp_path / "learned"
+    config = small(tiny, 64, learned=str(file))
+    seen = []
+    for _ in range(2):
+        engine = Engine(tiny, config, clock=lambda: now[0])
+        try:
+            for _ in range(40):
+                now[0] += 5.0
+                ask(engine, [*range(3, 3 + 2 * BLOCK), 3], 1)
+        finally:
+            engine.close()
+        (policy,) = engine.pool.learning.values()
+        seen.append(sum(map(sum, policy.save()["hit"])))
+    assert file.exists()
+    assert seen[1] > 1.5 * seen[0] > 0

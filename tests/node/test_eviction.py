@@ -19,7 +19,7 @@ from kvtier.node.learned import LEARNED_FILE
 from kvtier.sim.evict import Hits, Prompt, Workload, replay
 from kvtier.sim.live import HostTier
 from kvtier.sim.workloads import generate
-from tests.launching import disk_toml, node_toml
+from tests.launching import disk_toml, node_toml, wait_for
 from tests.node.conftest import LAYOUT
 
 
@@ -125,6 +125,18 @@ def test_a_restart_does_not_begin_blind(tmp_path: Path) -> None:
 
 def counts_of_nothing(seen: dict[str, float]) -> bool:
     return seen == {"host": 0, "disk": 0}
+
+
+def test_what_was_learned_is_saved_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier.node.learned.SAVE_S", 0.05)
+    file = tmp_path / "disk" / LAYOUT.id / LEARNED_FILE
+    with daemon(configured(tmp_path, "phd", 40, disk_toml(tmp_path)), Clock()):
+        TierClient(f"{tmp_path}/node.sock", LAYOUT).close()
+        wait_for("the file", file.exists)
+        file.unlink()
+        wait_for("the file again", file.exists)
 
 
 @pytest.mark.parametrize(

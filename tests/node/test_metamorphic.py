@@ -20,6 +20,8 @@ from kvtier.codec import codecs
 from kvtier.core.blocks import BlockKey
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.ledger import Lease
+from kvtier.core.phd import PHD
+from kvtier.core.policy import LRU
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.node.manager import TierManager
 from kvtier.node.movers import LowerTier
@@ -89,7 +91,8 @@ def node_of(seed: int, folder: Path) -> Iterator[tuple[Callable[[], TierManager]
     wrong = draw.choice([[], [Fault.REFUSE], [Fault.UNAVAILABLE], [*Fault], [*Fault]])
     faults = Faults(seed, wrong, draw.choice([0.05, 0.2]))
     specs = [TierSpec(
-        tier=Tier.HOST, capacity=slots * BLOCK, drain_at=int(draw.random() * slots * BLOCK)
+        tier=Tier.HOST, capacity=slots * BLOCK, drain_at=int(draw.random() * slots * BLOCK),
+        policy=draw.choice([LRU, PHD]),
     )]  # fmt: skip
     lower: list[LowerTier] = []
     for kind in kinds:
@@ -105,7 +108,7 @@ def node_of(seed: int, folder: Path) -> Iterator[tuple[Callable[[], TierManager]
         store = FaultyStore(inner, faults, wait=lambda: time.sleep(0.002), pick=pick)
         specs.append(TierSpec(
             tier=kind, capacity=capacity, drain_at=int(draw.random() * capacity),
-            queue=draw.choice([4, 64]),
+            queue=draw.choice([4, 64]), policy=draw.choice([LRU, PHD]),
         ))  # fmt: skip
         codec, threads = draw.choice(LOSSLESS), draw.choice([1, 3])
         if seed % 2:
