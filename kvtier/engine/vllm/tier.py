@@ -148,7 +148,7 @@ class KvtierTier(SecondaryTierManager):
         rows = [int(row) for row in job.chunk_ids]
         self._hub.transfers.submit(
             job.job_id, storing=storing, keys=list(job.keys), rows=rows,
-            request=job.req_context.req_id,
+            request=getattr(job.req_context, "req_id", None),
         )  # fmt: skip
 
     def _result(self, outcome: Outcome) -> JobResult:
