@@ -185,6 +185,20 @@ class TestCommands:
         assert main(arguments) == 0
         assert "by_tier" not in json.loads(out.read_text())["results"][0]
 
+    def test_a_cache_may_keep_the_books_of_production(self, tmp_path: Path) -> None:
+        """To LRU it is all the same where every prompt has room."""
+        trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
+        arguments = ["trace", "generate", "chat", "--seed", "3", "--requests", "300"]
+        assert main([*arguments, "--out", str(trace)]) == 0
+        arguments = ["simulate", "evict", "--trace", str(trace), "--capacity", "0.1,0.2"]
+        arguments += ["--policy", "lru", "--json", str(out)]
+        found = {}
+        for cache in ("bare", "host", "vram"):
+            assert main([*arguments, "--cache", cache]) == 0
+            rows = json.loads(out.read_text())["results"]
+            found[cache] = [row["token_hit_ratio"] for row in rows]
+        assert found["bare"] == found["host"] == found["vram"]
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
@@ -194,6 +208,7 @@ class TestCommands:
             (["--tiers", "1:0"], "--tiers '1:0': must be 1 to 3 numbers above 0"),
             (["--tiers", "1:2:3:4"], "--tiers '1:2:3:4'"),
             (["--tiers", "1:x"], "--tiers '1:x'"),
+            (["--tiers", "1:4", "--cache", "host"], "--cache host is one tier alone"),
             (["--block-size", "0"], "--block-size 0: must be 1 to 1048576"),
             (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
             (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: No such file"),
