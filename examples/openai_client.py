@@ -1,10 +1,14 @@
-"""Any OpenAI client talks to a kvtier router: `python openai_client.py http://HOST:8000/v1`."""
+"""Any OpenAI client (`pip install openai`) talks to a kvtier router.
+
+`python openai_client.py http://HOST:8000/v1`
+"""
 
 import sys
 
 import openai
 
-client = openai.OpenAI(base_url=sys.argv[1], api_key="none")
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1"
+client = openai.OpenAI(base_url=url, api_key="none")
 model = client.models.list().data[0].id
 question = {"role": "user", "content": "When is the lamp lit?"}
 

@@ -34,7 +34,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _cluster(options: argparse.Namespace) -> int:
     from kvtier.cluster.settings import ClusterSettings
 
-    if options.action == "up" and options.local:
+    on_loopback = options.ray.startswith(("127.", "localhost:", "[::1]:"))  # made by --local
+    if on_loopback or (options.action == "up" and options.local):
         from kvtier.cluster import local
 
         local.prepare_environment()  # before anything imports ray
@@ -50,13 +51,12 @@ def _cluster(options: argparse.Namespace) -> int:
     )
     config = configuration.load(options.config)
     if options.local:
-        print("up until interrupted (Ctrl-C)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+        print("starting; up until interrupted (Ctrl-C)", flush=True)
         return local.up(
             config,
             nodes=options.local,
             say=print,
-            wait=signal.pause,
+            wait=_until_interrupted,
             routers=options.router,
             settings=settings,
         )
@@ -67,3 +67,9 @@ def _cluster(options: argparse.Namespace) -> int:
         settings=settings,
         ray_address=options.ray,
     )
+
+
+def _until_interrupted() -> None:
+    # Only now: Ray, which has started meanwhile, takes SIGTERM for itself.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    signal.pause()

@@ -151,11 +151,11 @@ def _larger(tier: "TierSize") -> "TierSize":
 
 def _workload(options: argparse.Namespace) -> "Workload | None":
     from kvtier.sim.evict import Workload
-    from kvtier.sim.trace import read_trace
+    from kvtier.sim.trace import load_trace
     from kvtier.sim.workloads import generate
 
     if options.trace:
-        return Workload(read_trace(options.trace, options.block_tokens), f"trace {options.trace}")
+        return Workload(load_trace(options.trace, options.block_tokens), f"trace {options.trace}")
     if not options.workload:
         return None
     kind, _, count = options.workload.partition(":")

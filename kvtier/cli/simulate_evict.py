@@ -55,7 +55,7 @@ def _evict(options: argparse.Namespace) -> int:
     from kvtier.sim import sweep
     from kvtier.sim.evict import Workload
     from kvtier.sim.live import CACHES
-    from kvtier.sim.trace import read_trace
+    from kvtier.sim.trace import load_trace
 
     capacities, tiers = _shares(options.capacity), _tiers(options.tiers)
     if len(tiers) > 1 and options.cache != "bare":
@@ -68,7 +68,7 @@ def _evict(options: argparse.Namespace) -> int:
     size = options.block_size
     if size is not None and not 1 <= size <= 2**20:
         raise ConfigError(f"--block-size {size}: must be 1 to {2**20}")
-    workload = Workload(read_trace(options.trace, size), options.trace.name)
+    workload = Workload(load_trace(options.trace, size), options.trace.name)
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:
         task = bar.add_task("replaying", total=total)

@@ -37,6 +37,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = "replay a trace through a router: seconds to the first token, by policy"
     command = actions.add_parser("route", help=text, description=text)
     command.add_argument("--trace", required=True, metavar="FILE", help="in Mooncake's format")
+    command.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="where the trace names none; default 512"
+    )
     command.add_argument("--nodes", default="8", metavar="N,N", help="sizes of the cluster")
     command.add_argument(
         "--utilization", default="0.7", metavar="U,U",
@@ -63,19 +66,21 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _route(options: argparse.Namespace) -> int:
     from kvtier.sim.route import compare
     from kvtier.sim.route_cluster import Setup
-    from kvtier.sim.trace import read_trace
+    from kvtier.sim.trace import load_trace
 
     values = {name: _limited(options, name) for name in _OPTIONS}
     setup = Setup(**values)  # type: ignore[arg-type]  # each has the type of its default
     if not 1 <= options.seeds <= 1000:
         raise ConfigError(f"--seeds is {options.seeds}, must be 1 to 1000")
+    if options.block_size is not None and not 1 <= options.block_size <= 2**20:
+        raise ConfigError(f"--block-size is {options.block_size}, must be 1 to {2**20}")
     nodes = [int(n) for n in _numbers("--nodes", options.nodes, 1, 4096, whole=True)]
     if setup.lose_at < 1 and min(nodes) < 2:
         raise ConfigError("--lose-at: one node can't be lost of one")
     utilizations = _numbers("--utilization", options.utilization, 0.001, 10)
     names = [name.strip() for name in options.policy.split(",")]
     results = compare(
-        list(read_trace(options.trace)), names, nodes, utilizations, setup,
+        load_trace(options.trace, options.block_size), names, nodes, utilizations, setup,
         range(1, options.seeds + 1),
     )  # fmt: skip
     _table(results)

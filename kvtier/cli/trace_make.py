@@ -45,11 +45,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from kvtier.sim.evict import Hits, Workload
-    from kvtier.sim.trace import read_trace
+    from kvtier.sim.trace import load_trace
 
     if options.block_size is not None and not 1 <= options.block_size <= 2**20:
         raise ConfigError(f"--block-size {options.block_size}: must be 1 to {2**20}")
-    workload = Workload(read_trace(options.trace, options.block_size), options.trace.name)
+    workload = Workload(load_trace(options.trace, options.block_size), options.trace.name)
     prompts, seen, hits = workload.prompts, set[bytes](), Hits()
     for prompt in prompts:
         known = next((i for i, key in enumerate(prompt.keys) if key not in seen), len(prompt.keys))

@@ -70,6 +70,11 @@ class Ledger(Residency):
         """The lease as it is now."""
         return self._leases[lease_id]
 
+    def has_slot(self, key: BlockKey) -> bool:
+        """Whether `key` lies in the host tier, or is on its way there."""
+        block = self._blocks.get(key)
+        return block is not None and block.slot is not None
+
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)

@@ -65,7 +65,7 @@ class PHD:
 
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
-        keys = path if isinstance(path, list) else [*path]
+        keys = [*dict.fromkeys(path)]
         if use.now > self._now:
             self._now = use.now
         self._victim = None
@@ -146,6 +146,7 @@ class PHD:
             and above.cls == run.cls
             and above.children == 1
             and above.request == request
+            and self._forest.parent(run) is above
         ):
             return self._forest.merge(above, run)
         run.open = True

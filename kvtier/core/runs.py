@@ -110,7 +110,9 @@ class Forest:
         while i < end and (run := self.of.get(path[i])) is not None:
             if run.blocks[0] != path[i]:
                 self.split(run, run.blocks.index(path[i]))
-            if above is not None and run.parent is not above and self.parent(run) is not above:
+            moves = above is not None and run.parent is not above and self.parent(run) is not above
+            # A path may come backwards, as that of a sliding window: no run is below itself.
+            if moves and above is not None and not self._lies_on(run, above):
                 self._move(run, above)
             length = len(run.blocks)
             if path[i : i + length] != run.blocks:
@@ -141,6 +143,13 @@ class Forest:
                 if not above.children:
                     self._leaf(above)
         return run
+
+    def _lies_on(self, run: Run, below: Run) -> bool:
+        """Whether `run` is `below`, or above it."""
+        each: Run | None = below
+        while each is not None and each is not run:
+            each = self.parent(each)
+        return each is run
 
     def _move(self, run: Run, above: Run) -> None:
         before = self.parent(run)

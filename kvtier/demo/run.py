@@ -69,6 +69,7 @@ def main(options: Options) -> int:
         stack.callback(stop, progress)
         progress("Ray places a daemon and a worker on each node; the workers load the model")
         records = asyncio.run(play(settings, router, text, talks, console, status.stop))
+    console.print("computing every answer again, without kvtier, to compare (takes a while)")
     with console.status("computing every answer again, without kvtier") as status:
         identity.check(
             model,

@@ -183,7 +183,9 @@ class EngineTier:
                 return None
             self._attaching, self._began = _beside(self._attach), now
         try:
-            self._client, self._arena = self._attaching.result(ATTACH_S)
+            self._client, self._arena = self._attaching.result(
+                max(0.0, self._began + ATTACH_S - self._clock())
+            )
         except TimeoutError:
             if not self._attaching.done():
                 return None

@@ -78,7 +78,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             )
         if not request.stay:
             self._daemon.draining = True
-        left = [await each.drain(deadline_s) for each in self._daemon.layouts.values()]
+        left = [await each.drain(deadline_s) for each in [*self._daemon.layouts.values()]]
         return node_pb2.NodeDrainResponse(undrained_blocks=sum(left))
 
 

@@ -80,17 +80,32 @@ class NodeDaemon:
         async with self._opening:
             if manager := self.layouts.get(layout.id):
                 return manager
-            share = self._config.node.max_layouts
-            if len(self.layouts) >= share:
-                await self._make_room(layout)
-            manager = await self._open(layout, share)
-            self.layouts[layout.id] = manager
-            return manager
+            # An engine that leaves meanwhile must not cut this off: its threads would go on, and
+            # what they open (the arena's memory, the folder's lock) would be nobody's.
+            opening = asyncio.create_task(self._open_new(layout))
+            try:
+                return await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                await asyncio.wait([opening])  # the next one waits, too
+                if not opening.cancelled() and (error := opening.exception()):
+                    log.warning("layout %s: %s", layout.id, error)
+                raise
+
+    async def _open_new(self, layout: BlockLayout) -> TierManager:
+        share = self._config.node.max_layouts
+        if len(self.layouts) >= share:
+            await self._make_room(layout)
+        manager = await self._open(layout, share)
+        self.layouts[layout.id] = manager
+        return manager
 
     async def _make_room(self, layout: BlockLayout) -> None:
         """A layout that was only found on disk gives way to one that is asked for."""
         for name, manager in list(self.layouts.items()):
             if not self.local.attached(manager):
+                await manager.drain(DRAIN_S)
+                if self.local.attached(manager):  # its engine has come back
+                    continue
                 del self.layouts[name]
                 self._announce([(tier, key, False) for key, tier in manager.held()])
                 await self._close(manager)
@@ -118,14 +133,16 @@ class NodeDaemon:
                 policy=POLICIES[host.policy],
             )
         ]
-        lower: list[LowerTier] = []
+        opened: list[tuple[TierSpec, LowerTier]] = []
         try:
-            for spec, tier in await asyncio.to_thread(self._lower_tiers, layout, share):
-                specs.append(spec)
-                lower.append(tier)
+            await asyncio.to_thread(self._lower_tiers, layout, share, opened)
         except BaseException:
             arena.close()
+            for _, tier in opened:
+                tier.store.close()
             raise
+        specs += [spec for spec, _ in opened]
+        lower = [tier for _, tier in opened]
         manager = TierManager(layout, arena, specs, lower, self._announce, self._clock)
         if disk := self._config.disk:
             path = Path(disk.path) / layout.id / LEARNED_FILE
@@ -135,8 +152,10 @@ class NodeDaemon:
         log.info("layout %s: %d blocks of %d bytes in host memory", layout.id, slots, layout.nbytes)
         return manager
 
-    def _lower_tiers(self, layout: BlockLayout, share: int) -> list[tuple[TierSpec, LowerTier]]:
-        tiers: list[tuple[TierSpec, LowerTier]] = []
+    def _lower_tiers(
+        self, layout: BlockLayout, share: int, tiers: list[tuple[TierSpec, LowerTier]]
+    ) -> None:
+        """Open them one by one into `tiers`, which has those that were, whatever fails."""
         if disk := self._config.disk:
             capacity = disk.bytes // share
             path = Path(disk.path) / layout.id
@@ -152,7 +171,11 @@ class NodeDaemon:
             if usable < most:
                 store.close()
                 raise ConfigError(f"disk.bytes is {capacity}: one block of {most} does not fit")
-            (path / LAYOUT_FILE).write_text(layout.describe())
+            try:
+                (path / LAYOUT_FILE).write_text(layout.describe())
+            except OSError as error:
+                store.close()
+                raise ConfigError(f"disk.path {path}: {error.strerror}") from None
             spec = TierSpec(
                 tier=Tier.DISK,
                 capacity=usable,
@@ -174,7 +197,6 @@ class NodeDaemon:
                 Tier.SHARED, layout, shared, redis.codec, redis.threads, redis.retry_s
             )
             tiers.append((spec, lower))
-        return tiers
 
     def counters(self) -> Mapping[str, float]:
         """Every counter of this process by its name."""
@@ -201,11 +223,11 @@ class NodeDaemon:
     async def close(self, drain_s: float) -> None:
         """Copy down what can be saved, then hang up and close everything."""
         self.draining = True
-        for manager in self.layouts.values():
+        for manager in [*self.layouts.values()]:
             if left := await manager.drain(drain_s):
                 log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
         await self.local.close()
-        for manager in self.layouts.values():
+        for manager in [*self.layouts.values()]:
             await self._close(manager)
 
     async def _close(self, manager: TierManager) -> None:

@@ -75,6 +75,7 @@ class TierManager:
         self._loop = asyncio.get_running_loop()
         self._clock = clock or self._loop.time
         self._closed = False
+        self._drains = 0  # under way: the last to end ends the draining
         self._carrying = False
         self._at_rest = asyncio.Event()  # set when the last move under way has ended
 
@@ -159,13 +160,16 @@ class TierManager:
         Ends before it where nothing more can be copied: the tiers below are full, or away.
         """
         self._at_rest.clear()
+        self._drains += 1
         self._ledger.drain_all(on=True)
         self._carry_out()
         if self._ledger.moves:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
                     await self._at_rest.wait()
-        self._ledger.drain_all(on=False)
+        self._drains -= 1
+        if not self._drains:
+            self._ledger.drain_all(on=False)
         return self._ledger.undrained()
 
     def held(self) -> Iterator[tuple[BlockKey, Tier]]:
@@ -308,7 +312,8 @@ class TierManager:
                 case Held(key, tier):
                     changes.append((self.specs[tier].tier, key, True))
                 case Gone(key, tier):
-                    if tier == HOST:
+                    # Written again since then: what is known now is of the new copy.
+                    if tier == HOST and not self._ledger.has_slot(key):
                         self._lineage.gone(key)
                     changes.append((self.specs[tier].tier, key, False))
         for tier, keys in forgotten.items():

@@ -204,7 +204,7 @@ class Movers:
         source = self._tiers[batch[0].source - 1]
         moved: list[Moved] = []
         for move, raw in zip(batch, self._read(batch), strict=True):
-            ok = False
+            ok = corrupt = False
             if raw is not None:
                 assert move.slot is not None
                 try:
@@ -215,9 +215,10 @@ class Movers:
                     else:
                         metrics.INEXACT_FRAMES.labels(source.tier.label).inc()
                 except CorruptFrame:
-                    # The ledger hears "not ok" and has the copy deleted.
+                    # A shared copy as well: it would be found, and count as held, for ever.
+                    corrupt = True
                     metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
-            moved.append(Moved(move, ok, self._layout.nbytes if ok else 0))
+            moved.append(Moved(move, ok, self._layout.nbytes if ok else 0, source_lost=corrupt))
         return moved
 
     def _read(self, batch: list[Move]) -> list[bytes | memoryview | None]:

@@ -24,6 +24,8 @@ from kvtier.wire.local import Op, Value
 HELLO_S: Final = 5.0  # an engine must have said hello by then
 MAX_WAIT_S: Final = 60.0
 MAX_COST: Final = 10**12  # of computing a block, in us or ns
+MAX_UNREAD: Final = 4 << 20  # bytes of answers that an engine leaves unread
+MAX_LEASES: Final = 4096  # of one engine at once
 LINGER_S: Final = 1.0  # for a refused engine to read why
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
@@ -125,6 +127,8 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
 
     def _reply(self, *values: Value) -> None:
+        if self._transport.get_write_buffer_size() > MAX_UNREAD:
+            raise RemoteProtocolError(f"over {MAX_UNREAD} bytes of answers that were not read")
         self._transport.write(local.encode(True, *values))
 
     def _handle(self, op: Op, arguments: list[Value]) -> None:
@@ -195,6 +199,7 @@ class Connection(asyncio.Protocol):
             raise RemoteProtocolError(
                 f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
             )
+        self._room_for_lease()
         compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
         use = _use(request, output)
         reading = Reading(self._client, keys, first, wanted, wait_s, compute, use)
@@ -213,6 +218,10 @@ class Connection(asyncio.Protocol):
         else:
             self._later(later(result))
 
+    def _room_for_lease(self) -> None:
+        if len(self._leases) + len(self._writes) >= MAX_LEASES:
+            raise RemoteProtocolError(f"{MAX_LEASES} leases not ended, which is the limit")
+
     def _reply_read(self, lease: Lease) -> None:
         self._leases.add(lease.id)
         slots = local.pack_numbers(lease.slots)
@@ -224,6 +233,7 @@ class Connection(asyncio.Protocol):
     def _write(self, manager: TierManager, keys: list[BlockKey], first: int, use: Use) -> None:
         if not 0 <= first <= len(keys):
             raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
+        self._room_for_lease()
         lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
         self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))

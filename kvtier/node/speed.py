@@ -4,6 +4,7 @@ from typing import Final
 
 FORGET_S: Final = 30.0  # then a tier is tried again before it is judged
 _DECAY: Final = 0.8
+_STRETCH_S: Final = 1.0  # of being busy without a pause, as one
 
 
 class Speed:
@@ -30,11 +31,12 @@ class Speed:
         """A load has ended."""
         self._under_way -= 1
         self._loaded += ok
-        if self._under_way or not self._loaded:
+        if (self._under_way and now - self._since < _STRETCH_S) or not self._loaded:
             return
         self._blocks = self._blocks * _DECAY + self._loaded
         self._seconds = self._seconds * _DECAY + (now - self._since)
         self._at = now
+        self._since, self._loaded = now, 0
 
     def seconds_a_block(self, now: float) -> float:
         """Of late; 0 where nothing was measured in the last FORGET_S."""

@@ -227,8 +227,9 @@ def _keyed(model: str, asked: router_pb2.BlockKeys, links: list[Link]) -> tuple[
             f"prompt.block_tokens is {asked.block_tokens}, but the workers of {model!r} have "
             f"{some([str(size) for size in sorted(sizes)])}"
         )
-    starts = range(0, len(asked.keys), KEY_NBYTES)
-    given = [BlockKey(asked.keys[start : start + KEY_NBYTES]) for start in starts]
+    packed = asked.keys  # once: each look at it is a copy
+    starts = range(0, len(packed), KEY_NBYTES)
+    given = [BlockKey(packed[start : start + KEY_NBYTES]) for start in starts]
     return KeyedPrompt(model, range(tokens), given=given), found
 
 

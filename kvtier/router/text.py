@@ -243,7 +243,7 @@ def check_chat(messages: Sequence[Message]) -> None:
 def _config(files: Mapping[str, bytes]) -> dict[str, object]:
     try:
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"the worker's tokenizer_config.json: {error}") from None
     if not isinstance(config, dict):
         raise RemoteProtocolError("the worker's tokenizer_config.json is no table")
@@ -276,7 +276,7 @@ def _template(
     environment.globals["strftime_now"] = lambda form: now().strftime(form)
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, MemoryError) as error:
         raise RemoteProtocolError(f"the worker's chat template: {error}") from None
 
 

@@ -7,7 +7,8 @@ JSON, one object a line, of which these fields are read:
     input_length   tokens of the prompt
     output_length  tokens generated; absent: 0
     hash_ids       one integer a block of the prompt; equal ids mean equal prompts up to there
-    block_size     tokens a block; absent: as in the line above, at first 512
+    block_size     tokens a block; absent: as in the line above, at first 512, or, where a line
+                   has more blocks than 512 allow, the power of two that its lengths speak of
 
 A line with a `block_size` and nothing else that is known here is a heading: it says the size for
 the lines that follow. Only full blocks can be cached: the partly filled last one never is.
@@ -51,14 +52,14 @@ class Request(NamedTuple):
 def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Request]:
     """The requests of a trace file, one by one; `.gz` is unpacked on the way.
 
-    `block_tokens` is the size of a block where the trace names none. A time that lies before
-    that of the line above counts as that time.
+    `block_tokens` is the size of a block where the trace names none. See `load_trace` for
+    requests in the order of their times.
 
     Raises:
         ConfigError: The file cannot be read, or a line breaks the format: names file, line, field.
     """
-    size, last = block_tokens or BLOCK_TOKENS, 0.0
-    number, first = 0, True
+    size, known = block_tokens or BLOCK_TOKENS, block_tokens is not None
+    number = 0
     with _opened(Path(path)) as file:
         while line := file.readline(_MAX_LINE + 1):
             number += 1
@@ -69,13 +70,28 @@ def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Re
                 continue
             fields = _object(line, where)
             if "block_size" in fields:
-                size = _integer(fields, "block_size", where, 1, _MAX_BLOCK)
+                size, known = _integer(fields, "block_size", where, 1, _MAX_BLOCK), True
                 if "hash_ids" not in fields and "input_length" not in fields:
                     continue
+            if not known and (guessed := _guessed_size(fields, size)):
+                size, known = guessed, True
             request = _request(fields, where, size)
-            last = request.at_s if first else max(last, request.at_s)
-            first = False
-            yield request._replace(at_s=last)
+            known = known or len(request.blocks) > 1  # it fits: later lines are held to it
+            yield request
+
+
+def load_trace(path: str | Path, block_tokens: int | None = None) -> list[Request]:
+    """All requests of a trace file, those that came earlier first; see `read_trace`."""
+    return sorted(read_trace(path, block_tokens), key=lambda request: request.at_s)
+
+
+def _guessed_size(fields: dict[str, object], size: int) -> int | None:
+    """The block size that a line's lengths speak of, where `size` can't be it."""
+    tokens, ids = fields.get("input_length"), fields.get("hash_ids")
+    if type(tokens) is not int or not isinstance(ids, list) or len(ids) <= -(-tokens // size):
+        return None
+    powers = [1 << n for n in range(size.bit_length())]
+    return next((p for p in reversed(powers) if len(ids) in (tokens // p, -(-tokens // p))), None)
 
 
 def write_trace(path: str | Path, requests: Iterable[Request]) -> int:
@@ -136,6 +152,7 @@ def _request(fields: dict[str, object], where: str, size: int) -> Request:
     ids = fields.get("hash_ids")
     if not isinstance(ids, list):
         raise ConfigError(f"{where}: hash_ids is {ids!r:.60}, must be a list of integers")
+    ids = [int(x) if isinstance(x, float) and x.is_integer() else x for x in ids]
     if not all(type(each) is int for each in ids):
         wrong = next(each for each in ids if type(each) is not int)
         raise ConfigError(f"{where}: hash_ids holds {wrong!r:.60}, must be a list of integers")
@@ -156,7 +173,10 @@ def _integer(
     high: int,
     default: int | None = None,
 ) -> int:
-    value = fields.get(name, default)
+    value = fields.get(name)
+    value = default if value is None else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if type(value) is not int or not low <= value <= high:
         raise ConfigError(
             f"{where}: {name} is {value!r:.60}, must be an integer of {low} to {high}"

@@ -203,3 +203,30 @@ def test_blocks_that_came_one_by_one_are_one_run_once_a_prompt_used_them():
     runs = {id(policy._forest.of[key]) for key in keys}
     assert len(runs) <= 2, "the first block may be taken for a shared prefix"
     assert [*policy.coldest()] == keys[::-1]
+
+
+def test_paths_in_any_order_and_with_repeats_never_tangle_it() -> None:
+    """A sliding window is asked for from its end, and a caller may name a block twice."""
+    keys = [BlockKey(bytes([n]) * 16) for n in range(9)]
+    for seed in range(60):
+        rng, policy, now, request = Random(seed), PHD(), 0.0, 0
+        for _ in range(120):
+            now += rng.random() * 9
+            draw = rng.random()
+            if draw < 0.6:
+                path = [rng.choice(keys) for _ in range(rng.randint(1, 6))]
+                if rng.random() < 0.3:
+                    path.sort(reverse=rng.random() < 0.5)
+                request += rng.random() < 0.7
+                policy.touch(path, Use(now, request if rng.random() < 0.8 else None))
+            elif draw < 0.8:
+                policy.remove(rng.choice(keys))
+            else:
+                order = [*policy.coldest()]
+                assert len(order) == len({*order}) == len(policy)
+                if order:
+                    policy.remove(order[0])
+        for key in keys:
+            policy.remove(key)
+        assert len(policy) == 0
+        assert [*policy.coldest()] == []

@@ -1,21 +1,26 @@
 """The way to a vLLM server over HTTP, against a server that speaks as vLLM 0.32 does."""
 
 import asyncio
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import grpc
 import pytest
 from aiohttp import web
 
+from kvtier.config import Config, WorkerConfig
 from kvtier.core.tiers import Tier
 from kvtier.engine.sequence import Done, FinishReason, Request, Started, Tokens
+from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import Announced, read_announced, write_announced
 from kvtier.engine.vllm.gateway import Served
 from kvtier.engine.vllm.http import Http
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 
 SERVED = Served(
     model="m", revision="r", block_tokens=16, max_tokens=100, vocab_size=1000,
@@ -129,6 +134,53 @@ async def test_an_answer_that_makes_no_sense_is_a_lost_worker(server, http, line
     server.lines.insert(1, line)
     with pytest.raises(WorkerLost):
         await ask(http)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [chunk([7])],  # cut off
+        [chunk([7]), chunk([], "abort")],
+        [{"choices": [{"text": "hi", "finish_reason": "stop"}]}],  # tells no token ids
+    ],
+)
+async def test_an_answer_without_its_end_is_never_passed_on_as_whole(server, http, messages):
+    server.say(*messages)
+    with pytest.raises(WorkerLost, match="no end"):
+        await ask(http)
+
+
+async def test_many_answers_under_way_do_not_make_the_engine_look_dead(server, http):
+    server.say(chunk([7]))
+    server.hold = True
+    answers = [http.answer(Request(token_ids=[1], max_tokens=5)) for _ in range(120)]
+    for answer in answers:
+        await anext(answer)
+    assert await http.alive()
+    for answer in answers:
+        await answer.aclose()
+
+
+async def test_a_gateway_whose_engine_is_dead_wants_no_requests():
+    class Dead:
+        served = dataclasses.replace(SERVED, model="tiny")
+
+        async def alive(self) -> bool:
+            return False
+
+        async def close(self) -> None: ...
+
+    stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+    config = Config(worker=WorkerConfig(listen="127.0.0.1:0", node="dead"))
+    serving = asyncio.create_task(
+        gateway.serve(config, Dead(), started=address.set_result, stop=stop)
+    )
+    async with grpc.aio.insecure_channel(await address) as channel, asyncio.timeout(60):
+        async for message in feed_pb2_grpc.FeedStub(channel).Watch(feed_pb2.WatchRequest()):
+            if message.HasField("heartbeat") and message.heartbeat.draining:
+                break
+    stop.set()
+    await serving
 
 
 async def test_a_dead_server_is_a_lost_worker(server, http):

@@ -254,13 +254,14 @@ class Storm:
 
 
 def flip_file(path: Path, rng: random.Random) -> None:
-    """Invert one byte of a file, unless it goes away meanwhile."""
+    """Invert one byte in each block's length of a file, unless it goes away meanwhile."""
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-        at = rng.randrange(max(1, path.stat().st_size))
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes(255 - each for each in byte))
+        for start in range(0, path.stat().st_size, LAYOUT.nbytes):
+            at = start + rng.randrange(LAYOUT.nbytes)
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes(255 - each for each in byte))
 
 
 @contextmanager

@@ -244,6 +244,7 @@ async def test_a_bad_request_is_told_in_openais_shape(
     [
         (b"{", 400),
         (b'{"prompt": "\\uD800"}', 400),
+        (b'{"prompt": "\xed\xa0\x80"}', 400),
         (b'{"prompt": 1' + b"0" * 5000 + b"}", 400),
         (b"[]", 400),
         (b"\xff", 400),
@@ -257,6 +258,36 @@ async def test_a_body_that_is_no_request_is_refused(engines, fronts, body, statu
         answer = await raw.post("/v1/completions", content=content)
         assert answer.status_code == status
         assert answer.json()["error"]["message"].startswith("body")
+
+
+@pytest.mark.parametrize("told", ["9" * 5000, "9" * 30, "0", "x", "60000"])
+async def test_a_proxys_time_limit_is_read_with_care(engines, fronts, told):
+    _, raw = await fronts(await engines(StubWorker("a")))
+    headers = {"x-envoy-expected-rq-timeout-ms": told}
+    answer = await raw.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert answer.status_code == 200
+
+
+async def test_a_tenant_that_is_told_twice_is_refused(engines, fronts):
+    _, raw = await fronts(await engines(StubWorker("a")))
+    headers = [("x-kvtier-tenant", "red"), ("x-kvtier-tenant", "blue")]
+    answer = await raw.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert answer.status_code == 400
+    assert "a proxy must overwrite it" in answer.json()["error"]["message"]
+
+
+async def test_a_body_that_does_not_come_ends_at_the_deadline(engines, fronts):
+    _, raw = await fronts(await engines(StubWorker("a")))
+    reader, writer = await asyncio.open_connection(raw.base_url.host, raw.base_url.port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+        b"x-envoy-expected-rq-timeout-ms: 300\r\n\r\n{"
+    )
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await reader.readuntil(b"within 0.3 s")
+    assert answer.startswith(b"HTTP/1.1 504")
+    writer.close()
+    await writer.wait_closed()
 
 
 async def _pieces(body: bytes):

@@ -107,7 +107,10 @@ def test_what_a_template_refuses_is_the_callers_fault(template):
         {"tokenizer.json": b"\xff\x00"},
         {"tokenizer_config.json": b"["},
         {"tokenizer_config.json": b"[]"},
+        {"tokenizer_config.json": b"[" * 100_000},
         {"chat_template.jinja": b"{% if %}"},
+        {"chat_template.jinja": b"{% break %}"},
+        {"chat_template.jinja": b"{% for x in y %}" * 30 + b"{% endfor %}" * 30},
     ],
 )
 def test_broken_files_are_the_workers_fault(broken):

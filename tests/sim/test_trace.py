@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.sim.trace import Request, read_trace, write_trace
+from kvtier.sim.trace import Request, load_trace, read_trace, write_trace
 
 LINE = {"timestamp": 3052, "input_length": 1100, "output_length": 7, "hash_ids": [4, 9, 10]}
 
@@ -44,14 +44,32 @@ def test_the_block_size_may_stand_in_a_heading_or_in_a_line(tmp_path: Path, head
 def test_the_block_size_may_be_given_for_a_trace_without_one(tmp_path: Path) -> None:
     path = trace_of(tmp_path, {"timestamp": 0, "input_length": 40, "hash_ids": [1, 2, 3]})
     assert next(read_trace(path, block_tokens=16)).full_blocks == (1, 2)
+    with pytest.raises(ConfigError, match="40 tokens are at most 2 blocks of 32"):
+        next(read_trace(path, block_tokens=32))
+
+
+def test_the_block_size_is_guessed_where_512_can_not_be(tmp_path: Path) -> None:
+    lines = [
+        {"timestamp": 0, "input_length": 40, "hash_ids": [1, 2, 3]},
+        {"timestamp": 1, "input_length": 64, "hash_ids": [1, 2, 4, 5]},
+    ]
+    first, second = read_trace(trace_of(tmp_path, *lines))
+    assert (first.full_blocks, second.full_blocks) == ((1, 2), (1, 2, 4, 5))
+    odd = {"timestamp": 0, "input_length": 40, "hash_ids": [*range(100)]}
     with pytest.raises(ConfigError, match="40 tokens are at most 1 blocks of 512"):
-        next(read_trace(path))
+        next(read_trace(trace_of(tmp_path, odd)))
 
 
-def test_time_does_not_run_backwards(tmp_path: Path) -> None:
-    lines = ({**LINE, "timestamp": at} for at in (-5000, 2000, 1000, 3000))
-    times = [request.at_s for request in read_trace(trace_of(tmp_path, *lines))]
-    assert times == [-5.0, 2.0, 2.0, 3.0]
+def test_a_trace_is_put_in_the_order_of_its_times(tmp_path: Path) -> None:
+    lines = ({**LINE, "timestamp": at} for at in (9000, -5000, 2000, 1000, 3000))
+    path = trace_of(tmp_path, *lines)
+    assert [each.at_s for each in read_trace(path)] == [9.0, -5.0, 2.0, 1.0, 3.0]
+    assert [each.at_s for each in load_trace(path)] == [-5.0, 1.0, 2.0, 3.0, 9.0]
+
+
+def test_whole_numbers_with_a_point_and_nulls_are_read(tmp_path: Path) -> None:
+    line = {"timestamp": 1.5, "input_length": 1100.0, "output_length": None, "hash_ids": [1.0, 2]}
+    assert [*read_trace(trace_of(tmp_path, line))] == [Request(0.0015, 1100, 0, (1, 2), 512)]
 
 
 @pytest.mark.parametrize(

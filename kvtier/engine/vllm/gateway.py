@@ -94,6 +94,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.draining = False
+        self.alive = True  # the engine, as last seen
         self.running: set[object] = set()
         self.rested = asyncio.Event()  # while nothing runs
         self.rested.set()
@@ -204,7 +205,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:
         return feed_pb2.Heartbeat(
-            draining=self.draining,
+            draining=self.draining or not self.alive,  # routers take it last
             load=feed_pb2.WorkerLoad(
                 running=len(self.running),
                 waiting_tokens=self._waiting_tokens,
@@ -234,7 +235,7 @@ async def serve(
     try:
         address = await server.start()
         log.info("worker %s serves %s at %s", servicer.worker_id, served.model, address)
-        tasks.append(asyncio.ensure_future(_watch(backend, server, subscriber)))
+        tasks.append(asyncio.ensure_future(_watch(backend, server, servicer, subscriber)))
         started(address)
         tasks.append(asyncio.ensure_future(_told(stop)))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -248,13 +249,15 @@ async def _told(stop: asyncio.Event) -> None:
     await stop.wait()
 
 
-async def _watch(backend: Backend, server: Server, subscriber: Subscriber | None) -> None:
+async def _watch(
+    backend: Backend, server: Server, servicer: GatewayServicer, subscriber: Subscriber | None
+) -> None:
     """Say whether the engine lives; a dead one holds nothing."""
     healthy = None
     while True:
         alive = await backend.alive()
         if alive is not healthy:
-            healthy = alive
+            healthy = servicer.alive = alive
             await server.healthy(alive)
             if not alive and subscriber is not None:
                 subscriber.forget()

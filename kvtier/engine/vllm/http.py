@@ -31,7 +31,7 @@ class Http:
         self.served = served
         self._session = aiohttp.ClientSession(
             url, timeout=aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S),
-            read_bufsize=MAX_LINE,
+            connector=aiohttp.TCPConnector(limit=0), read_bufsize=MAX_LINE,
         )  # fmt: skip
 
     async def answer(self, request: Request) -> Answer:
@@ -44,7 +44,8 @@ class Http:
         }  # fmt: skip
         if request.temperature:
             body["seed"] = request.seed % 2**63
-        begun, told, reason = time.monotonic(), 0, FinishReason.LENGTH
+        begun, told, spoke = time.monotonic(), 0, False
+        reason: FinishReason | None = None
         try:
             async with self._session.post("/v1/completions", json=body) as response:
                 if response.status != 200:
@@ -53,15 +54,18 @@ class Http:
                     choices = message.get("choices")
                     for choice in choices if isinstance(choices, list) else ():
                         ids = tuple(choice.get("token_ids") or ())
+                        spoke = spoke or bool(choice.get("text"))
                         if not told and ids:
                             yield _started(len(request.token_ids), message.get("usage"), begun)
                         if ids:
                             told += len(ids)
                             yield Tokens(ids)
-                        if choice.get("finish_reason") == "stop":
-                            reason = FinishReason.STOP
+                        if choice.get("finish_reason") in tuple(FinishReason):
+                            reason = FinishReason(choice["finish_reason"])
         except _GONE as error:
             raise WorkerLost(f"vLLM gives no answer: {error}") from None
+        if reason is None or (spoke and not told):  # aborted, cut off, or it tells no token ids
+            raise WorkerLost(f"vLLM's answer has no end after {told} tokens")
         yield Done(finish_reason=reason, completion_tokens=told, saved_tokens=0)
 
     async def clear(self) -> None:

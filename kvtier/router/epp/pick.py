@@ -113,11 +113,13 @@ def _parse(path: str, body: bytes) -> tuple[str, router_pb2.Prompt | None]:
     if not body:
         return "", None
     try:
-        return prompt_of(json.loads(body))
+        model, prompt = prompt_of(json.loads(body))
+        model.encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         if path.partition("?")[0] in _KNOWN:
             raise BadRequest(f"body: not JSON: {error}") from None
         return "", None
+    return model, prompt
 
 
 def _by_length(model: str, body: bytes, adapter: str = "") -> Prompt:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kvtier.errors import RequestError, UnknownModel
+from kvtier.errors import DeadlinePassed, Overloaded, RequestError, UnknownModel
 from kvtier.metrics import REGISTRY
 from kvtier.router.front import MAX_REQUEST_ID, Front
 from kvtier.router.http.answer import Answer
@@ -32,6 +32,10 @@ from kvtier.router.members import Members
 from kvtier.wire.rpc import MAX_MESSAGE
 
 MAX_BODY: Final = MAX_MESSAGE
+MAX_BODIES: Final = 256 << 20  # of all bodies that are being read
+BODY_S: Final = 60.0  # for a body to arrive in
+LONG_BODY: Final = 1 << 20  # bytes from which on JSON is parsed off the loop
+_MAX_MS: Final = 86_400_000
 CLIENT_GONE: Final = 499  # nginx's number for it; nobody reads this answer
 TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
 TIMEOUT_HEADER: Final = "x-envoy-expected-rq-timeout-ms"  # how long Envoy will wait for us
@@ -62,6 +66,7 @@ class _Paths:
         self._front = front
         self._members = members
         self._rng = rng
+        self._bodies = _Bodies()
         self._started = int(time.time())
 
     async def completions(self, request: Request) -> Response:
@@ -101,9 +106,9 @@ class _Paths:
         request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or uuid.uuid4().hex
         headers = {"x-request-id": request_id}
         try:
-            body = await _body(request)
+            body = await self._bodies.read(request, _limit_s(request))
             seed = self._rng.getrandbits(63)
-            tenant = request.headers.get(TENANT_HEADER, "")
+            tenant = _tenant(request)
             asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed, tenant=tenant)
             model = self._front.prompts.space(asked.model, tenant=tenant).name
             answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -184,39 +189,80 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _body(request: Request) -> object:
-    """The parsed body.
+class _Bodies:
+    """Reads bodies within limits of size, time, and memory for all together."""
 
-    Raises:
-        BadRequest: Too long, or no JSON.
-        ClientDisconnect: The client hung up.
-    """
-    length = request.headers.get("content-length", "")
-    parts: list[bytes] = []
-    room = MAX_BODY - (int(length) if length.isdigit() else 0)
-    if room >= 0:
-        room = MAX_BODY
-        async for part in request.stream():
-            parts.append(part)
-            room -= len(part)
-            if room < 0:
-                break
-    if room < 0:
-        raise BadRequest(f"body: more than {MAX_BODY} bytes, which is the limit", status=413)
-    raw = b"".join(parts)
+    def __init__(self) -> None:
+        self._held = 0  # bytes of bodies that are not whole yet
+
+    async def read(self, request: Request, limit_s: float | None) -> object:
+        """The parsed body.
+
+        Raises:
+            BadRequest: Too long, or no JSON.
+            DeadlinePassed: The client took too long.
+            Overloaded: Too much of other bodies is held already.
+            ClientDisconnect: The client hung up.
+        """
+        wait_s = min(BODY_S, limit_s or BODY_S)
+        try:
+            async with asyncio.timeout(wait_s):
+                raw = await self._raw(request)
+        except TimeoutError:
+            raise DeadlinePassed(f"body: not read within {wait_s:g} s") from None
+        if len(raw) > LONG_BODY:
+            return await asyncio.to_thread(_parsed, raw)
+        return _parsed(raw)
+
+    async def _raw(self, request: Request) -> bytes:
+        length = request.headers.get("content-length", "")
+        long = BadRequest(f"body: more than {MAX_BODY} bytes, which is the limit", status=413)
+        if length.isdecimal() and (len(length) > 20 or int(length) > MAX_BODY):
+            raise long
+        parts: list[bytes] = []
+        held = 0
+        try:
+            async for part in request.stream():
+                parts.append(part)
+                held += len(part)
+                self._held += len(part)
+                if held > MAX_BODY:
+                    raise long
+                if self._held > MAX_BODIES:
+                    raise Overloaded(f"bodies: {MAX_BODIES} bytes are being read, the limit")
+        finally:
+            self._held -= held
+        return b"".join(parts)
+
+
+def _parsed(raw: bytes) -> object:
     try:
-        body = json.loads(raw)
-        if b"\\ud" in raw.lower():  # JSON may name half of a surrogate pair, which is no text
+        body = json.loads(raw.decode())  # strictly: json.loads lets half surrogates pass
+        if b"\\ud" in raw.lower():  # half a surrogate pair is no text
             json.dumps(body, ensure_ascii=False).encode()
         return cast("object", body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"body: not JSON: {error}") from None
 
 
+def _tenant(request: Request) -> str:
+    """Whom a proxy says that this is for.
+
+    Raises:
+        BadRequest: It says so twice: a client's own header must not win over the proxy's.
+    """
+    given = request.headers.getlist(TENANT_HEADER)
+    if len(given) > 1:
+        raise BadRequest(f"{TENANT_HEADER}: {len(given)} of them; a proxy must overwrite it")
+    return given[0] if given else ""
+
+
 def _limit_s(request: Request) -> float | None:
     """The caller's time, where a proxy tells it."""
     told = request.headers.get(TIMEOUT_HEADER, "")
-    return int(told) / 1000 if told.isdecimal() and int(told) else None
+    if not told.isdecimal():
+        return None
+    return min(int(told[:12]), _MAX_MS) / 1000 or None
 
 
 def _error(error: RequestError, headers: dict[str, str] | None = None) -> Response:

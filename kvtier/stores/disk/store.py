@@ -293,6 +293,7 @@ class DiskStore:
                 self._index[record.header.key] = moved
                 record.dead = True
             self._moved += record_nbytes(moved.header.nbytes)
+            self._budget.charge(record_nbytes(moved.header.nbytes), self._clock())
         self._free_all([moved])
 
     # --- freeing slots ----------------------------------------------------------------
