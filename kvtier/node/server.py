@@ -105,8 +105,12 @@ class Connection(asyncio.Protocol):
             self._refuse("internal error of the node daemon; see its log")
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, once what was answered is read."""
         self._transport.close()
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        self._transport.abort()
 
     def _no_hello(self) -> None:
         if self.manager is None and self._task is None:
@@ -342,5 +346,10 @@ class LocalServer:
         self._server.close()
         for connection in list(self._gate.inside):
             connection.close()
-        await self._server.wait_closed()
+        try:
+            async with asyncio.timeout(LINGER_S):
+                await self._server.wait_closed()  # of connections, too, from Python 3.12 on
+        except TimeoutError:
+            for connection in list(self._gate.inside):  # it reads nothing of what it asked for
+                connection.abort()
         self._path.unlink(missing_ok=True)

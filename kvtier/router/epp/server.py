@@ -101,6 +101,7 @@ class _Exchange:
         """
         match request.WhichOneof("request"):
             case "request_headers":
+                self.end()  # a second one takes the place of the first
                 self._path = _header(request.request_headers.headers, ":path")
                 self._subset = _subset(request.metadata_context)
                 return await self._decide() if request.request_headers.end_of_stream else []
