@@ -23,7 +23,7 @@ from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import HASH, read_announced
 from kvtier.engine.vllm.gateway import Answer
 from kvtier.engine.vllm.served import alone, describe
-from kvtier.errors import ConfigError, WorkerLost
+from kvtier.errors import ConfigError, InvalidRequest, WorkerLost
 
 KNOWN_S: Final = 300.0  # for the tier to fingerprint the weights
 POLL_S: Final = 0.05
@@ -45,7 +45,8 @@ class InProcess:
             output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
-        begun, told, reason = time.monotonic(), 0, FinishReason.LENGTH
+        begun, told = time.monotonic(), 0
+        reason: FinishReason | None = None
         try:
             async for output in self._engine.generate(prompt, params, str(next(self._names))):
                 (one,) = output.outputs
@@ -54,12 +55,14 @@ class InProcess:
                 if one.token_ids:
                     told += len(one.token_ids)
                     yield Tokens(tuple(one.token_ids))
-                if one.finish_reason == "stop":
-                    reason = FinishReason.STOP
+                if one.finish_reason in tuple(FinishReason):
+                    reason = FinishReason(one.finish_reason)
         except ValueError as error:
-            raise WorkerLost(f"vLLM refuses the request: {error}") from None
+            raise InvalidRequest(f"vLLM refuses the request: {error}") from None
         except RuntimeError as error:  # EngineDeadError is one
             raise WorkerLost(f"vLLM is dead: {error}") from None
+        if reason is None:  # aborted
+            raise WorkerLost(f"vLLM's answer has no end after {told} tokens")
         yield Done(finish_reason=reason, completion_tokens=told, saved_tokens=0)
 
     async def clear(self) -> None:
