@@ -13,6 +13,7 @@ from kvtier.core.tiers import Tier
 
 FORGET_S: Final = 30.0
 _WEIGHT: Final = 0.3  # of the latest request in the running mean
+_LEAST_TOKENS: Final = 128  # of a prefill: fewer take about as long as one, and teach no speed
 _LEAST_S: Final = 0.001  # a shorter time says nothing about a speed
 
 _OF_TIER: Final = {
@@ -63,7 +64,8 @@ class Learned:
         A load from several tiers at once tells the speed of none.
         """
         known = self._workers.setdefault(worker, _Worker())
-        known.teach("prefill_tokens_per_s", sample.computed_tokens, sample.prefill_s, now)
+        if sample.computed_tokens >= _LEAST_TOKENS:
+            known.teach("prefill_tokens_per_s", sample.computed_tokens, sample.prefill_s, now)
         if len(sample.loaded) == 1:
             ((tier, nbytes),) = sample.loaded
             if tier in _OF_TIER:

@@ -11,11 +11,20 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvtier.core.blocks import BlockLayout
+from kvtier.errors import ConfigError
 
 
 def allocate_storage(layout: BlockLayout, blocks: int, device: torch.device) -> torch.Tensor:
-    """The pool's memory: uint8 [blocks, layout.nbytes], not initialised."""
-    return torch.empty((blocks, layout.nbytes), dtype=torch.uint8, device=device)
+    """The pool's memory: uint8 [blocks, layout.nbytes], not initialised.
+
+    Raises:
+        ConfigError: The device has no room for it.
+    """
+    try:
+        return torch.empty((blocks, layout.nbytes), dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch's own text goes on for lines
+        wanted = f"worker.vram_bytes: {blocks * layout.nbytes} bytes wanted on {device}"
+        raise ConfigError(f"{wanted}: {str(error).splitlines()[0]}") from None
 
 
 def as_blocks(storage: torch.Tensor, layout: BlockLayout) -> torch.Tensor:

@@ -24,7 +24,7 @@ def test_speeds_come_from_requests_and_follow_them():
 
 def test_a_slow_past_is_forgotten():
     learned = Learned()
-    learned.observe("w", Sample(10, 60.0), 0.0)
+    learned.observe("w", Sample(1000, 6000.0), 0.0)
     assert learned.rates("w", TOLD, FORGET_S - 1).prefill_tokens_per_s < 1
     assert learned.rates("w", TOLD, FORGET_S) == TOLD
     learned.observe("w", Sample(1000, 1.0), FORGET_S + 1)  # nothing of the past is in the mean
@@ -42,3 +42,10 @@ def test_what_says_nothing_teaches_nothing():
                    Sample(0, 0.0, mixed, 1.0), Sample(0, 0.0, ((Tier.VRAM, 5),), 1.0)):  # fmt: skip
         learned.observe("w", sample, 0.0)
     assert learned.rates("w", TOLD, 0.0) == TOLD
+
+
+def test_a_few_computed_tokens_teach_no_speed() -> None:
+    """A restored prompt's last tokens take about as long as one token does."""
+    learned = Learned()
+    learned.observe("w", Sample(40, 0.5), 0.0)
+    assert learned.rates("w", TOLD, 1.0).prefill_tokens_per_s == TOLD.prefill_tokens_per_s

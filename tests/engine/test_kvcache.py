@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicCache
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.engine.kvcache import WorkingKV, allocate_storage, as_blocks
 from kvtier.engine.model import LoadedModel
+from kvtier.errors import ConfigError
 from tests.engine.support import prompt_of
 
 CPU = torch.device("cpu")
@@ -108,3 +109,9 @@ def test_a_model_computes_the_same_on_it_as_on_its_own_cache(tiny: LoadedModel) 
         expected = tiny.model(input_ids=ids, past_key_values=own, use_cache=True).logits
         got = tiny.model(input_ids=ids, past_key_values=ours, use_cache=True).logits
         assert torch.equal(got, expected)
+
+
+def test_a_pool_that_no_memory_holds_is_refused_in_one_line() -> None:
+    layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 64),), 16, "float32")
+    with pytest.raises(ConfigError, match=r"^worker\.vram_bytes: \d+ bytes wanted on cpu: .+$"):
+        allocate_storage(layout, 2**50 // layout.nbytes, torch.device("cpu"))
