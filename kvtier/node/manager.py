@@ -163,13 +163,15 @@ class TierManager:
         self._drains += 1
         self._ledger.drain_all(on=True)
         self._carry_out()
-        if self._ledger.moves:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(deadline_s):
-                    await self._at_rest.wait()
-        self._drains -= 1
-        if not self._drains:
-            self._ledger.drain_all(on=False)
+        try:
+            if self._ledger.moves:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(deadline_s):
+                        await self._at_rest.wait()
+        finally:  # also where the caller of a drain hangs up
+            self._drains -= 1
+            if not self._drains:
+                self._ledger.drain_all(on=False)
         return self._ledger.undrained()
 
     def held(self) -> Iterator[tuple[BlockKey, Tier]]:
