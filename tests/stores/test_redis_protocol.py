@@ -142,14 +142,37 @@ def test_parts_make_the_frame_again(cuts: list[int], nbytes: int, order: object)
         assert assembly.frame() is None
         value = b"".join(parts[index].value)
         assert len(value) == parts[index].nbytes
-        view = assembly.place(index, value[:ENVELOPE_NBYTES], len(value) - ENVELOPE_NBYTES)
-        assert view is not None
-        view[:] = value[ENVELOPE_NBYTES:]
+        read(value, PartSink(assembly, index))
     assert assembly.frame() == data
     assert parts_of(b"".join(parts[0].value)[:ENVELOPE_NBYTES]) == len(parts)
 
 
 BLOCK = content("block", 2 * PART_NBYTES + 5)
+
+
+def read(value: bytes, sink: PartSink, *, left_out: int = 0) -> None:
+    """A server's reply into a sink; it hangs up so many bytes before the end."""
+    stream = b"$%d\r\n%b\r\n" % (len(value), value)
+    Reader(receive(stream[: len(stream) - left_out], 2**16)).reply(sink)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("left_out", [1, 2, 3, 4000])
+def test_a_part_that_was_cut_off_is_missing_until_it_has_come_whole(
+    index: int, left_out: int
+) -> None:
+    values = [b"".join(part.value) for part in split([memoryview(BLOCK)], TAG)]
+    assembly = Assembly()
+    for other in (0, 1, 2):
+        if other != index or not index:  # without a head there is room for none
+            read(values[other], PartSink(assembly, other))
+    with pytest.raises(RemoteProtocolError):
+        read(values[index], PartSink(assembly, index), left_out=left_out)
+    assert index in assembly.missing()
+    assert assembly.frame() is None
+    for again in assembly.missing():
+        read(values[again], PartSink(assembly, again))
+    assert assembly.frame() == BLOCK
 
 
 @settings(max_examples=100, deadline=None)

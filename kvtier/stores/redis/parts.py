@@ -82,7 +82,7 @@ class Assembly:
         self._size = 0
         self._tag = b""
         self._frame: memoryview | None = None
-        self._placed: set[int] = set()
+        self._whole: set[int] = set()
 
     def place(self, index: int, envelope: bytes, nbytes: int) -> memoryview | None:
         """Room for part `index`; None where it does not belong to this frame."""
@@ -95,21 +95,25 @@ class Assembly:
             self.count, self.nbytes, self._tag = count, total, tag
             self._size = -(-total // count)
             self._frame = room(total)
-            self._placed.clear()
+            self._whole.clear()
         if self._frame is None or (count, tag, total) != (self.count, self._tag, self.nbytes):
             return None
         start = index * self._size
         if index >= count or nbytes != min(self._size, total - start):
             return None
-        self._placed.add(index)
+        self._whole.discard(index)
         return self._frame[start : start + nbytes]
+
+    def came(self, index: int) -> None:
+        """All bytes of part `index` are where `place` wanted them."""
+        self._whole.add(index)
 
     def missing(self) -> list[int]:
         """The parts that have not come, as far as a head has said how many there are."""
-        return [index for index in range(self.count) if index not in self._placed]
+        return [index for index in range(self.count) if index not in self._whole]
 
     def frame(self) -> memoryview | None:
-        """The whole frame; None while a part is missing. What it was placed for must have come."""
+        """The whole frame; None while a part is missing, also one that was cut off half way."""
         return self._frame if not self.missing() else None
 
 
@@ -123,6 +127,10 @@ class PartSink:
     def place(self, envelope: bytes, nbytes: int) -> memoryview | None:
         """See `Sink.place`."""
         return self._assembly.place(self._index, envelope, nbytes)
+
+    def came(self) -> None:
+        """See `Sink.came`."""
+        self._assembly.came(self._index)
 
 
 def parts_of(envelope: bytes) -> int:

@@ -42,6 +42,10 @@ class Sink(Protocol):
         """Room for exactly the `nbytes` after the envelope; None: they are of no use."""
         ...
 
+    def came(self) -> None:
+        """All bytes that room was given for are there."""
+        ...
+
 
 # At least one byte of a stream into a buffer, all of it where `whole`; 0 means the stream ended.
 Receive = Callable[[memoryview, bool], int]
@@ -105,17 +109,22 @@ class Reader:
     def _bulk(self, nbytes: int, sink: Sink | None) -> bytes:
         if sink is None or nbytes < ENVELOPE_NBYTES:
             text = self._take(nbytes)
+            self._end_of_string()
+            return text
+        view = sink.place(self._take(ENVELOPE_NBYTES), nbytes - ENVELOPE_NBYTES)
+        if view is None:
+            self._skip(nbytes - ENVELOPE_NBYTES)
+            self._end_of_string()
         else:
-            view = sink.place(self._take(ENVELOPE_NBYTES), nbytes - ENVELOPE_NBYTES)
-            if view is None:
-                self._skip(nbytes - ENVELOPE_NBYTES)
-            else:
-                assert view.nbytes == nbytes - ENVELOPE_NBYTES, (view.nbytes, nbytes)
-                self._fill(view)
-            text = b""
+            assert view.nbytes == nbytes - ENVELOPE_NBYTES, (view.nbytes, nbytes)
+            self._fill(view)
+            self._end_of_string()
+            sink.came()
+        return b""
+
+    def _end_of_string(self) -> None:
         if self._take(2) != _CRLF:
             raise RemoteProtocolError("a string is longer than its length")
-        return text
 
     def _line(self) -> bytes:
         looked = self._start
