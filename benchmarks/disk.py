@@ -1,9 +1,12 @@
 """The disk store against the bare disk, and against one file a block; its start; what it writes.
 
 `plain` is pwritev and preadv on one preallocated file, opened as the store opens its own, with as
-many requests in flight and aligned memory: what this disk gives to Python. `files` is a store of
-one file a block, written beside and renamed, with the same flags. All take turns within a round;
-every place on the disk has been written before, as in a store that has been full once.
+many requests in flight: what this disk gives to Python. `files` is a store of one file a block,
+written beside and renamed, with the same flags. All write out of one arena, and read into memory
+of one kind, the store's own: how fast a disk reads depends on that more than on anything else
+(docs/decisions/0021-large-pages.md), and `plain` into small pages stands beside it. All take turns
+within a round; every place on the disk has been written before, as in a store that has been full
+once.
 """
 
 import mmap
@@ -16,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.common import Bar, paired_ratio, scratch, summary
+from kvtier.arena import Arena
 from kvtier.codec.codecs import RAW
 from kvtier.codec.frame import decode, encode
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Slot
 from kvtier.stores.disk import DiskStore
+from kvtier.stores.disk.buffers import BufferPool
 from kvtier.stores.disk.files import SegmentFile, Shape
 from kvtier.stores.disk.record import PAGE, Header, record_nbytes
 
@@ -90,11 +95,24 @@ class _Files:
         self.pool.shutdown()
 
 
-def _memory(nbytes: int, blocks: int) -> list[memoryview]:
-    """Blocks as an arena holds them: on pages, filled with noise."""
+def _noise(views: list[memoryview]) -> list[memoryview]:
+    """The same views, every page of them taken."""
+    noise = random.Random(len(views)).randbytes(views[0].nbytes)
+    for view in views:
+        view[:] = noise
+    return views
+
+
+def _large(nbytes: int, blocks: int) -> list[memoryview]:
+    """Memory of the kind that the store reads into."""
+    pool = BufferPool()
+    return _noise([pool.take(PAGE + nbytes)[PAGE : PAGE + nbytes] for _ in range(blocks)])
+
+
+def _small(nbytes: int, blocks: int) -> list[memoryview]:
+    """Memory as the kernel gives it to whoever does not ask for large pages."""
     view = memoryview(mmap.mmap(-1, nbytes * blocks))
-    view[:] = random.Random(nbytes).randbytes(nbytes) * blocks
-    return [view[n * nbytes : (n + 1) * nbytes] for n in range(blocks)]
+    return _noise([view[n * nbytes : (n + 1) * nbytes] for n in range(blocks)])
 
 
 def _layout(nbytes: int) -> BlockLayout:
@@ -107,9 +125,14 @@ def _keys(first: int, count: int) -> list[BlockKey]:
     return [BlockKey(n.to_bytes(16, "big")) for n in range(first, first + count)]
 
 
-def _throughput(folder: Path, nbytes: int, batch: int, batches: int, rounds: int) -> dict:
-    """Seconds of each operation on a batch of blocks, by who did it."""
-    layout, source, target = _layout(nbytes), _memory(nbytes, batch), _memory(nbytes, batch)
+def _throughput(
+    folder: Path, nbytes: int, batch: int, batches: int, rounds: int
+) -> tuple[dict, float]:
+    """Seconds of each operation on a batch of blocks, by who did it; the arena's large pages."""
+    layout, target, small = _layout(nbytes), _large(nbytes, batch), _small(nbytes, batch)
+    arena = Arena.create(nbytes, 2 * batch)
+    source = _noise([arena.slot(Slot(n)) for n in range(batch)])
+    decoded = [arena.slot(Slot(n)) for n in range(batch, 2 * batch)]
     capacity = record_nbytes(nbytes + 64) * batch * batches
     store = DiskStore(folder / "store", capacity, requests=REQUESTS)
     flags = os.O_DIRECT if store.direct else 0
@@ -136,20 +159,23 @@ def _throughput(folder: Path, nbytes: int, batch: int, batches: int, rounds: int
         "store": lambda first: store.read(_keys(first, batch)),
         "plain": lambda first: plain.read(first, target),
         "files": lambda first: files.read(first, target),
+        "plain into small pages": lambda first: plain.read(first, small),
     }
-    times: dict = {f"{what} {who}": [] for what in ("write", "read") for who in writes}
+    times: dict = {f"write {who}": [] for who in writes} | {f"read {who}": [] for who in reads}
     times["read store and decode"] = []
     for number in range(batches + rounds):
         first = number % batches * batch
         if number >= batches:
             delete(first)
         made = {first: frames(first)}
-        order = sorted(writes, key=lambda who: (number + list(writes).index(who)) % len(writes))
         for what, work in (("write", writes), ("read", reads)):
             # What is read was written long ago: no cache of the disk's own is asked.
-            at = first if what == "write" or number < batches else (first + batch) % capacity
-            at = at if at < batch * batches else 0
-            for who in order:
+            at = (
+                first
+                if what == "write" or number < batches
+                else (first + batch) % (batch * batches)
+            )
+            for who in _in_turn(list(work), number):
                 start = time.perf_counter()
                 done = work[who](at)
                 if number >= batches:
@@ -160,14 +186,21 @@ def _throughput(folder: Path, nbytes: int, batch: int, batches: int, rounds: int
         if number >= batches:
             start = time.perf_counter()
             keys = _keys(at, batch)
-            for key, frame, out in zip(keys, store.read(keys), target, strict=True):
+            for key, frame, out in zip(keys, store.read(keys), decoded, strict=True):
                 assert frame is not None
                 decode(key, frame, out, layout)
             del frame
             times["read store and decode"].append(time.perf_counter() - start)
-    for each in (plain, files, store):
+    large = arena.large_nbytes / (nbytes * batch * 2)
+    for each in (plain, files, store, arena):
         each.close()
-    return times
+    return times, large
+
+
+def _in_turn(names: list[str], number: int) -> list[str]:
+    """The names, another one first each time."""
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
@@ -240,11 +273,12 @@ def run(*, tiny: bool) -> dict[str, object]:
     bars: list[Bar] = []
     rates: dict[str, float] = {}
     of_files: dict[str, float] = {}
+    large: dict[str, float] = {}
     with scratch() as folder:
         for nbytes, batch, batches, rounds in sizes:
             name = f"{nbytes // MIB} MiB"
             (folder / name).mkdir()
-            each = _throughput(folder / name, nbytes, batch, batches, rounds)
+            each, large[name] = _throughput(folder / name, nbytes, batch, batches, rounds)
             times[name] = {what: summary(seconds) for what, seconds in each.items()}
             for what, seconds in each.items():
                 rates[f"{name} {what} GB/s"] = nbytes * batch / sorted(seconds)[rounds // 2] / 1e9
@@ -272,6 +306,7 @@ def run(*, tiny: bool) -> dict[str, object]:
         "requests_in_flight": REQUESTS,
         "blocks_of_a_batch": {f"{nbytes // MIB} MiB": batch for nbytes, batch, *_ in sizes},
         "gigabytes_per_second": rates,
+        "share_of_the_arena_in_large_pages": large,
         "in_units_of_one_file_a_block": of_files,
         "churn": churn,
         "times": times,

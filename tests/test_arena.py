@@ -82,6 +82,32 @@ except ConfigError as error:
     assert done.stdout.startswith("host.bytes: cannot take 4294967296 bytes of memory")
 
 
+@pytest.mark.parametrize("nbytes", [4096, (2 << 20) - 4096, 2 << 20, (4 << 20) + 4096, 9 << 20])
+def test_large_pages_or_small_all_is_zero_and_another_process_sees_it(nbytes: int) -> None:
+    arena = Arena.create(4096, nbytes // 4096)
+    assert 0 <= arena.large_nbytes <= nbytes // (2 << 20) * (2 << 20)
+    assert arena.view == bytes(nbytes)
+    data = os.urandom(nbytes)
+    arena.view[:] = data
+    attached = Arena.attach(os.dup(arena.fd), 4096, nbytes // 4096)
+    assert attached.view == data
+    for each in (arena, attached):
+        each.close()
+
+
+def test_without_address_space_for_large_pages_there_are_small_ones() -> None:
+    code = """
+import resource
+from kvtier.arena import Arena
+in_use = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (96 << 20), in_use + (96 << 20)))
+arena = Arena.create(1 << 20, 64)
+print(arena.large_nbytes, *{max(arena.slot(n)) for n in range(64)})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
+
+
 def test_nothing_is_left_in_dev_shm() -> None:
     before = set(Path("/dev/shm").iterdir())
     arena = Arena.create(4096, 2)

@@ -1,3 +1,4 @@
+import ctypes
 import mmap
 import os
 import random
@@ -391,6 +392,20 @@ def test_a_buffer_is_used_again_once_nobody_looks_at_it() -> None:
     assert bytes(part) == b"i"
     del part
     assert pool.take(2 * 2**20 + PAGE) is buffer
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 70_000, 2**20 + PAGE, 2 * 2**20 + PAGE, 5 * 2**20])
+def test_buffers_do_not_overlap_and_a_block_in_one_begins_a_large_page(nbytes: int) -> None:
+    pool = BufferPool()
+    buffers = [pool.take(nbytes) for _ in range(9)]
+    for n, buffer in enumerate(buffers):
+        assert aligned(buffer)
+        assert buffer.nbytes >= nbytes
+        buffer[:] = bytes([n]) * buffer.nbytes
+    assert [(min(each), max(each)) for each in buffers] == [(n, n) for n in range(9)]
+    if nbytes > 2 * 2**20:
+        starts = [ctypes.addressof(ctypes.c_char.from_buffer(each[PAGE:])) for each in buffers]
+        assert [start % 2**21 for start in starts] == [0] * 9
 
 
 def test_only_whole_pages_go_to_the_disk_as_they_lie() -> None:

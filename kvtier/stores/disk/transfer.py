@@ -62,14 +62,14 @@ class Transfer:
             if start:
                 buffer[:PAGE] = bytes(PAGE)
                 buffer[start:PAGE] = write.views[0]
-                buffers: Buffers = [memoryview(buffer)[:PAGE], *write.views[1:]]
+                buffers: Buffers = [buffer[:PAGE], *write.views[1:]]
             else:
                 at = HEADER_NBYTES
                 for view in write.views:
                     buffer[at : at + view.nbytes] = view
                     at += view.nbytes
                 buffer[at:total] = bytes(total - at)
-                buffers = [memoryview(buffer)[:total]]
+                buffers = [buffer[:total]]
             start = start or HEADER_NBYTES
             header = Header(
                 segment=segment.shape.number,
@@ -78,7 +78,7 @@ class Transfer:
                 sequence=write.sequence,
                 key=write.key,
                 nbytes=write.nbytes,
-                check=head_check(memoryview(buffer)[start : min(PAGE, start + write.nbytes)]),
+                check=head_check(buffer[start : min(PAGE, start + write.nbytes)]),
             )
             buffer[:HEADER_NBYTES] = header.pack()
             segment.file.write(slot, buffers)
@@ -98,7 +98,7 @@ class Transfer:
         segment, slot = record.place
         start, end = record.header.start, record.header.start + record.header.nbytes
         buffer = self._buffers.take(pages(end))
-        view = memoryview(buffer)[: pages(end)]
+        view = buffer[: pages(end)]
         try:
             whole = segment.file.read(slot, view) >= end
         except OSError:
@@ -115,7 +115,7 @@ class Transfer:
         """The records of a segment by their headers; one that cannot be read is left out."""
         records: list[Record] = []
         buffer = self._buffers.take(PAGE)
-        page = memoryview(buffer)[:PAGE]
+        page = buffer[:PAGE]
         number, slot_nbytes, slots = segment.shape
         for slot in range(slots):
             try:
