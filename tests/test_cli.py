@@ -1,13 +1,20 @@
 """The command line as a person meets it."""
 
+import argparse
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import kvtier
-from kvtier.cli import main
+from kvtier.cli import _parser, main
+from kvtier.cli.parser import Parser, takes_value
+from kvtier.demo.preflight import check_redis
+from kvtier.errors import ConfigError
+from kvtier.testing.valkey import ValkeyServer
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,8 +25,83 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"kvtier {kvtier.__version__}\n"
     text = run("--help").stdout
+    assert "exit status:" in text
     for command in ("node", "worker", "router", "cluster", "demo", "inspect", "plan"):
         assert f"\n    {command} " in text
+
+
+def parsers(parser: Parser) -> Iterator[Parser]:
+    """This one and all below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from parsers(each)
+
+
+ALL = {each.prog.replace("kvtier ", ""): each for each in parsers(_parser())}
+
+
+@pytest.mark.parametrize("parser", ALL.values(), ids=ALL.keys())
+def test_each_option_says_what_it_is_and_what_it_is_left_at(parser: Parser) -> None:
+    assert parser.description
+    text = "".join(parser.format_help().split())
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action._choices_actions:
+                assert each.help, each.dest
+            continue
+        assert action.help, f"{action.dest} says nothing of itself"
+        if takes_value(action):
+            said = parser._get_formatter()._expand_help(action)
+            assert ("(required)" if action.required else "(default: ") in said, said
+            assert "".join(said.split()) in text
+            assert action.metavar or action.choices, f"{action.dest} names no form or unit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("nod",),
+            "kvtier: argument COMMAND: invalid choice: 'nod' (choose from 'node', 'worker',",
+        ),
+        ((), "kvtier: the following arguments are required: COMMAND; see `kvtier --help`"),
+        (("cluster", "upp"), "kvtier cluster: argument ACTION: invalid choice: 'upp'"),
+        (("node", "--conf", "x"), "kvtier: unrecognized arguments: --conf x"),
+        (
+            ("simulate", "evict", "--trace", "x", "--block-size", "16"),
+            "kvtier: unrecognized arguments: --block-size 16",
+        ),
+        (("trace", "show"), "kvtier trace show: the following arguments are required: FILE"),
+        (
+            ("trace", "show", "x", "--block-tokens", "many"),
+            "kvtier trace show: argument --block-tokens: invalid int value: 'many'",
+        ),
+    ],
+)
+def test_what_is_no_command_is_told_in_one_line(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(said)
+    assert err.endswith(" --help`\n")
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_who_has_read_enough_may_close_the_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvtier.cli", "plan", "--model", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr as file:
+        assert file.read() == ""
+    assert process.wait(60) == 1
 
 
 @pytest.mark.parametrize(
@@ -41,6 +123,42 @@ def test_the_demo_refuses_a_folder_that_is_not_there_before_it_starts_anything()
     done = run("demo", "--json", "/no/such/folder/out.json")
     assert done.returncode == 2
     assert done.stderr == "kvtier: --json: there is no folder /no/such/folder\n"
+
+
+def test_the_demo_refuses_a_shared_store_that_is_none_before_it_starts_anything() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        free = somebody.getsockname()[1]
+    for url, said in {
+        "localhost": "kvtier: --redis: redis.url is not redis://",
+        "redis://:s3cret@localhost:many": "kvtier: --redis: redis.url is not redis://",
+        f"redis://127.0.0.1:{free}": f"kvtier: --redis: redis 127.0.0.1:{free}: ",
+        "redis://no.such.host.invalid": "kvtier: --redis: redis no.such.host.invalid:6379: ",
+    }.items():
+        done = run("demo", "--redis", url)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(said)
+        assert done.stderr.count("\n") == 1
+        assert "s3cret" not in done.stderr
+        assert not done.stdout
+
+
+def test_the_demo_refuses_a_shared_store_that_it_may_not_write_to() -> None:
+    with ValkeyServer(password="right") as server:
+        wrong = server.url.replace("right", "wrong")
+        for url in (wrong, f"redis://127.0.0.1:{server.port}"):
+            done = run("demo", "--redis", url)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith(f"kvtier: --redis: redis 127.0.0.1:{server.port}: ")
+            assert done.stderr.count("\n") == 1
+        check_redis(server.url)
+        assert server.call("DBSIZE") == 0, "nothing stays"
+        server.call("CONFIG", "SET", "maxmemory", 1)
+        with pytest.raises(ConfigError, match=r"^--redis: the server has no room"):
+            check_redis(server.url)
+        server.call("CONFIG", "SET", "maxmemory", 0)
+        server.call("REPLICAOF", "127.0.0.1", 1)
+        with pytest.raises(ConfigError, match=r"^--redis: redis 127.0.0.1:\d+: "):
+            check_redis(server.url)
 
 
 def test_a_server_stops_when_its_parent_goes_away(tmp_path: Path) -> None:

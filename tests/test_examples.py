@@ -1,8 +1,10 @@
 """Every example runs as it stands, prints what it says, and is short."""
 
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -12,15 +14,21 @@ import pytest
 from tests.launching import Process, wait_for
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+README = EXAMPLES.parent / "README.md"
 
 
 def run(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    """What the example prints; it leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="kvt-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "TMPDIR": scratch},
+        )
+        left = {each.name for each in Path(scratch).iterdir()}
+        assert {each for each in left if not each.startswith("torchinductor_")} == set()
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,6 +36,10 @@ def run(name: str, *arguments: str) -> str:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_at_most_25_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 25
+
+
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    assert (EXAMPLES / "transformers_chat.py").read_text() in README.read_text()
 
 
 def test_plain_tensors_come_back_equal() -> None:
@@ -64,8 +76,8 @@ def test_an_openai_client_is_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_a_prompt_is_read_once_and_survives_a_restart(tmp_path: Path) -> None:
-    lines = run("transformers_chat.py", str(tmp_path)).splitlines()
+def test_a_prompt_is_read_once_and_survives_a_restart() -> None:
+    lines = run("transformers_chat.py").splitlines()
     restored = [line.partition("restored ")[2] for line in lines[::2]]
     assert restored == ["{}", "{'host': 224}", "{'disk': 224}", "{'host': 224}"]
     answers = lines[1::2]

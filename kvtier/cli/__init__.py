@@ -7,12 +7,14 @@ loads torch and `kvtier --help` loads nothing.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import cast
 
 import kvtier
 from kvtier.cli import bench, check, cluster, demo, inspect, plan, purge, serve, simulate, trace
+from kvtier.cli.parser import EXIT_CODES, Parser
 from kvtier.errors import KVTierError
 
 _COMMANDS = (serve, cluster, demo, bench, inspect, check, plan, purge, simulate, trace)
@@ -21,7 +23,7 @@ _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it did what it was asked, 2 for a mistake of the caller."""
+    """Run one command; its exit status, as `parser.EXIT_CODES` says."""
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -42,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvtier", description=kvtier.__doc__)
+    parser = Parser(prog="kvtier", description=kvtier.__doc__, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"kvtier {kvtier.__version__}")
-    parser.add_argument("--verbose", action="store_true", help="log more, to stderr")
+    parser.add_argument("--verbose", action="store_true", help="log more, to standard error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)

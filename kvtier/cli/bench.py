@@ -13,16 +13,26 @@ if TYPE_CHECKING:
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command."""
-    bench = commands.add_parser("bench", help="measure parts of kvtier on this machine")
+    text = "measure parts of kvtier on this machine"
+    bench = commands.add_parser("bench", help=text, description=text)
     parts = bench.add_subparsers(required=True, metavar="PART")
-    codec = parts.add_parser(
-        "codec", help="what each codec saves of a model's KV, how fast, and what answers it changes"
+    text = "what each codec saves of a model's KV, how fast, and what answers it changes"
+    codec = parts.add_parser("codec", help=text, description=text)
+    codec.add_argument(
+        "--model", default="smollm2", metavar="DIR",
+        help="a folder of a Transformers causal LM, or smollm2, the built-in one",
+    )  # fmt: skip
+    codec.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"],
+        help="that the model computes in",
+    )  # fmt: skip
+    codec.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens a block")
+    codec.add_argument(
+        "--blocks", type=int, default=16, metavar="N", help="blocks of KV to measure on"
     )
-    codec.add_argument("--model", default="smollm2", help="a folder, or smollm2, the built-in one")
-    codec.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    codec.add_argument("--block-tokens", type=int, default=64)
-    codec.add_argument("--blocks", type=int, default=16, help="blocks of KV to measure on")
-    codec.add_argument("--text", help="a file; default: a document out of this package")
+    codec.add_argument(
+        "--text", metavar="FILE", help="what is computed (default: documents out of this package)"
+    )
     codec.set_defaults(run=_codec)
 
 

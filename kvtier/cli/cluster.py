@@ -4,6 +4,11 @@ import argparse
 import signal
 
 from kvtier import config as configuration
+from kvtier.cli.parser import CONFIG_HELP
+
+_UP = "start and keep up a daemon and a worker on each node"
+_STATUS = "show nodes, agents and routers"
+_DOWN = "stop all that `up` started"
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -11,23 +16,36 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     text = "place daemons and workers on the nodes of a Ray cluster"
     cluster = commands.add_parser("cluster", help=text, description=text)
     actions = cluster.add_subparsers(required=True, metavar="ACTION", dest="action")
-    up = actions.add_parser("up", help="start and keep up a daemon and a worker on each node")
-    up.add_argument("--config", metavar="FILE", help="a TOML file for all nodes")
+    up = actions.add_parser("up", help=_UP, description=_UP)
+    up.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     up.add_argument(
-        "--router", action="append", default=[], metavar="HOST:PORT", help="tell this router"
+        "--router",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a router to tell of all members; may be given again (default: none)",
     )
     up.add_argument(
-        "--local", type=int, default=0, metavar="N", help="on a new Ray cluster of N nodes here"
+        "--local",
+        type=int,
+        default=0,
+        metavar="N",
+        help="on a new Ray cluster of N nodes on this machine (default: 0, on the one of --ray)",
     )
     up.add_argument("--everywhere", action="store_true", help="also where no `kvtier` resource is")
     up.add_argument("--no-workers", action="store_true", help="daemons only")
-    up.add_argument("--worker-gpus", type=float, default=0.0, metavar="N", help="of each worker")
+    up.add_argument(
+        "--worker-gpus", type=float, default=0.0, metavar="N", help="GPUs of each worker"
+    )
     for action in (
         up,
-        actions.add_parser("status", help="show nodes, agents and routers"),
-        actions.add_parser("down", help="stop all that `up` started"),
+        actions.add_parser("status", help=_STATUS, description=_STATUS),
+        actions.add_parser("down", help=_DOWN, description=_DOWN),
     ):
-        action.add_argument("--ray", default="auto", metavar="ADDRESS", help="default: this host's")
+        action.add_argument(
+            "--ray", default="auto", metavar="HOST:PORT",
+            help="the Ray cluster; auto: $RAY_ADDRESS, or the one on this machine",
+        )  # fmt: skip
     cluster.set_defaults(run=_cluster)
 
 

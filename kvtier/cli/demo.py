@@ -3,18 +3,30 @@
 import argparse
 import logging
 
+from kvtier.cli.parser import JSON_HELP
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parser of `kvtier demo`."""
     text = "run the main job on this machine: two Ray nodes, a real model, every tier"
     demo = commands.add_parser("demo", help=text, description=text)
-    demo.add_argument("--model", default="smollm2", metavar="DIR", help="a Transformers causal LM")
-    demo.add_argument("--redis", default="", metavar="URL", help="use this server as shared tier")
-    demo.add_argument("--json", default="", metavar="FILE", help="write every figure there")
+    demo.add_argument(
+        "--model", default="smollm2", metavar="DIR",
+        help="a folder of a Transformers causal LM, or smollm2, the built-in one",
+    )  # fmt: skip
+    demo.add_argument(
+        "--redis", default="", metavar="URL",
+        help="a Redis or Valkey to use as shared tier (default: none, one of its own)",
+    )  # fmt: skip
+    demo.add_argument("--json", default="", metavar="FILE", help=JSON_HELP)
     demo.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.redis:
+        from kvtier.demo.preflight import check_redis
+
+        check_redis(options.redis)
     from kvtier.cluster.local import prepare_environment
 
     prepare_environment()  # before anything imports ray

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvtier.cli.parser import JSON_HELP
 from kvtier.config import parse_size
 from kvtier.errors import ConfigError
 
@@ -28,34 +29,69 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "plan",
         help="size the tiers for a model and its traffic",
         description=_TEXT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plan.add_argument("--model", required=True, metavar="NAME|FILE|DIR", help="see `--model list`")
+    plan.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|FILE|DIR",
+        help="whose KV it is; `list` names those that are known",
+    )
     traffic = plan.add_mutually_exclusive_group()
-    traffic.add_argument("--trace", metavar="FILE", help="requests to replay")
+    traffic.add_argument(
+        "--trace", metavar="FILE", help="requests to replay (default: none, sizes alone)"
+    )
     traffic.add_argument(
         "--workload", metavar="KIND[:N]",
-        help="made-up traffic instead: chat, agents, shared or rag; N requests, default 10000",
+        help="made-up traffic instead: chat, agents, shared or rag; N requests, 10000 where it is "
+        "left out (default: none)",
     )  # fmt: skip
     plan.add_argument(
-        "--policy", default="phd", metavar="NAME", help="of VRAM and host memory; default phd"
+        "--policy", default="phd", metavar="NAME", help="what leaves VRAM and host memory first"
     )
-    plan.add_argument("--block-tokens", type=int, metavar="N", help="of the trace; default 512")
+    plan.add_argument(
+        "--block-tokens", type=int, metavar="N",
+        help="tokens a block of the trace (default: as the trace says, else 512)",
+    )  # fmt: skip
+    _add_machine(plan)
+    plan.add_argument("--json", metavar="FILE", help=JSON_HELP)
+    plan.set_defaults(run=_run)
+
+
+def _add_machine(plan: argparse.ArgumentParser) -> None:
+    """What the nodes are made of."""
     plan.add_argument("--gpu", default="80GB", metavar="SIZE", help="memory of one GPU")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of one engine (TP ranks)")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="with one engine each")
+    plan.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="GPUs of one engine (TP ranks)"
+    )
+    plan.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="nodes with one engine each"
+    )
     for tier in ("host", "disk", "redis"):
-        plan.add_argument(f"--{tier}", default="0", metavar="SIZE", help=f"{tier} tier")
-    plan.add_argument("--kv", default="fp16", metavar="TYPE", help="fp16, bf16, fp8, int8 or int4")
-    plan.add_argument("--weights", type=int, default=16, metavar="BITS", help="of one parameter")
-    plan.add_argument("--utilization", type=float, default=0.9, help="share of GPU memory used")
-    plan.add_argument("--tflops", type=float, default=400.0, help="that prefill reaches on one GPU")
+        plan.add_argument(f"--{tier}", default="0", metavar="SIZE", help=f"size of the {tier} tier")
+    plan.add_argument(
+        "--kv",
+        default="fp16",
+        metavar="TYPE",
+        help="what KV is kept in: fp16, bf16, fp8, int8 or int4",
+    )
+    plan.add_argument(
+        "--weights", type=int, default=16, metavar="BITS", help="bits of one parameter"
+    )
+    plan.add_argument(
+        "--utilization", type=float, default=0.9, metavar="SHARE", help="of GPU memory, 0.01 to 1"
+    )
+    plan.add_argument(
+        "--tflops", type=float, default=400.0, metavar="N",
+        help="TFLOP/s that prefill reaches on one GPU",
+    )  # fmt: skip
     for tier, speed in (("host", 40.0), ("disk", 5.0), ("redis", 2.5)):
         plan.add_argument(
-            f"--{tier}-gbs", type=float, default=speed, metavar="GB/s", help="from there to VRAM"
+            f"--{tier}-gbs",
+            type=float,
+            default=speed,
+            metavar="N",
+            help=f"GB/s from {tier} to VRAM",
         )
-    plan.add_argument("--json", metavar="FILE", help="write every figure there")
-    plan.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:

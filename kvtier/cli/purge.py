@@ -10,7 +10,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     """Add the parser of `kvtier purge`."""
     text = "remove a namespace's blocks from the shared tier (Redis), for all nodes"
     command = commands.add_parser("purge", help=text, description=text)
-    command.add_argument("--config", metavar="FILE", required=True, help="with a [redis] table")
+    command.add_argument(
+        "--config", metavar="FILE", required=True, help="settings with a [redis] table"
+    )
     command.add_argument("--namespace", metavar="NAME", required=True, help="whose blocks")
     command.add_argument("--yes", action="store_true", help="remove; without it only tell")
     command.set_defaults(run=_purge)

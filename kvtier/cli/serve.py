@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Protocol, cast
 
 from kvtier import config as configuration
+from kvtier.cli.parser import CONFIG_HELP
 from kvtier.config import Config
 
 # What runs under each name: loaded only when asked for, so that a node daemon never loads torch.
@@ -35,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     """Add the servers' parsers."""
     for name, text in _TEXTS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--config", metavar="FILE", help="a TOML file; see docs/config.md")
+        command.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
         command.add_argument(
             "--until-eof", action="store_true", help="also stop when standard input ends"
         )
@@ -43,7 +44,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             command.add_argument(
                 "--engine",
                 choices=["transformers", "vllm", "vllm-http"],
-                help="what computes; as worker.engine",
+                help="what computes (default: worker.engine of the settings)",
             )
         command.set_defaults(run=_serve, server=name)
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvtier.cli.parser import JSON_HELP, PLOT_HELP
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,33 +22,40 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = "how much of a trace's prompts each eviction policy finds again, by capacity"
     evict = actions.add_parser("evict", help=text, description=text)
     evict.add_argument(
-        "--trace", required=True, type=Path, metavar="FILE", help="Mooncake's format"
+        "--trace",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="requests to replay, in Mooncake's format",
     )
     evict.add_argument(
-        "--block-size", type=int, metavar="TOKENS", help="where the trace names none; default 512"
+        "--block-tokens",
+        type=int,
+        metavar="N",
+        help="tokens a block of the trace (default: as the trace says, else 512)",
     )
     evict.add_argument(
         "--capacity", default=_CAPACITIES, metavar="SHARES",
-        help=f"of the blocks that the trace asks for, by comma; default {_CAPACITIES}",
+        help="of the blocks that the trace asks for, with commas between",
     )  # fmt: skip
     evict.add_argument(
         "--policy",
         default="phd,lru,opt",
         metavar="NAMES",
-        help="by comma, or all; default phd,lru,opt",
+        help="with commas between, or all",
     )
     evict.add_argument(
         "--tiers", default="1", metavar="A:B:C",
         help="sizes of VRAM, host memory and disk to one another, as 1:4:40: --capacity is then "
-        "VRAM's, and the tiers below it have 4 and 40 times as much; default VRAM alone",
+        "VRAM's, and the tiers below it have 4 and 40 times as much (default: 1, one tier)",
     )  # fmt: skip
     evict.add_argument(
         "--cache", choices=("bare", "host", "vram"), default="bare",
         help="what the policy orders: blocks alone, or a node's host tier or a worker's pool, "
-        "to the block as they do; default bare. Without --tiers",
+        "to the block as they do; without --tiers",
     )  # fmt: skip
-    evict.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    evict.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+    evict.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    evict.add_argument("--plot", type=Path, metavar="FILE.png", help=PLOT_HELP)
     evict.set_defaults(run=_evict)
 
 
@@ -65,9 +73,9 @@ def _evict(options: argparse.Namespace) -> int:
         if name not in sweep.NAMES:
             known = ", ".join(sweep.NAMES)
             raise ConfigError(f"--policy {name!r}: must be of {known}, or all")
-    size = options.block_size
+    size = options.block_tokens
     if size is not None and not 1 <= size <= 2**20:
-        raise ConfigError(f"--block-size {size}: must be 1 to {2**20}")
+        raise ConfigError(f"--block-tokens {size}: must be 1 to {2**20}")
     workload = Workload(load_trace(options.trace, size), options.trace.name)
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from kvtier.cli.parser import JSON_HELP, PLOT_HELP
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,30 +37,35 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
     text = "replay a trace through a router: seconds to the first token, by policy"
     command = actions.add_parser("route", help=text, description=text)
-    command.add_argument("--trace", required=True, metavar="FILE", help="in Mooncake's format")
     command.add_argument(
-        "--block-size", type=int, metavar="TOKENS", help="where the trace names none; default 512"
+        "--trace", required=True, metavar="FILE",
+        help="requests to replay, in Mooncake's format",
+    )  # fmt: skip
+    command.add_argument(
+        "--block-tokens",
+        type=int,
+        metavar="N",
+        help="tokens a block of the trace (default: as the trace says, else 512)",
     )
-    command.add_argument("--nodes", default="8", metavar="N,N", help="sizes of the cluster")
+    command.add_argument(
+        "--nodes", default="8", metavar="N,N", help="sizes of the cluster, with commas between"
+    )
     command.add_argument(
         "--utilization", default="0.7", metavar="U,U",
-        help="how busy the Dynamo-like policy with weight 1 would keep the nodes",
+        help="how busy the Dynamo-like policy with weight 1 would keep "
+        "the nodes, with commas between",
     )  # fmt: skip
-    command.add_argument("--policy", default=_POLICIES, metavar="P,P", help=f"default: {_POLICIES}")
-    command.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="runs of each; default 3"
-    )
+    command.add_argument("--policy", default=_POLICIES, metavar="P,P", help="with commas between")
+    command.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each")
     for each in fields(Setup):
         _, _, about = _OPTIONS[each.name]
         kind = type(each.default)
         command.add_argument(
             f"--{each.name.replace('_', '-')}", type=kind, default=each.default,
-            metavar="N", help=f"{about}; default {each.default:g}",
+            metavar="N", help=f"{about} (default: {each.default:g})",
         )  # fmt: skip
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    command.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw them (needs the extra plot)"
-    )
+    command.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help=PLOT_HELP)
     command.set_defaults(run=_route)
 
 
@@ -72,15 +78,15 @@ def _route(options: argparse.Namespace) -> int:
     setup = Setup(**values)  # type: ignore[arg-type]  # each has the type of its default
     if not 1 <= options.seeds <= 1000:
         raise ConfigError(f"--seeds is {options.seeds}, must be 1 to 1000")
-    if options.block_size is not None and not 1 <= options.block_size <= 2**20:
-        raise ConfigError(f"--block-size is {options.block_size}, must be 1 to {2**20}")
+    if options.block_tokens is not None and not 1 <= options.block_tokens <= 2**20:
+        raise ConfigError(f"--block-tokens is {options.block_tokens}, must be 1 to {2**20}")
     nodes = [int(n) for n in _numbers("--nodes", options.nodes, 1, 4096, whole=True)]
     if setup.lose_at < 1 and min(nodes) < 2:
         raise ConfigError("--lose-at: one node can't be lost of one")
     utilizations = _numbers("--utilization", options.utilization, 0.001, 10)
     names = [name.strip() for name in options.policy.split(",")]
     results = compare(
-        load_trace(options.trace, options.block_size), names, nodes, utilizations, setup,
+        load_trace(options.trace, options.block_tokens), names, nodes, utilizations, setup,
         range(1, options.seeds + 1),
     )  # fmt: skip
     _table(results)

@@ -13,16 +13,21 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parsers of `kvtier trace generate` and `kvtier trace show`."""
     text = "make up traffic: people who chat, agents in tool loops, shared system prompts, RAG"
     make = actions.add_parser("generate", help=text, description=text)
-    make.add_argument("kind", choices=_KINDS)
-    make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--requests", type=int, default=10_000, metavar="N")
-    make.add_argument("--block-size", type=int, default=512, metavar="TOKENS")
-    make.add_argument("--out", type=Path, required=True, metavar="FILE", help="packed if *.gz")
+    make.add_argument("kind", choices=_KINDS, help="of traffic")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers")
+    make.add_argument("--requests", type=int, default=10_000, metavar="N", help="how many")
+    make.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens a block")
+    make.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where it goes; a .gz is packed"
+    )
     make.set_defaults(run=_generate)
     text = "say what is in a trace"
     show = actions.add_parser("show", help=text, description=text)
-    show.add_argument("trace", type=Path, metavar="FILE")
-    show.add_argument("--block-size", type=int, metavar="TOKENS")
+    show.add_argument("trace", type=Path, metavar="FILE", help="in Mooncake's format")
+    show.add_argument(
+        "--block-tokens", type=int, metavar="N",
+        help="tokens a block (default: as the trace says, else 512)",
+    )  # fmt: skip
     show.set_defaults(run=_show)
 
 
@@ -32,12 +37,12 @@ def _generate(options: argparse.Namespace) -> int:
 
     limits = (
         ("requests", options.requests, _MAX_REQUESTS),
-        ("block-size", options.block_size, 2**20),
+        ("block-tokens", options.block_tokens, 2**20),
     )
     for name, value, most in limits:
         if not 1 <= value <= most:
             raise ConfigError(f"--{name} {value}: must be 1 to {most}")
-    made = generate(options.kind, options.seed, options.requests, options.block_size)
+    made = generate(options.kind, options.seed, options.requests, options.block_tokens)
     count = write_trace(options.out, made)
     print(f"{options.out}: {count} requests")
     return 0
@@ -47,9 +52,9 @@ def _show(options: argparse.Namespace) -> int:
     from kvtier.sim.evict import Hits, Workload
     from kvtier.sim.trace import load_trace
 
-    if options.block_size is not None and not 1 <= options.block_size <= 2**20:
-        raise ConfigError(f"--block-size {options.block_size}: must be 1 to {2**20}")
-    workload = Workload(load_trace(options.trace, options.block_size), options.trace.name)
+    if options.block_tokens is not None and not 1 <= options.block_tokens <= 2**20:
+        raise ConfigError(f"--block-tokens {options.block_tokens}: must be 1 to {2**20}")
+    workload = Workload(load_trace(options.trace, options.block_tokens), options.trace.name)
     prompts, seen, hits = workload.prompts, set[bytes](), Hits()
     for prompt in prompts:
         known = next((i for i, key in enumerate(prompt.keys) if key not in seen), len(prompt.keys))

@@ -22,13 +22,29 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = "write down a router's requests: lengths and numbered blocks, no text"
     record = actions.add_parser("record", help=text, description=text)
     record.add_argument("router", metavar="HOST:PORT", help="the router's gRPC address")
-    record.add_argument("--out", required=True, metavar="FILE", help="a .gz is packed")
-    record.add_argument("--requests", type=int, default=0, metavar="N", help="stop after so many")
     record.add_argument(
-        "--seconds", type=float, default=0.0, metavar="S", help="stop then; default: at Ctrl-C"
+        "--out", required=True, metavar="FILE", help="where it goes; a .gz is packed"
     )
     record.add_argument(
-        "--block-tokens", type=int, default=0, metavar="N", help="default: as the workers"
+        "--requests",
+        type=int,
+        default=0,
+        metavar="N",
+        help="stop after so many (default: 0, no limit)",
+    )
+    record.add_argument(
+        "--seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="stop after so long (default: 0, at Ctrl-C)",
+    )
+    record.add_argument(
+        "--block-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens a block (default: 0, as the workers)",
     )
     record.set_defaults(run=_run)
 

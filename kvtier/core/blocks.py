@@ -36,6 +36,14 @@ class Attention(StrEnum):
     LATENT = "latent"  # one compressed vector a token (MLA); kv_heads is 1
 
 
+def _whole(what: str, owner: object, names: Sequence[str]) -> None:
+    """Refuse what only equals a whole number: 2.0 and True would give a layout another text."""
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) is not int:
+            raise ValueError(f"{what}: {name} is {value!r}, must be a whole number")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
     """Consecutive-in-the-block layers whose KV has one shape.
@@ -51,6 +59,7 @@ class LayerGroup:
     window: int = 0  # tokens; only for sliding attention
 
     def __post_init__(self) -> None:
+        _whole("layer group", self, ("layers", "kv_heads", "head_dim", "window"))
         for name in ("layers", "kv_heads", "head_dim"):
             value = getattr(self, name)
             if not 1 <= value <= 65536:
@@ -91,6 +100,7 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if not self.groups:
             raise ValueError("block layout: no layer groups")
+        _whole("block layout", self, ("block_tokens", "rank", "ranks"))
         if not 1 <= self.block_tokens <= MAX_BLOCK_TOKENS:
             raise ValueError(
                 f"block layout: block_tokens is {self.block_tokens}, "
@@ -140,7 +150,7 @@ class BlockLayout:
                 tuple(LayerGroup(Attention(kind), *sizes) for kind, *sizes in groups),
                 block_tokens, dtype, rank, ranks,
             )  # fmt: skip
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"not a block layout: {text[:200]!r} ({error})") from None
 
     @cached_property

@@ -1,6 +1,7 @@
 """The node's Unix socket: one connection an engine, one request at a time on it."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -312,10 +313,11 @@ class LocalServer:
         """Bind and listen.
 
         Raises:
-            ConfigError: Another daemon listens there, or the folder cannot be written.
+            ConfigError: Another daemon listens there, the folder cannot be written, or it and the
+                one that it should lie in are not there.
         """
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             if self._path.exists():
                 self._take_over()
             self._server = await asyncio.get_running_loop().create_unix_server(
@@ -325,6 +327,21 @@ class LocalServer:
             self._path.chmod(0o666 if len(self._uids) > 1 else 0o600)
         except OSError as error:
             raise ConfigError(f"node.socket: cannot listen at {self._path}: {error}") from None
+
+    def _make_folder(self) -> None:
+        """The socket's own folder, for nobody but us; what it lies in must be there.
+
+        A mistyped path makes no tree of folders. Users of node.allow_uids may pass through it, but
+        not look into it.
+        """
+        folder = self._path.parent
+        if not folder.parent.is_dir():
+            raise ConfigError(
+                f"node.socket: there is no folder {folder.parent} to make {folder} in"
+            )
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            folder.chmod(0o711 if len(self._uids) > 1 else 0o700)  # whatever the umask is
 
     def _take_over(self) -> None:
         """A socket that nobody answers was left by a daemon that was killed."""

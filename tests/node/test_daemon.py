@@ -30,6 +30,7 @@ from tests.node.conftest import (
     wait_for_blocks,
 )
 
+FLOATS = LAYOUT.describe().replace("],16,", "],16.0,")  # block_tokens
 _clients: list[TierClient] = []
 
 
@@ -256,6 +257,23 @@ def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
         assert second(node_toml(elsewhere, host="100TiB")).startswith("kvtier: host.bytes")
 
 
+@pytest.mark.parametrize(("uids", "mode"), [("", 0o700), ("allow_uids = [4711]", 0o711)])
+def test_the_sockets_folder_is_made_for_its_user_alone(
+    tmp_path: Path, uids: str, mode: int
+) -> None:
+    folder = tmp_path / "run"
+    path = f"{folder}/node.sock"
+    toml = node_toml(tmp_path).replace(f"{tmp_path}/node.sock", path)
+    with Process("node", toml.replace("[node]", f"[node]\n{uids}"), tmp_path):
+        assert folder.stat().st_mode & 0o777 == mode
+        client = TierClient(path, LAYOUT, "test")
+        client.close()
+        folder.chmod(0o750)  # what a person has set stays
+    assert not (folder / "node.sock").exists()
+    with Process("node", toml, tmp_path):
+        assert folder.stat().st_mode & 0o777 == 0o750
+
+
 def test_bad_bytes_end_that_engine_only(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path) as node:
         good = connect(tmp_path)
@@ -268,6 +286,10 @@ def test_bad_bytes_end_that_engine_only(tmp_path: Path) -> None:
             (local.encode(local.Op.MATCH, b""), "MATCH before HELLO"),
             (local.encode(local.Op.HELLO, 9, LAYOUT.describe(), "x"), "version 9"),
             (local.encode(local.Op.HELLO, local.VERSION, "{}", "x"), "not a block layout"),
+            (
+                local.encode(local.Op.HELLO, local.VERSION, FLOATS, "x"),
+                "block_tokens is 16.0, must be a whole number",
+            ),
         ]:
             with socket.socket(socket.AF_UNIX) as bad:
                 bad.connect(str(tmp_path / "node.sock"))
@@ -278,7 +300,7 @@ def test_bad_bytes_end_that_engine_only(tmp_path: Path) -> None:
                 assert said in str(text)
                 assert bad.recv(1) == b"", "hung up"
         assert restore(good, keys) == [Tier.HOST] * 2
-        assert status(node).counters["kvtier_protocol_errors_total"] == 6
+        assert status(node).counters["kvtier_protocol_errors_total"] == 7
 
 
 def test_leases_that_are_not_an_engines_own_are_refused(tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ NODE: dict[str, tuple[Callable[[Mistakes], str], str]] = {
         lambda m: m.replaced(f"{m.folder}/node.sock", str(m.file())),
         "node.socket: {m.folder}/a-file is there already and is no socket",
     ),
+    "socket in no folder": (
+        lambda m: m.replaced("node.sock", "a/b/node.sock"),
+        "node.socket: there is no folder {m.folder}/a to make {m.folder}/a/b in",
+    ),
     "disk that is a file": (
         lambda m: m.good(disk_toml(m.folder).replace(f"{m.folder}/disk", str(m.file()))),
         "disk.path {m.folder}/a-file: not a folder",
@@ -125,6 +129,7 @@ def test_a_node_is_refused_in_one_line(
     assert line.startswith(said.format(m=mistakes))
     assert "secret" not in line
     assert not (mistakes.folder / "node.sock").exists()
+    assert not (mistakes.folder / "a").exists()
     file = mistakes.folder / "a-file"
     assert not file.exists() or file.read_text() == "precious"
 

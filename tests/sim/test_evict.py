@@ -209,7 +209,7 @@ class TestCommands:
             (["--tiers", "1:2:3:4"], "--tiers '1:2:3:4'"),
             (["--tiers", "1:x"], "--tiers '1:x'"),
             (["--tiers", "1:4", "--cache", "host"], "--cache host is one tier alone"),
-            (["--block-size", "0"], "--block-size 0: must be 1 to 1048576"),
+            (["--block-tokens", "0"], "--block-tokens 0: must be 1 to 1048576"),
             (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
             (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: No such file"),
             (["--plot", "out.nothing"], "--plot out.nothing: "),
