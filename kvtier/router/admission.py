@@ -11,13 +11,15 @@ from kvtier.errors import Overloaded
 
 RETRY_S: Final = (0.1, 30.0)  # the hint's limits
 _KEEP: Final = 0.9  # of the mean of what was seen, at each new figure
+FORGET_S: Final = 30.0  # after so long with places free the pace before says nothing any more
 
 
 class Admission:
     """At most `places` requests under way, and `queue` more that wait, first come first served.
 
     A request is refused rather than queued when its deadline would pass before its turn comes, as
-    far as the pace of the last requests tells. Lives on one loop; time is passed in as `clock`.
+    far as the pace of the last requests tells: the pace while all places were taken, which is
+    forgotten when some were free for FORGET_S. Lives on one loop; time is passed in as `clock`.
     """
 
     def __init__(self, places: int, queue: int, clock: Callable[[], float]) -> None:
@@ -27,7 +29,8 @@ class Admission:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._gap_s = 0.0  # mean time between two places that became free while all were taken
-        self._freed_at: float | None = None
+        self._freed_at = 0.0  # the last of them, or when the last place was taken
+        self._spare_at = 0.0  # since when there are places free
 
     @asynccontextmanager
     async def place(self, deadline: float, *, wait: bool) -> AsyncIterator[None]:
@@ -39,7 +42,7 @@ class Admission:
         if self._running >= self._places:
             await self._turn(deadline, wait)  # whoever leaves hands its place on
         else:
-            self._running += 1
+            self._take()
         metrics.RUNNING.set(self._running)
         try:
             yield
@@ -49,6 +52,13 @@ class Admission:
     def expected_s(self) -> float:
         """When somebody who comes now would get a place, by the pace of the last ones."""
         return self._gap_s * (len(self._waiting) + 1)
+
+    def _take(self) -> None:
+        self._running += 1
+        if self._running >= self._places:
+            self._freed_at = self._clock()
+            if self._freed_at - self._spare_at > FORGET_S:
+                self._gap_s = 0.0
 
     async def _turn(self, deadline: float, wait: bool) -> None:
         queued = len(self._waiting)
@@ -82,12 +92,10 @@ class Admission:
 
     def _leave(self) -> None:
         now = self._clock()
-        if self._running < self._places:
-            self._freed_at = None  # the pace of requests that found places says nothing
-        elif self._freed_at is not None:
+        full = self._running >= self._places
+        if full:  # the pace of requests that found places says nothing
             gap_s = now - self._freed_at
             self._gap_s = _KEEP * self._gap_s + (1 - _KEEP) * gap_s if self._gap_s else gap_s
-        if self._running >= self._places:
             self._freed_at = now
         while self._waiting:
             turn = self._waiting.popleft()
@@ -96,3 +104,5 @@ class Admission:
                 return
         self._running -= 1
         metrics.RUNNING.set(self._running)
+        if full:
+            self._spare_at = now

@@ -7,7 +7,7 @@ import pytest
 
 from kvtier import metrics
 from kvtier.errors import Overloaded
-from kvtier.router.admission import Admission
+from kvtier.router.admission import FORGET_S, Admission
 from kvtier.router.text import MAX_JOBS, TextPool
 from kvtier.wire.rpc import PUSHBACK
 from tests.router.stub_engine import StubWorker, hangs, says
@@ -90,6 +90,38 @@ async def test_the_pace_tells_when_to_come_again_and_whose_turn_comes_too_late()
     for leave in leaves:
         leave.set()
     await asyncio.gather(*held)
+
+
+async def test_the_pace_of_another_hour_refuses_nobody():
+    clock = Clock()
+    admission = Admission(1, 3, clock)
+
+    async def crowd(seconds: float) -> None:
+        """Three come at once, and each takes so long."""
+        leaves = [asyncio.Event() for _ in range(3)]
+        held = [asyncio.create_task(hold(admission, leave)) for leave in leaves]
+        for leave in leaves:
+            await settle()
+            clock.now += seconds
+            leave.set()
+        await asyncio.gather(*held)
+
+    await crowd(60)
+    assert admission.expected_s() == pytest.approx(60)
+    clock.now += FORGET_S - 1  # free for so long, which is not long
+    await crowd(60)
+    assert admission.expected_s() == pytest.approx(60), "a while without a crowd is no figure"
+    clock.now += 3600
+    leave = asyncio.Event()
+    held = [asyncio.create_task(hold(admission, leave))]
+    await settle()
+    held.append(asyncio.create_task(hold(admission, leave, deadline=clock.now + 1)))
+    await settle()
+    assert not held[1].done(), "waits, though the pace of an hour ago would have refused it"
+    clock.now += 5
+    leave.set()
+    await asyncio.gather(*held)
+    assert admission.expected_s() <= 5, "what is measured now counts"
 
 
 async def test_a_queued_request_is_served_when_its_turn_comes(engines, routers):

@@ -13,9 +13,11 @@ import pytest
 import uvicorn
 
 from kvtier.config import MemberConfig, RouterConfig
+from kvtier.core.blocks import block_keys
 from kvtier.errors import ConfigError
 from kvtier.router.epp.server import DESTINATION, SUBSET
-from tests.router.stub_engine import StubWorker, keys
+from kvtier.router.http.openai import TENANT_HEADER
+from tests.router.stub_engine import BLOCK, StubWorker, ids, keys
 from tests.router.support import PATIENCE_S, RunningRouter, eventually
 
 PROMPT = "a prompt of eight and more blocks, long enough that its prefill takes a while. " * 20
@@ -310,6 +312,47 @@ async def test_only_the_subset_is_picked(nodes, routers, tmp_path):
         assert answer.status_code == 503
         assert "no endpoint of 'tiny' is ready among the 1 of the subset" in answer.text
         assert answer.headers["x-kvtier-dropped-reason"] == "unavailable"
+
+
+async def test_tenants_and_adapters_are_picked_by_their_own_blocks(nodes, routers, tmp_path):
+    spaces = {("", "red"): b"r" * 32, ("sql", "red"): b"s" * 32, ("", "blue"): b"b" * 32}
+    at = {}
+    for space, root in spaces.items():
+        at[space] = await nodes("-".join(space), block_keys(root, ids(PROMPT), BLOCK))
+        for (adapter, tenant), each in spaces.items():
+            at[space].info.spaces.add(adapter=adapter, tenant=tenant, root=each)
+    plain = await nodes("knows nobody")
+    router = await routers(*at.values(), plain, epp="127.0.0.1:0")
+    async with Envoy(tmp_path, envoy_config(router.epp, False)) as envoy:
+        await envoy.ready()
+
+        async def post(model: str, *tenants: str, path: str = "/v1/completions"):
+            headers = [(TENANT_HEADER, tenant) for tenant in tenants]
+            body = {"model": model, "prompt": PROMPT}
+            return await envoy.client.post(path, json=body, headers=headers)
+
+        for (adapter, tenant), node in at.items():
+            answer = await post(adapter or "tiny", tenant)
+            assert answer.headers["x-engine"] == node.engine.address, (adapter, tenant)
+        for model, tenants, status, words in (
+            ("tiny", ["green"], 403, "tenant 'green' is not known"),
+            ("sql", ["blue"], 403, "tenant 'blue' is not known to any worker of 'sql'"),
+            ("law", ["red"], 404, "served: tiny, sql"),
+            ("tiny", ["red", "blue"], 400, "x-kvtier-tenant: 2 of them"),
+        ):
+            answer = await post(model, *tenants)
+            assert answer.status_code == status, answer.text
+            assert words in answer.json()["error"]["message"]
+        # What is not read goes to workers that know the tenant all the same.
+        for tenant, ends in ("red", at.values()), ("", [*at.values(), plain]):
+            headers = {TENANT_HEADER: tenant} if tenant else {}
+            seen = {
+                (await envoy.client.get("/v1/models", headers=headers)).headers["x-engine"]
+                for _ in range(60)
+            }
+            assert seen == {each.engine.address for each in ends}
+        answer = await envoy.client.post("/v1/x", content=b"x", headers={TENANT_HEADER: "green"})
+        assert answer.status_code == 403
 
 
 async def test_bad_requests_end_at_the_gateway(nodes, routers, tmp_path):

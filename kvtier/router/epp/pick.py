@@ -12,7 +12,7 @@ from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 from kvtier.router.http.openai import BadRequest, prompt_of
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt, Sent
-from kvtier.router.prompts import KeyedPrompt, Prompts
+from kvtier.router.prompts import KeyedPrompt, Prompts, Space
 from kvtier.wire.pb import router_pb2
 
 READ_S: Final = 1.0  # for a prompt to become token ids; then it goes by load alone
@@ -48,25 +48,29 @@ class Picker:
         self._placement = placement
         self._luck = luck
 
-    async def pick(self, path: str, body: bytes, subset: Collection[str] | None) -> Picked:
+    async def pick(
+        self, path: str, body: bytes, subset: Collection[str] | None, tenant: str = ""
+    ) -> Picked:
         """The endpoints for a request.
 
         Args:
             path: Of the request, perhaps with a query.
             body: All of it; empty where there is none.
             subset: The endpoints that may be picked; None: all.
+            tenant: Whose blocks may be used; only workers that know it are asked.
 
         Raises:
             InvalidRequest: The body of a known path is no JSON.
-            UnknownModel: Nobody serves the model that it names.
+            UnknownModel: Nobody serves the model, or adapter, that it names.
+            UnknownTenant: No worker of the model knows the tenant.
             WorkerLost: No endpoint is ready, or none in `subset`.
         """
         model, asked = _parse(path, body)
-        by, prompt, links = await self._read(model, asked, body)
+        by, prompt, links = await self._read(model, tenant, asked, body)
         found = self._among(links, subset)
         if not found and by == "prompt":  # those with another tokenizer may be in the subset
-            by, prompt = "load", _by_length(prompt.model, body, prompt.adapter)
-            found = self._among(self._placement.candidates(prompt.model, prompt.adapter), subset)
+            by, prompt = "load", _by_length(Space(prompt.model, *prompt.space), body)
+            found = self._among(self._placement.candidates(prompt.model, *prompt.space), subset)
         if not found:
             limit = "" if subset is None else f" among the {len(subset)} of the subset"
             raise WorkerLost(f"no endpoint of {prompt.model!r} is ready{limit}")
@@ -85,23 +89,24 @@ class Picker:
         return _with_host(http, link.address) if http else ""
 
     async def _read(
-        self, model: str, asked: router_pb2.Prompt | None, body: bytes
+        self, model: str, tenant: str, asked: router_pb2.Prompt | None, body: bytes
     ) -> tuple[str, Prompt, list[Link]]:
         """How the prompt was read, and it, and who may take it."""
         if asked is not None:
             try:
                 async with asyncio.timeout(READ_S):
-                    request = router_pb2.RouteRequest(model=model, prompt=asked)
+                    request = router_pb2.RouteRequest(model=model, prompt=asked, tenant=tenant)
                     return "prompt", *await self._prompts.read(request)
             except (InvalidRequest, Overloaded, TimeoutError):
                 pass  # what we cannot read the engine perhaps can, and if not, it says so itself
         names = self._prompts.models()
         if not model and len(names) != 1:
-            links = [link for name in names for link in self._placement.candidates(name)]
-            return "load", _by_length("", body), links
-        space = self._prompts.space(model)
-        links = self._placement.candidates(*space)
-        return "load", _by_length(space.model, body, space.adapter), links
+            spaces = [Space(name, "", tenant) for name in names]
+            space = Space("", "", tenant)
+        else:
+            spaces = [space := self._prompts.space(model, tenant=tenant)]
+        links = [link for each in spaces for link in self._placement.candidates(*each)]
+        return "load", _by_length(space, body), links
 
     def _among(self, links: Sequence[Link], subset: Collection[str] | None) -> dict[str, Link]:
         found = {self.endpoint(link): link for link in links}
@@ -122,9 +127,10 @@ def _parse(path: str, body: bytes) -> tuple[str, router_pb2.Prompt | None]:
     return model, prompt
 
 
-def _by_length(model: str, body: bytes, adapter: str = "") -> Prompt:
+def _by_length(space: Space, body: bytes) -> Prompt:
     """A prompt of which only the length is known, more or less."""
-    return KeyedPrompt(model, range(1 + len(body) // BYTES_PER_TOKEN), adapter)
+    length = range(1 + len(body) // BYTES_PER_TOKEN)
+    return KeyedPrompt(space.model, length, space.adapter, space.tenant)
 
 
 def _with_host(http: str, worker: str) -> str:

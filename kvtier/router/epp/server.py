@@ -15,7 +15,14 @@ from kvtier.config import RouterConfig
 from kvtier.errors import RequestError
 from kvtier.router.epp.pick import Picked, Picker, check_endpoints
 from kvtier.router.front import Front
-from kvtier.router.http.openai import BadRequest, error_body, retry_after, status_of
+from kvtier.router.http.openai import (
+    TENANT_HEADER,
+    BadRequest,
+    error_body,
+    retry_after,
+    status_of,
+    tenant_of,
+)
 from kvtier.wire.pb import ext_proc_pb2 as pb
 from kvtier.wire.rpc import MAX_MESSAGE, Server
 
@@ -90,6 +97,7 @@ class _Exchange:
         self._picker = picker
         self._path = ""
         self._subset: frozenset[str] | None = None
+        self._tenant = ""
         self._body = bytearray()
         self._picked: Picked | None = None
 
@@ -102,7 +110,9 @@ class _Exchange:
         match request.WhichOneof("request"):
             case "request_headers":
                 self.end()  # a second one takes the place of the first
-                self._path = _header(request.request_headers.headers, ":path")
+                headers = request.request_headers.headers
+                self._path = next(iter(_header(headers, ":path")), "")
+                self._tenant = tenant_of(_header(headers, TENANT_HEADER))
                 self._subset = _subset(request.metadata_context)
                 return await self._decide() if request.request_headers.end_of_stream else []
             case "request_body":
@@ -138,7 +148,8 @@ class _Exchange:
 
     async def _decide(self) -> list[pb.ProcessingResponse]:
         async def work(_deadline: float) -> Picked:
-            return await self._picker.pick(self._path, bytes(self._body), self._subset)
+            body = bytes(self._body)
+            return await self._picker.pick(self._path, body, self._subset, self._tenant)
 
         self._picked = await self._front.within(None, work, wait=False)
         destination = ",".join(self._picked.endpoints)
@@ -196,11 +207,13 @@ def _immediate(error: RequestError) -> pb.ProcessingResponse:
     )  # fmt: skip
 
 
-def _header(headers: pb.HeaderMap, name: str) -> str:
-    for each in headers.headers:
-        if each.key == name:
-            return each.raw_value.decode(errors="replace") or each.value
-    return ""
+def _header(headers: pb.HeaderMap, name: str) -> list[str]:
+    """Every value of a header, names being in lower case here."""
+    return [
+        each.raw_value.decode(errors="replace") or each.value
+        for each in headers.headers
+        if each.key == name
+    ]
 
 
 def _subset(metadata: pb.Metadata) -> frozenset[str] | None:

@@ -21,12 +21,14 @@ from kvtier.metrics import REGISTRY
 from kvtier.router.front import MAX_REQUEST_ID, Front
 from kvtier.router.http.answer import Answer
 from kvtier.router.http.openai import (
+    TENANT_HEADER,
     BadRequest,
     Writer,
     error_body,
     read,
     retry_after,
     status_of,
+    tenant_of,
 )
 from kvtier.router.members import Members
 from kvtier.wire.rpc import MAX_MESSAGE
@@ -37,7 +39,6 @@ BODY_S: Final = 60.0  # for a body to arrive in
 LONG_BODY: Final = 1 << 20  # bytes from which on JSON is parsed off the loop
 _MAX_MS: Final = 86_400_000
 CLIENT_GONE: Final = 499  # nginx's number for it; nobody reads this answer
-TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
 TIMEOUT_HEADER: Final = "x-envoy-expected-rq-timeout-ms"  # how long Envoy will wait for us
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class _Paths:
         try:
             body = await self._bodies.read(request, _limit_s(request))
             seed = self._rng.getrandbits(63)
-            tenant = _tenant(request)
+            tenant = tenant_of(request.headers.getlist(TENANT_HEADER))
             asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed, tenant=tenant)
             model = self._front.prompts.space(asked.model, tenant=tenant).name
             answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -243,18 +244,6 @@ def _parsed(raw: bytes) -> object:
         return cast("object", body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"body: not JSON: {error}") from None
-
-
-def _tenant(request: Request) -> str:
-    """Whom a proxy says that this is for.
-
-    Raises:
-        BadRequest: It says so twice: a client's own header must not win over the proxy's.
-    """
-    given = request.headers.getlist(TENANT_HEADER)
-    if len(given) > 1:
-        raise BadRequest(f"{TENANT_HEADER}: {len(given)} of them; a proxy must overwrite it")
-    return given[0] if given else ""
 
 
 def _limit_s(request: Request) -> float | None:

@@ -5,13 +5,14 @@ chat). What would change an answer and is not supported is refused, never ignore
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from kvtier.errors import Overloaded, RequestError
 from kvtier.wire.pb import router_pb2, worker_pb2
 
+TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
 MAX_CHOICES: Final = 16  # of one request, over all its prompts
 MAX_STOPS: Final = 4
 MAX_STOP: Final = 256  # characters
@@ -112,6 +113,17 @@ def prompt_of(body: object) -> tuple[str, router_pb2.Prompt | None]:
     except BadRequest:
         prompt = None
     return model if isinstance(model, str) else "", prompt
+
+
+def tenant_of(given: Sequence[str]) -> str:
+    """Whom a proxy says that a request is for, in its TENANT_HEADER; empty: nobody in particular.
+
+    Raises:
+        BadRequest: It says so twice: a client's own header must not win over the proxy's.
+    """
+    if len(given) > 1:
+        raise BadRequest(f"{TENANT_HEADER}: {len(given)} of them; a proxy must overwrite it")
+    return given[0] if given else ""
 
 
 def status_of(error: RequestError) -> int:
