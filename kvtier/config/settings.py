@@ -42,7 +42,7 @@ class DiskConfig:
     drain_at: float = field(default=0.8, metadata=_SHARE)
     policy: str = field(default="lru", metadata=one_of(*POLICIES))  # what leaves first
     codec: str = field(default="raw", metadata=one_of(*_CODECS))
-    threads: int = field(default=2, metadata=limits(1, 64))
+    threads: int = field(default=3, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
     requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
     write_bytes_per_day: Size = field(default=0, metadata=limits(0, 2**60))  # 0: no limit

@@ -42,7 +42,7 @@ class DiskStore:
     Args:
         path: Made where it is not there; other files in it are left alone.
         capacity: Bytes of all files.
-        requests: Reads in flight at once, and as many writes beside them.
+        requests: Reads in flight at once, as many writes, and as many headers being erased.
         write_bytes_per_day: What may be written a day; more is refused. 0: no limit.
         clock: Monotonic seconds, for the budget.
         open_folder: How the folder is opened; a test passes one whose files fail.
@@ -76,6 +76,8 @@ class DiskStore:
         self._room = Room(self._folder, self._space, self._state, self._move_all)
         self._read_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-read")
         self._write_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-write")
+        # A page written takes half as long as a block does, where many blocks are under way.
+        self._erase_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-erase")
         try:
             self._load()
         except OSError as error:
@@ -173,8 +175,8 @@ class DiskStore:
             self._state.wait_for(lambda: self._calls == 0)
             segments = list(self._space.segments.values())
             self._space.segments.clear()
-        self._read_pool.shutdown()
-        self._write_pool.shutdown()
+        for pool in (self._read_pool, self._write_pool, self._erase_pool):
+            pool.shutdown()
         for segment in segments:
             segment.file.close()
         self._folder.close()
@@ -302,7 +304,7 @@ class DiskStore:
         """Free the slots of dead records; one that is being read waits for its last reader."""
         with self._state:
             ending = [record.place for record in records if record.ends()]
-        errors = [each for each in at_once(self._write_pool, self._free, ending) if each]
+        errors = [each for each in at_once(self._erase_pool, self._free, ending) if each]
         return errors[0] if errors else None
 
     def _free(self, place: Place, *, bad: bool = False) -> OSError | None:
