@@ -19,7 +19,7 @@ from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ghosts import Ghosts
-from kvtier.core.hazards import BIN_OF, MAX_AGE, Hazards
+from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
@@ -30,6 +30,7 @@ MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
 CYCLE: Final = 128  # requests between two looks at what a class has learned
+_NO_INDEX: Final = [[0.0] * BINS] * (SHARED + 1)
 
 
 class PHD:
@@ -40,6 +41,7 @@ class PHD:
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
         self._ghosts = Ghosts()
         self._now = 0.0
+        self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
@@ -64,6 +66,7 @@ class PHD:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
         keys = [*dict.fromkeys(path)]
         if use.now > self._now:
+            self._moving = self._moving or self._turn > 0
             self._now = use.now
         self._victim = None
         self._turn += 1
@@ -85,7 +88,7 @@ class PHD:
             end = self._unknown_until(keys, i)
             if end > i:
                 above = self._forest.add(keys[i:end], above)
-                above.cls, above.t = _kind(0, None), self._now
+                above.cls, above.t, above.seq = _kind(0, None), self._now, self._turn
             i = end
 
     def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
@@ -137,7 +140,7 @@ class PHD:
             run.cls = SHARED
         else:
             run.cls = gap + kind
-        run.t, run.request, run.open = now, request, False
+        run.t, run.seq, run.request, run.open = now, self._turn, request, False
         if (
             above is not None
             and above.cls == run.cls
@@ -165,7 +168,7 @@ class PHD:
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
-            above.cls, above.t = gaps[i] + kind, self._now
+            above.cls, above.t, above.seq = gaps[i] + kind, self._now, self._turn
             above.request, above.open = request, True
             self._hazards.opened(above.cls, self._now)
             i = end
@@ -263,8 +266,10 @@ class PHD:
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again next time."""
         index, now, bin_of = self._hazards.index, self._now, BIN_OF
+        if not self._moving:
+            index = _NO_INDEX
         order = sorted([
-            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.t, i)
+            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.seq, i)
             for i, run in enumerate(runs)
         ])  # fmt: skip
         poor: dict[Run, None] = {}

@@ -24,6 +24,7 @@ class Run:
         "parent",
         "place",
         "request",
+        "seq",
         "t",
     )
 
@@ -34,6 +35,7 @@ class Run:
         self.place = -1  # among the leaves; -1: it has children
         self.cls = 0
         self.t = 0.0  # of the last use, in seconds
+        self.seq = 0  # of that use: what was used later has a higher one
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
         self.open = False  # whether it is observed when the next use comes
@@ -67,7 +69,7 @@ class Forest:
     def split(self, run: Run, at: int) -> Run:
         """Cut before blocks[at]; the upper part, which is new and is the one still observed."""
         upper = Run(run.blocks[:at], run.parent)
-        upper.cls, upper.t, upper.open = run.cls, run.t, run.open
+        upper.cls, upper.t, upper.seq, upper.open = run.cls, run.t, run.seq, run.open
         upper.request, upper.new, upper.children = run.request, run.new, 1
         del run.blocks[:at]
         run.parent, run.open = upper, False
@@ -90,7 +92,7 @@ class Forest:
             return upper
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
-        lower.t = upper.t
+        lower.t, lower.seq = upper.t, upper.seq
         self._are_in(upper.blocks, lower)
         upper.blocks = []
         return lower
