@@ -4,8 +4,11 @@ import argparse
 import heapq
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 from kvtier import config as configuration
 from kvtier.errors import ConfigError
@@ -58,11 +61,26 @@ def _run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {out.parent}")
-    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell started us as deaf to it
-        signal.signal(number, signal.default_int_handler)
-    count = write_trace(out, in_order(_requests(options)))
+    with _told_to_stop() as told:
+        count = write_trace(out, in_order(_requests(options, told)))
     print(f"{count} requests in {out}")
     return 0
+
+
+@contextmanager
+def _told_to_stop() -> "Iterator[SimpleQueue[None]]":
+    """Gets an item at each signal to stop; none of them interrupts what is being done.
+
+    An exception in the middle of it would lose what is held back, or half a line.
+    """
+    told: SimpleQueue[None] = SimpleQueue()
+    stops = (signal.SIGTERM, signal.SIGINT)  # also where a shell started us as deaf to it
+    before = [signal.signal(number, lambda *_: told.put(None)) for number in stops]
+    try:
+        yield told
+    finally:
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
 
 
 def in_order(requests: Iterable[Request]) -> Iterator[Request]:
@@ -85,8 +103,8 @@ def in_order(requests: Iterable[Request]) -> Iterator[Request]:
         yield popped()
 
 
-def _requests(options: argparse.Namespace) -> Iterator[Request]:
-    """What ends until one of the limits, the router's end, or a signal to stop.
+def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterator[Request]:
+    """What ends until one of the limits, the router's end, or an item in `told`.
 
     Raises:
         ConfigError: There is no router, or it refuses.
@@ -99,6 +117,13 @@ def _requests(options: argparse.Namespace) -> Iterator[Request]:
     with grpc.insecure_channel(options.router) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         call = stub.Record(router_pb2.RecordRequest(), timeout=options.seconds or None)
+
+        def stop() -> None:
+            told.get()
+            call.cancel()
+
+        stopping = threading.Thread(target=stop, daemon=True)
+        stopping.start()
         try:
             call.initial_metadata()  # comes at once: from here on nothing is missed
             print(f"recording {options.router}; Ctrl-C ends it", file=sys.stderr, flush=True)
@@ -111,19 +136,18 @@ def _requests(options: argparse.Namespace) -> Iterator[Request]:
                 count += 1
                 if count == options.requests:
                     return
-        except KeyboardInterrupt:
-            return
         except grpc.RpcError as error:
             _ended(options.router, error.code(), error.details(), count)
         finally:
-            call.cancel()
+            told.put(None)
+            stopping.join()
 
 
 def _ended(router: str, code: object, details: object, count: int) -> None:
-    """What the call's end means: time is up, or the router is gone."""
+    """What the call's end means: time is up, we were told to stop, or the router is gone."""
     import grpc
 
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return
     if not count:
         raise ConfigError(f"no recording from {router}: {details}")

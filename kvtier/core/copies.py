@@ -1,6 +1,5 @@
 """What is known of one block, and of all the copies in one tier."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -8,6 +7,7 @@ from enum import IntEnum
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.effects import Move
 from kvtier.core.policy import Use
+from kvtier.core.shards import KeyMap, Line
 from kvtier.core.tiers import TierSpec
 
 
@@ -35,13 +35,13 @@ class Copies:
     def __init__(self, spec: TierSpec, block_nbytes: int) -> None:
         self.spec = spec
         self.policy = spec.policy()
-        self.sizes: dict[BlockKey, int] = {}  # bytes of each
+        self.sizes = KeyMap[int]()  # bytes of each
         self.nbytes = 0
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
         self.paused = False
         self.refusing = False  # the newest copy into this tier failed
-        self.undrained: OrderedDict[BlockKey, int] = OrderedDict()  # bytes of each, oldest first
+        self.undrained = Line()  # with the bytes of each, oldest first
         self.undrained_nbytes = 0
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -59,16 +59,18 @@ class Copies:
 
     def add_undrained(self, key: BlockKey) -> None:
         """Nothing further down has `key`: it is the last in line to be copied there."""
-        self.undrained[key] = self.sizes[key]
-        self.undrained_nbytes += self.sizes[key]
+        nbytes = self.sizes[key]
+        self.undrained.put(key, nbytes)
+        self.undrained_nbytes += nbytes
 
     def remove_undrained(self, key: BlockKey) -> None:
         """`key` needs no copy further down, or one is under way."""
-        self.undrained_nbytes -= self.undrained.pop(key)
+        self.undrained_nbytes -= self.undrained.remove(key) or 0
 
     def touch(self, path: Sequence[BlockKey], use: Use) -> None:
         """A request used `path` (root first): what of it is here becomes warm, its root most."""
-        here = [key for key in path if key in self.sizes]
+        shards = self.sizes.shards
+        here = [key for key in path if key in shards[key[-1]]]
         if here:
             self.policy.touch(here, use)
 
@@ -79,8 +81,9 @@ class Copies:
         hot, once, and uses, on every engine's path, have less to do.
         """
         for key in reversed(path):
-            if key in self.undrained:
-                self.undrained.move_to_end(key)
+            nbytes = self.undrained.remove(key)
+            if nbytes is not None:
+                self.undrained.put(key, nbytes)
 
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more stay within the capacity, with all that is coming."""

@@ -137,7 +137,7 @@ class Ledger(Residency):
             if slot is None:
                 lease.refused = len(keys) - index
                 break
-            block = self._blocks.setdefault(key, Block())
+            block = self._known(key)
             block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
             lease.keys.append(key)
             lease.slots.append(slot)

@@ -14,24 +14,23 @@ The classes are made of what is known at the time of a request:
 and one more for shared prefixes: runs with several continuations, or at the root of a path.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.hazards import BIN_OF, MAX_AGE, Hazards
+from kvtier.core.ghosts import Ghosts
+from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
 SAMPLE: Final = 32  # runs that are compared to find a victim, at least; at most twice as many
-GHOSTS: Final = 16_384  # keys remembered after they left, at least; else as many as are here
+GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys are here
 POOR: Final = 16
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
 CYCLE: Final = 128  # requests between two looks at what a class has learned
-
-_Ghost = tuple[float, int]  # last use; class of the observation that is still open, or -1
+_NO_INDEX: Final = [[0.0] * BINS] * (SHARED + 1)
 
 
 class PHD:
@@ -40,26 +39,26 @@ class PHD:
     def __init__(self) -> None:
         self._forest = Forest()
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
-        self._ghosts: OrderedDict[BlockKey, _Ghost] = OrderedDict()
+        self._ghosts = Ghosts()
         self._now = 0.0
+        self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
-        self._mark: _Ghost = (0.0, -1)
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._found: list[Run] = []  # of the last sample
         self._victim: Run | None = None  # goes on being given up until something is touched
 
     def __contains__(self, key: object) -> bool:
-        return key in self._forest.of
+        return isinstance(key, bytes) and BlockKey(key) in self._forest.of
 
     def __len__(self) -> int:
-        return len(self._forest.of)
+        return self._forest.size
 
     @property
     def tracked(self) -> int:
         """Keys that are here, and those that are remembered."""
-        return len(self._forest.of) + len(self._ghosts)
+        return self._forest.size + len(self._ghosts)
 
     # --- used -------------------------------------------------------------------------
 
@@ -67,6 +66,7 @@ class PHD:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
         keys = [*dict.fromkeys(path)]
         if use.now > self._now:
+            self._moving = self._moving or self._turn > 0
             self._now = use.now
         self._victim = None
         self._turn += 1
@@ -88,7 +88,7 @@ class PHD:
             end = self._unknown_until(keys, i)
             if end > i:
                 above = self._forest.add(keys[i:end], above)
-                above.cls, above.t = _kind(0, None), self._now
+                above.cls, above.t, above.seq = _kind(0, None), self._now, self._turn
             i = end
 
     def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
@@ -140,7 +140,7 @@ class PHD:
             run.cls = SHARED
         else:
             run.cls = gap + kind
-        run.t, run.request, run.open = now, request, False
+        run.t, run.seq, run.request, run.open = now, self._turn, request, False
         if (
             above is not None
             and above.cls == run.cls
@@ -168,7 +168,7 @@ class PHD:
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
-            above.cls, above.t = gaps[i] + kind, self._now
+            above.cls, above.t, above.seq = gaps[i] + kind, self._now, self._turn
             above.request, above.open = request, True
             self._hazards.opened(above.cls, self._now)
             i = end
@@ -180,7 +180,7 @@ class PHD:
         ghosts, now = self._ghosts, self._now
         gaps = [0] * len(keys)
         for i, key in enumerate(keys):
-            ghost = ghosts.pop(key, None)
+            ghost = ghosts.take(key)
             if ghost is not None:
                 at, cls = ghost
                 gaps[i] = _gap(now - at)
@@ -189,9 +189,10 @@ class PHD:
         return gaps
 
     def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
-        known = self._forest.of
+        shards = self._forest.of.shards
         for i in range(start, len(keys)):
-            if keys[i] in known:
+            key = keys[i]
+            if key in shards[key[-1]]:
                 return i
         return len(keys)
 
@@ -218,15 +219,9 @@ class PHD:
                 self._victim = None
             self._turn += 1
         if run.request is not None:
-            if run.blocks or not run.open:
-                if self._mark[0] != run.t:
-                    self._mark = (run.t, -1)  # one for all blocks of a run
-                self._ghosts[key] = self._mark
-            else:
-                self._ghosts[key] = (run.t, run.cls)
-        limit = min(MAX_GHOSTS, max(GHOSTS, len(self._forest.of)))
-        while len(self._ghosts) > limit:
-            self._ghosts.popitem(last=False)
+            limit = min(MAX_GHOSTS, max(GHOSTS, self._forest.size))
+            waits = run.open and not run.blocks  # the observation is its first block's
+            self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`; O(SAMPLE) a run.
@@ -271,8 +266,10 @@ class PHD:
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again next time."""
         index, now, bin_of = self._hazards.index, self._now, BIN_OF
+        if not self._moving:
+            index = _NO_INDEX
         order = sorted([
-            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.t, i)
+            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.seq, i)
             for i, run in enumerate(runs)
         ])  # fmt: skip
         poor: dict[Run, None] = {}
@@ -306,9 +303,9 @@ class PHD:
     def check(self) -> None:
         """Assert every invariant; O(keys)."""
         self._forest.check()
-        assert not self._ghosts.keys() & self._forest.of.keys() or any(
-            run.request is None for run in self._forest.of.values()
-        ), "a ghost is here"
+        for key in self._ghosts:
+            run = self._forest.of.get(key)
+            assert run is None or run.request is None, "a ghost is here"
 
 
 def _gap(seconds: float) -> int:

@@ -1,10 +1,10 @@
 """Which block a full tier gives up first."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.shards import Line
 
 
 class Use(NamedTuple):
@@ -55,20 +55,17 @@ class LRU:
     """Least recently used, a path's deep end before its root."""
 
     def __init__(self) -> None:
-        # Coldest first. Not a dict: finding the first key of one costs the number of keys that
-        # were deleted before it.
-        self._order: OrderedDict[BlockKey, None] = OrderedDict()
+        self._order = Line()  # coldest first
 
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`; O(len(path))."""
-        order = self._order
+        put = self._order.put
         for key in reversed(path):
-            order[key] = None
-            order.move_to_end(key)
+            put(key)
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
-        self._order.pop(key, None)
+        self._order.remove(key)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`."""

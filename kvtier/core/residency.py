@@ -28,6 +28,7 @@ from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Keep, Learning
+from kvtier.core.shards import KeyMap
 from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
@@ -48,7 +49,7 @@ class Residency:
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
-        self._blocks: dict[BlockKey, Block] = {}
+        self._blocks = KeyMap[Block]()
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
         self._moves = 0
@@ -76,7 +77,7 @@ class Residency:
             if key in copies or coming:
                 continue
             if self._make_room(tier, nbytes):
-                self._blocks.setdefault(key, Block())
+                self._known(key)
                 self._place(key, tier, nbytes)
             elif not copies.spec.shared:
                 self._effects.append(Forget(key, tier))
@@ -155,18 +156,16 @@ class Residency:
 
     # --- copies -----------------------------------------------------------------------
 
+    def _known(self, key: BlockKey) -> Block:
+        """What is known of `key`, from now on if nothing was."""
+        return self._blocks.shards[key[-1]].setdefault(key, Block())
+
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
         """The warmest tier from `start` down that has `key` and answers."""
         for tier, copies in enumerate(self._tiers[start:], start):
             if key in copies and not copies.paused:
                 return tier
         return None
-
-    def _lies_below(self, key: BlockKey, tier: int) -> bool:
-        for copies in self._tiers[tier + 1 :]:  # noqa: SIM110 - on every write's path
-            if key in copies.sizes:
-                return True
-        return False
 
     def _place(self, key: BlockKey, tier: int, nbytes: int, *, touch: bool = True) -> None:
         """`tier` has `key` now. Without `touch` the caller touches the path that it is part of."""
@@ -286,7 +285,7 @@ class Residency:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
         if not self._idle(key, tier):
             return False
-        if self._lies_below(key, tier):
+        if any(key in copies for copies in self._tiers[tier + 1 :]):
             return True
         below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
         if tier == HOST:
@@ -357,25 +356,26 @@ class Residency:
 
     def check(self) -> None:
         """Assert every invariant; for tests and `kvtier check`: O(blocks)."""
-        slots = [block.slot for block in self._blocks.values() if block.slot is not None]
+        blocks = dict(self._blocks.items())
+        slots = [block.slot for block in blocks.values() if block.slot is not None]
         assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
-        moves = [block.move for block in self._blocks.values() if block.move is not None]
+        moves = [block.move for block in blocks.values() if block.move is not None]
         assert len(moves) == self._moves
-        host = {key: self._blocks[key].slot for key in self._tiers[HOST].sizes}
-        assert self._in_host.of == host, "a block is not where it should be"
+        host = {key: blocks[key].slot for key in self._tiers[HOST].sizes}
+        assert dict(self._in_host.of.items()) == host, "a block is not where it should be"
         self._in_host.check()
         assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target != HOST for move in moves)
             assert copies.coming == coming <= copies.spec.queue
-            assert copies.nbytes == sum(copies.sizes.values())
+            assert copies.nbytes == sum(size for _, size in copies.sizes.items())
             assert copies.nbytes <= copies.spec.capacity, f"tier {tier} is over its capacity"
             ranked = [key for key in copies.sizes if key in copies.policy]
             assert len(copies.policy) == len(ranked)
             assert tier == HOST or len(ranked) == len(copies.sizes)
-            assert all(key in self._blocks for key in copies.sizes)
-            assert copies.undrained_nbytes == sum(copies.undrained.values())
-        for key, block in self._blocks.items():
+            assert all(key in blocks for key in copies.sizes)
+            assert copies.undrained_nbytes == sum(size for _, size in copies.undrained.items())
+        for key, block in blocks.items():
             self._check_block(key, block)
 
     def _check_block(self, key: BlockKey, block: Block) -> None:

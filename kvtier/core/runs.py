@@ -9,6 +9,7 @@ path of single blocks becomes one run in O(its length * log) and not in its squa
 from itertools import islice
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.shards import KeyMap
 
 
 class Run:
@@ -23,6 +24,7 @@ class Run:
         "parent",
         "place",
         "request",
+        "seq",
         "t",
     )
 
@@ -33,6 +35,7 @@ class Run:
         self.place = -1  # among the leaves; -1: it has children
         self.cls = 0
         self.t = 0.0  # of the last use, in seconds
+        self.seq = 0  # of that use: what was used later has a higher one
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
         self.open = False  # whether it is observed when the next use comes
@@ -42,7 +45,8 @@ class Forest:
     """Runs by key, and those without children in an array, in no order."""
 
     def __init__(self) -> None:
-        self.of: dict[BlockKey, Run] = {}
+        self.of = KeyMap[Run]()
+        self.size = 0  # keys
         self.leaves: list[Run] = []
 
     def add(self, blocks: list[BlockKey], parent: Run | None) -> Run:
@@ -51,23 +55,25 @@ class Forest:
         if parent is not None:
             self._unleaf(parent)
             parent.children += 1
-        self.of.update(dict.fromkeys(blocks, run))
+        self.size += len(blocks)
+        self._are_in(blocks, run)
         self._leaf(run)
         return run
 
     def extend(self, run: Run, blocks: list[BlockKey]) -> None:
         """Put keys that are not here at the deep end of a leaf."""
         run.blocks += blocks
-        self.of.update(dict.fromkeys(blocks, run))
+        self.size += len(blocks)
+        self._are_in(blocks, run)
 
     def split(self, run: Run, at: int) -> Run:
         """Cut before blocks[at]; the upper part, which is new and is the one still observed."""
         upper = Run(run.blocks[:at], run.parent)
-        upper.cls, upper.t, upper.open = run.cls, run.t, run.open
+        upper.cls, upper.t, upper.seq, upper.open = run.cls, run.t, run.seq, run.open
         upper.request, upper.new, upper.children = run.request, run.new, 1
         del run.blocks[:at]
         run.parent, run.open = upper, False
-        self.of.update(dict.fromkeys(upper.blocks, upper))
+        self._are_in(upper.blocks, upper)
         return upper
 
     def merge(self, upper: Run, lower: Run) -> Run:
@@ -77,7 +83,7 @@ class Forest:
         """
         if len(upper.blocks) > len(lower.blocks):
             upper.blocks += lower.blocks
-            self.of.update(dict.fromkeys(lower.blocks, upper))
+            self._are_in(lower.blocks, upper)
             lower.blocks = []  # the runs below find `upper` through it
             lower.parent, upper.children = upper, lower.children
             if lower.place >= 0:
@@ -86,8 +92,8 @@ class Forest:
             return upper
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
-        lower.t = upper.t
-        self.of.update(dict.fromkeys(upper.blocks, lower))
+        lower.t, lower.seq = upper.t, upper.seq
+        self._are_in(upper.blocks, lower)
         upper.blocks = []
         return lower
 
@@ -107,7 +113,8 @@ class Forest:
         """
         runs: list[Run] = []
         i, end = start, len(path)
-        while i < end and (run := self.of.get(path[i])) is not None:
+        shards = self.of.shards
+        while i < end and (run := shards[path[i][-1]].get(path[i])) is not None:
             if run.blocks[0] != path[i]:
                 self.split(run, run.blocks.index(path[i]))
             moves = above is not None and run.parent is not above and self.parent(run) is not above
@@ -125,9 +132,10 @@ class Forest:
 
     def remove(self, key: BlockKey) -> Run | None:
         """Take one key out; the run that it was in, None if it is not here."""
-        run = self.of.pop(key, None)
+        run = self.of.shards[key[-1]].pop(key, None)
         if run is None:
             return None
+        self.size -= 1
         if run.blocks[-1] != key:
             at = run.blocks.index(key) + 1
             self.of[key] = run  # for a moment, so that the split is an ordinary one
@@ -143,6 +151,11 @@ class Forest:
                 if not above.children:
                     self._leaf(above)
         return run
+
+    def _are_in(self, blocks: list[BlockKey], run: Run) -> None:
+        shards = self.of.shards
+        for key in blocks:
+            shards[key[-1]][key] = run
 
     def _lies_on(self, run: Run, below: Run) -> bool:
         """Whether `run` is `below`, or above it."""
@@ -176,7 +189,7 @@ class Forest:
 
     def check(self) -> None:
         """Assert every invariant; O(keys)."""
-        runs = {id(run): run for run in self.of.values()}.values()
+        runs = {id(run): run for _, run in self.of.items()}.values()
         children = dict.fromkeys(map(id, runs), 0)
         for run in runs:
             assert run.blocks, "a run without blocks is known"
@@ -184,7 +197,7 @@ class Forest:
             above = self.parent(run)
             if above is not None:
                 children[id(above)] += 1
-        assert sum(len(run.blocks) for run in runs) == len(self.of), "a key is lost"
+        assert sum(len(run.blocks) for run in runs) == len(self.of) == self.size, "a key is lost"
         for run in runs:
             assert run.children == children[id(run)], "children are miscounted"
             assert (run.place >= 0) == (not run.children), "a leaf is none, or the other way"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from operator import eq
 
 from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.shards import KeyMap
 
 RUN = 64  # neighbouring slots that are compared at once
 
@@ -18,7 +19,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int) -> None:
-        self.of: dict[BlockKey, Slot] = {}
+        self.of = KeyMap[Slot]()
         self.pins = array("i", bytes(4 * slots))
         self._key_at: list[BlockKey | None] = [None] * slots
 
@@ -37,10 +38,12 @@ class SlotTable:
         Neighbours of a path mostly lie in neighbouring slots: these are compared as a whole
         instead of looked up one by one, which is what costs in a large ledger.
         """
+        shards = self.of.shards
         slots: list[Slot] = []
         previous = -1
         while len(slots) < len(keys):
-            slot = self.of.get(keys[len(slots)])
+            key = keys[len(slots)]
+            slot = shards[key[-1]].get(key)
             if slot is None:
                 break
             slots.append(slot)
@@ -56,4 +59,4 @@ class SlotTable:
     def check(self) -> None:
         """Assert that both ways lead to the same; for tests."""
         at = {key: slot for slot, key in enumerate(self._key_at) if key is not None}
-        assert self.of == at, "a slot is not where its block is"
+        assert dict(self.of.items()) == at, "a slot is not where its block is"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import LRU, NO_USE, Learning, PolicyFactory, Use
+from kvtier.core.shards import KeyMap
 from kvtier.core.tiers import Tier
 
 
@@ -59,7 +60,8 @@ class BlockPool:
         self.capacity = capacity_blocks
         self._free = list(range(capacity_blocks - 1, -1, -1))
         self._loose: set[int] = set()
-        self._blocks: dict[BlockKey, _Block] = {}
+        self._blocks = KeyMap[_Block]()
+        self._resident = 0
         self._policy = policy()
         self._changes: dict[BlockKey, bool] = {}
         # The policy, if it is one that learns: for whoever keeps that over a restart.
@@ -69,7 +71,7 @@ class BlockPool:
 
     def __len__(self) -> int:
         """Resident keys."""
-        return len(self._blocks)
+        return self._resident
 
     def __iter__(self) -> Iterator[BlockKey]:
         """Resident keys, in no order."""
@@ -78,8 +80,9 @@ class BlockPool:
     def match(self, path: Sequence[BlockKey]) -> list[int]:
         """The blocks of the leading resident keys. Changes nothing, not even recency."""
         found: list[int] = []
+        shards = self._blocks.shards
         for key in path:
-            block = self._blocks.get(key)
+            block = shards[key[-1]].get(key)
             if block is None:
                 break
             found.append(block.id)
@@ -135,6 +138,7 @@ class BlockPool:
                 self._blocks[parent].children += 1
             self._loose.remove(block_id)
             self._blocks[key] = _Block(block_id, parent, depth)
+            self._resident += 1
             self._changed(key, held=True)
         self._policy.touch(path, use)
 
@@ -165,9 +169,10 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert every invariant; O(blocks)."""
-        used = [block.id for block in self._blocks.values()]
+        used = [block.id for _, block in self._blocks.items()]
         every = [*self._free, *self._loose, *used]
         assert sorted(every) == list(range(self.capacity)), "a block is lost or held twice"
+        assert len(self._blocks) == self._resident, "blocks are miscounted"
         assert len(self._policy) == len(self._blocks), "the policy knows other keys"
         children = dict.fromkeys(self._blocks, 0)
         for key, block in self._blocks.items():
@@ -214,6 +219,7 @@ class BlockPool:
 
     def _drop(self, key: BlockKey) -> None:
         block = self._blocks.pop(key)
+        self._resident -= 1
         if block.parent is not None:
             self._blocks[block.parent].children -= 1
         self._free.append(block.id)

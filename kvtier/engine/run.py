@@ -1,6 +1,7 @@
 """`kvtier worker`: an engine with the node's tiers under it."""
 
 import asyncio
+import gc
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,12 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     Raises:
         ConfigError: The address is taken, the model cannot be loaded, or the engine is not there.
     """
+
+    def ready(address: str) -> None:
+        gc.collect()
+        gc.freeze()  # a model and its libraries: no pass of the collector looks at them again
+        started(address)
+
     if config.worker.engine in _OTHERS:
         vllm_speaks_on_stderr()
         try:
@@ -32,10 +39,10 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
             raise ConfigError(
                 f"worker.engine is {config.worker.engine}, but {error.name} is not installed"
             ) from None
-        await module.serve(config, started=started, stop=stop)
+        await module.serve(config, started=ready, stop=stop)
         return
     from kvtier.engine import worker
     from kvtier.engine.embedded import attach
 
     make_tier = partial(attach, config.worker)
-    await worker.serve(config, started=started, stop=stop, make_tier=make_tier)
+    await worker.serve(config, started=ready, stop=stop, make_tier=make_tier)

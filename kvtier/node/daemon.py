@@ -17,6 +17,7 @@ from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
+from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
@@ -287,8 +288,9 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         address = await server.start()
         await server.healthy(True)
         log.info("node %s: engines at %s, gRPC at %s", daemon.name, config.node.socket, address)
-        started(address)
-        await stop.wait()
+        async with collected_when_quiet():
+            started(address)
+            await stop.wait()
     finally:
         await server.healthy(False)
         await daemon.close(DRAIN_S)

@@ -3,7 +3,7 @@
 The format is that of Mooncake (FAST'25, github.com/kvcache-ai/Mooncake, FAST25-release/traces):
 JSON, one object a line, of which these fields are read:
 
-    timestamp      milliseconds since any moment, not before the line above
+    timestamp      milliseconds since any moment; absent: as in the line above, at first 0
     input_length   tokens of the prompt
     output_length  tokens generated; absent: 0
     hash_ids       one integer a block of the prompt; equal ids mean equal prompts up to there
@@ -12,6 +12,7 @@ JSON, one object a line, of which these fields are read:
 
 A line with a `block_size` and nothing else that is known here is a heading: it says the size for
 the lines that follow. Only full blocks can be cached: the partly filled last one never is.
+Where all times are the same, and so say nothing, `load_trace` takes requests to be a second apart.
 """
 
 import gzip
@@ -59,7 +60,7 @@ def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Re
         ConfigError: The file cannot be read, or a line breaks the format: names file, line, field.
     """
     size, known = block_tokens or BLOCK_TOKENS, block_tokens is not None
-    number = 0
+    number, at_ms = 0, 0.0
     with _opened(Path(path)) as file:
         while line := file.readline(_MAX_LINE + 1):
             number += 1
@@ -75,14 +76,18 @@ def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Re
                     continue
             if not known and (guessed := _guessed_size(fields, size)):
                 size, known = guessed, True
-            request = _request(fields, where, size)
+            at_ms = _time(fields, where, at_ms)
+            request = _request(fields, where, size, at_ms)
             known = known or len(request.blocks) > 1  # it fits: later lines are held to it
             yield request
 
 
 def load_trace(path: str | Path, block_tokens: int | None = None) -> list[Request]:
     """All requests of a trace file, those that came earlier first; see `read_trace`."""
-    return sorted(read_trace(path, block_tokens), key=lambda request: request.at_s)
+    requests = sorted(read_trace(path, block_tokens), key=lambda request: request.at_s)
+    if len(requests) > 1 and requests[0].at_s == requests[-1].at_s:
+        return [request._replace(at_s=float(n)) for n, request in enumerate(requests)]
+    return requests
 
 
 def _guessed_size(fields: dict[str, object], size: int) -> int | None:
@@ -143,10 +148,16 @@ def _object(line: bytes, where: str) -> dict[str, object]:
     return fields
 
 
-def _request(fields: dict[str, object], where: str, size: int) -> Request:
+def _time(fields: dict[str, object], where: str, before: float) -> float:
     at = fields.get("timestamp")
+    if at is None:
+        return before
     if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) <= _MAX_MS:
         raise ConfigError(f"{where}: timestamp is {at!r}, must be a number of milliseconds")
+    return at
+
+
+def _request(fields: dict[str, object], where: str, size: int, at_ms: float) -> Request:
     tokens = _integer(fields, "input_length", where, 0, _MAX_TOKENS)
     output = _integer(fields, "output_length", where, 0, _MAX_TOKENS, default=0)
     ids = fields.get("hash_ids")
@@ -162,7 +173,7 @@ def _request(fields: dict[str, object], where: str, size: int) -> Request:
             f"{where}: hash_ids has {len(ids)} blocks, but {tokens} tokens are at most {most} "
             f"blocks of {size}; give the trace's own block size"
         )
-    return Request(at / 1000, tokens, output, tuple(ids), size)
+    return Request(at_ms / 1000, tokens, output, tuple(ids), size)
 
 
 def _integer(

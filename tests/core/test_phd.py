@@ -149,6 +149,21 @@ def test_the_books_stay_right_whatever_comes_and_goes():
             policy.check()
 
 
+def test_without_a_clock_it_is_lru():
+    """Then there is no age to learn from, and runs of one class must not starve another."""
+    from kvtier.core.policy import LRU
+
+    rng = Random(3)
+    caches = [Cache(policy, 90) for policy in (PHD(), LRU())]
+    hits = [0, 0]
+    for n in range(2000):
+        name = rng.randrange(40)
+        keys = prompt(name, 1 + name % 9) if n % 3 else prompt(1000 + n, 6)
+        for i, cache in enumerate(caches):
+            hits[i] += cache.ask(keys, 17.0)
+    assert hits[0] >= 0.99 * hits[1] > 100
+
+
 def test_memory_is_bounded():
     """Ghosts and open observations do not grow with the requests."""
     cache = Cache(PHD(), 100)

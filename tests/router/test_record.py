@@ -1,6 +1,7 @@
 """A trace recorded from a real router: what was asked, and nothing of what was said."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -93,6 +94,28 @@ async def test_what_was_recorded_is_kept_when_it_is_told_to_stop(
         await process.communicate()
     assert process.returncode == 0
     assert 2 <= len([*read_trace(out)]) <= 3
+
+
+async def test_no_number_of_signals_loses_what_was_recorded(engines, routers, recording, tmp_path):
+    """Requests are held back to be sorted; a signal while they are written leaves them all there.
+
+    A second reader has been told of each request when the signals begin: so, nearly, has this one.
+    """
+    router = await routers(await engines(StubWorker("a")))
+    out, count = tmp_path / "trace.jsonl", 200
+    process = await recording(router, out)
+    second = await recording(router, tmp_path / "other.jsonl", "--requests", str(count))
+    for _ in range(count):
+        await generate(router, [1, 2, 3])
+    async with asyncio.timeout(60):
+        await second.communicate()
+    ended = asyncio.create_task(process.communicate())
+    async with asyncio.timeout(60):
+        while not ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            await asyncio.wait([ended], timeout=0.002)
+    assert count - 1 <= len([*read_trace(out)]) <= count  # it may well die of one when it is done
 
 
 async def test_a_fifth_reader_is_refused_and_a_place_is_free_again_afterwards(

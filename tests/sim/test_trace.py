@@ -67,6 +67,19 @@ def test_a_trace_is_put_in_the_order_of_its_times(tmp_path: Path) -> None:
     assert [each.at_s for each in load_trace(path)] == [-5.0, 1.0, 2.0, 3.0, 9.0]
 
 
+@pytest.mark.parametrize("times", [{"timestamp": 7}, {"timestamp": None}, {}])
+def test_requests_without_times_are_a_second_apart(tmp_path: Path, times: dict) -> None:
+    line = {"input_length": 1024, "hash_ids": [1, 2]}
+    requests = load_trace(trace_of(tmp_path, *[{**line, **times}] * 3))
+    assert [each.at_s for each in requests] == [0.0, 1.0, 2.0]
+
+
+def test_a_missing_time_is_that_of_the_line_above(tmp_path: Path) -> None:
+    late = {"input_length": 1024, "hash_ids": [1, 2]}
+    requests = load_trace(trace_of(tmp_path, {**LINE, "timestamp": 2000}, late, LINE))
+    assert [each.at_s for each in requests] == [2.0, 2.0, 3.052]
+
+
 def test_whole_numbers_with_a_point_and_nulls_are_read(tmp_path: Path) -> None:
     line = {"timestamp": 1.5, "input_length": 1100.0, "output_length": None, "hash_ids": [1.0, 2]}
     assert [*read_trace(trace_of(tmp_path, line))] == [Request(0.0015, 1100, 0, (1, 2), 512)]
