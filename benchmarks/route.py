@@ -27,7 +27,7 @@ WORKERS, RATE = 8, 1_000_000.0
 AT_ONCE = 32
 PROMPT_BYTES = 2000
 LONG_BYTES = 500_000
-GROW_S, GROW_REQUESTS = 120.0, 1_000_000
+GROW_REQUESTS, GROW_STREAMS, GROW_AHEAD = 1_000_000, 4, 64
 RECOVERY_S = 3.0
 
 Ask = Callable[[], Awaitable[object]]
@@ -163,34 +163,43 @@ async def _held_up(address, ways, bars, tiny) -> None:
 
 
 async def _growth(address, folder, bars, other, tiny) -> None:
-    """Memory of the router over prompts that never come again."""
+    """Memory of the router over prompts that never come again; real sockets to the end."""
     pid = _pid_of(folder)
-    limit, limit_s = (500, 5.0) if tiny else (GROW_REQUESTS, GROW_S)
-    count, start, settled = 0, time.monotonic(), None
-    async with grpc.aio.insecure_channel(address) as channel:
-        stream = router_pb2_grpc.RouterStub(channel).RouteStream()
-        fresh = itertools.count()
-        while count < limit and (took := time.monotonic() - start) < limit_s:
-            for _ in range(64):
-                number = next(fresh)
+    limit = 500 if tiny else GROW_REQUESTS
+    fresh, answers = iter(range(limit)), itertools.count(1)
+    start, settled = time.monotonic(), (0, 0)
+
+    async def ask(stub) -> None:
+        nonlocal settled
+        stream, room = stub.RouteStream(), asyncio.Semaphore(GROW_AHEAD)
+
+        async def write() -> None:
+            for number in fresh:
+                await room.acquire()
                 given = b"".join((number * 8 + i).to_bytes(16, "big") for i in range(8))
                 prompt = router_pb2.BlockKeys(keys=given, block_tokens=BLOCK)
                 request = router_pb2.RouteRequest(prompt=router_pb2.Prompt(keys=prompt))
                 await stream.write(router_pb2.RouteStreamRequest(request=request))
-            for _ in range(64):
-                assert (await stream.read()).response.choice.worker_id
-            count += 64
-            if settled is None and (took > limit_s / 4 or count >= limit / 4):
+            await stream.done_writing()
+
+        writing = asyncio.ensure_future(write())
+        while (answer := await stream.read()) is not grpc.aio.EOF:
+            assert answer.response.choice.worker_id
+            room.release()
+            if (count := next(answers)) == limit // 4:
                 settled = (count, _rss(pid))
-        stream.cancel()
-    assert settled is not None
-    grown = (_rss(pid) - settled[1]) / 2**20
+        await writing
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        await asyncio.gather(*(ask(stub) for _ in range(GROW_STREAMS)))
+    count, rss, took = next(answers) - 1, _rss(pid), time.monotonic() - start
+    assert count == limit
+    grown = (rss - settled[1]) / 2**20
     other["growth"] = {
-        "requests": count,
-        "from": settled[0],
-        "mib": grown,
-        "rss_mib": _rss(pid) >> 20,
-    }
+        "requests": count, "from": settled[0], "mib": grown, "rss_mib": rss / 2**20,
+        "requests_per_s": count / took,
+    }  # fmt: skip
     bars.append(Bar("growth over prompts that never come again, MiB", grown, at_most=16))
 
 

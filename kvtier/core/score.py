@@ -13,6 +13,7 @@ from there where that takes less time than computing it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from math import inf
 from typing import NamedTuple
 
@@ -233,10 +234,15 @@ def filled(rates: Sequence[Rates]) -> list[Rates]:
     ]
 
 
+@lru_cache(maxsize=16)  # measured rates change once a heartbeat or a request, not once a ranking
+def _filled(rates: tuple[Rates, ...]) -> tuple[Rates, ...]:
+    return tuple(filled(rates))
+
+
 def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
-    rates = [each.rates for each in candidates]
+    rates: Sequence[Rates] = [each.rates for each in candidates]
     if not all(each.complete for each in rates):
-        rates = filled(rates)
+        rates = _filled(tuple(rates))
     lenders = sorted(
         (number for number, each in enumerate(candidates) if each.lends),
         key=lambda number: -candidates[number].lends,

@@ -13,13 +13,15 @@ from kvtier.errors import DeadlinePassed, InvalidRequest, RequestError
 from kvtier.router.admission import Admission
 from kvtier.router.generate import Job, Write, generate
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Ranked, Tie
+from kvtier.router.placement import Placement, Prompt
 from kvtier.router.prompts import Prompts, digest, fits
 from kvtier.router.record import Recorder
 from kvtier.wire.pb import router_pb2
 
 MAX_TEMPERATURE: Final = 100.0
 MAX_REQUEST_ID: Final = 128  # characters
+
+MAX_FALLBACKS: Final = 16  # named behind the best; more would cost time and help nobody
 
 T = TypeVar("T")
 
@@ -74,7 +76,9 @@ class Front:
 
     async def route(self, request: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
         """The best worker and those after it; remembers that the prompt goes there."""
-        prompt, ranked = await self._ranked(request, self._rng.random, timely=True)
+        prompt, links = await self.prompts.read(request)
+        most = 1 + MAX_FALLBACKS
+        ranked = self._placement.rank(prompt, links, self._rng.random, prompt.ready_at, most)
         best, *others = ranked
         self._placement.sent(prompt, best, followed=False)
         self.recorder.tell(prompt, best.info, best.root, time.time(), 0)
@@ -86,17 +90,23 @@ class Front:
     async def explain(self, request: router_pb2.RouteRequest) -> router_pb2.ExplainResponse:
         """Every candidate; remembers nothing."""
         # Every router must say the same, so nothing is left to chance or to its own history.
-        prompt, ranked = await self._ranked(request, None)
+        prompt, links = await self.prompts.read(request)
+        ranked = self._placement.rank(prompt, links, None)
         choices = [each.explained(self._config.behind) for each in ranked]
         return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
 
     async def generate(
         self, request: router_pb2.GenerateRequest, deadline: float, write: Write, *,
-        fill: bool = False,
+        fill: bool = False, fallbacks: int = MAX_FALLBACKS,
     ) -> None:  # fmt: skip
         """Route and pass on the answer to `write`; see `generate.generate` for what it raises.
 
-        With `fill` a request without `max_tokens` may take all the room that the model has.
+        Args:
+            request: What is asked.
+            deadline: On the clock.
+            write: Takes the messages.
+            fill: Without `max_tokens` it may take all the room that the model has.
+            fallbacks: How many workers behind the best each Routed names.
         """
         _check(request)
         prompt, links = await self.prompts.read(request)
@@ -106,7 +116,7 @@ class Front:
             found = self._placement.candidates(longer.model, *longer.space)
             return [each for each in found if digest(each) in readers and fits(longer, each)]
 
-        job = Job(request, prompt, candidates, deadline, fill)
+        job = Job(request, prompt, candidates, deadline, fill, fallbacks)
         attempts = self._config.max_attempts
         root = links[0].roots[prompt.space]
         with self.recorder.recorded(prompt, links[0].info, root) as seen:
@@ -116,13 +126,6 @@ class Front:
                 await write(response)
 
             await generate(job, self._placement, attempts, self._rng, recorded)
-
-    async def _ranked(
-        self, request: router_pb2.RouteRequest, tie: Tie | None, *, timely: bool = False
-    ) -> tuple[Prompt, list[Ranked]]:
-        prompt, links = await self.prompts.read(request)
-        since = prompt.ready_at if timely else None
-        return prompt, self._placement.rank(prompt, links, tie, since)
 
 
 def _check(request: router_pb2.GenerateRequest) -> None:

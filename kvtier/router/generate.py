@@ -60,6 +60,7 @@ class Job:
     candidates: Callable[[Prompt], list[Link]]  # at the moment of the call
     deadline: float  # on the loop's clock
     fill: bool = False  # without max_tokens: all the room that the model has
+    fallbacks: int = 0  # that Routed names behind the best
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ async def generate(
         links = [link for link in job.candidates(prompt) if link.address not in avoided]
         if not links:
             break
-        ranked = placement.rank(prompt, links, rng.random)
+        ranked = placement.rank(prompt, links, rng.random, most=1 + job.fallbacks)
         best = ranked[0]
         attempt = _Attempt(job, prompt, answer, best, write)
         routed = router_pb2.Routed(

@@ -4,6 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
+from itertools import islice
 from typing import Final
 
 from kvtier import metrics
@@ -23,6 +24,7 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
 MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
 
+_ON_WIRE: Final = tuple(TO_WIRE[tier] for tier in Tier)
 FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
 
 _LENDER: Final = "lender of "  # an address has no spaces
@@ -84,8 +86,8 @@ class Ranked:
         """The candidate as callers see it."""
         choice, warmth = self.choice, self.choice.warmth
         warm = [
-            worker_pb2.TierTokens(tier=TO_WIRE[tier], tokens=count * self.info.block_tokens)
-            for tier, count in zip(Tier, warmth, strict=True)
+            worker_pb2.TierTokens(tier=tier, tokens=count * self.info.block_tokens)
+            for tier, count in zip(_ON_WIRE, warmth, strict=True)
             if count
         ]
         return router_pb2.Choice(
@@ -143,7 +145,9 @@ class Speculation:
     def blocks(self, worker: str, keys: Sequence[BlockKey], now: float) -> int:
         """How many leading `keys` the worker was sent within the last SPECULATIVE_S."""
         self._expire(now)
-        until = self._until.get(worker, {})
+        until = self._until.get(worker)
+        if until is None:
+            return 0
         return next((i for i, key in enumerate(keys) if key not in until), len(keys))
 
     def _expire(self, now: float) -> None:
@@ -244,9 +248,10 @@ class Placement:
         return []
 
     def rank(
-        self, prompt: Prompt, links: Collection[Link], tie: Tie | None, since: float | None = None
-    ) -> list[Ranked]:
-        """These workers, best first. Asks only.
+        self, prompt: Prompt, links: Collection[Link], tie: Tie | None,
+        since: float | None = None, most: int | None = None,
+    ) -> list[Ranked]:  # fmt: skip
+        """These workers, best first, at most `most` of them. Asks only.
 
         Without `tie` equals are in the order of their addresses, whoever was cold last.
 
@@ -260,9 +265,10 @@ class Placement:
             if info is not None and root is not None:
                 kind = (root, info.block_tokens, info.kv_bytes_per_token)
                 kinds.setdefault(kind, {})[link.address] = (link, info, root)
-        orders = [self._rank(prompt, alike, tie, since) for alike in kinds.values()]
+        orders = [self._rank(prompt, alike, tie, since, most) for alike in kinds.values()]
         # Not sorted: each order has its equals in an order of its own, which stays.
-        return list(merge(*orders, key=lambda each: (each.draining, each.choice.seconds)))
+        merged = merge(*orders, key=lambda each: (each.draining, each.choice.seconds))
+        return list(islice(merged, most))
 
     def sent(self, prompt: Prompt, to: Ranked, *, followed: bool) -> Sent:
         """Remember that `prompt` goes there; `followed` if we shall see its first token."""
@@ -281,8 +287,9 @@ class Placement:
         return sent
 
     def _rank(
-        self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None
-    ) -> list[Ranked]:
+        self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None,
+        most: int | None,
+    ) -> list[Ranked]:  # fmt: skip
         """Workers that give the prompt the same keys."""
         now = self._clock()
         _, info, root = next(iter(alike.values()))
@@ -318,6 +325,7 @@ class Placement:
             block_nbytes=info.kv_bytes_per_token * info.block_tokens,
             behind=self._config.behind,
             tie=tie or _no_luck,
+            most=most,
         )
         draining = {each.name for each in candidates if each.draining}
         return [

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvtier import metrics
 from kvtier.core.tiers import Tier
+from kvtier.router.front import MAX_FALLBACKS
 from kvtier.router.text import MAX_MESSAGES, MAX_TEXT_BYTES
 from kvtier.wire.pb import router_pb2
 from tests.router.stub_engine import (
@@ -134,6 +135,19 @@ async def test_more_of_the_prefix_beats_less(engines, routers):
     response = await router.stub.Route(route_request(PROMPT))
     assert response.choice.worker_id == "b"
     assert [c.worker_id for c in response.fallbacks] == ["a"]
+
+
+async def test_a_large_fleet_is_named_only_as_far_as_it_helps(engines, routers):
+    fleet = [await engines(StubWorker(f"w{i}", keys(PROMPT)[: 20 * i])) for i in range(20)]
+    router = await routers(*fleet)
+    best = [f"w{i}" for i in reversed(range(20))]
+    response = await router.stub.Route(route_request(PROMPT))
+    named = [response.choice, *response.fallbacks]
+    assert [c.worker_id for c in named][:10] == best[:10]
+    assert len(response.fallbacks) == MAX_FALLBACKS == 16
+    messages = await generate(router, generate_request(PROMPT))
+    assert len(messages[0].routed.others) == MAX_FALLBACKS
+    assert len(await router.explain(PROMPT)) == 20
 
 
 async def test_a_busy_warm_worker_loses_to_an_idle_cold_one(engines, routers):

@@ -74,11 +74,12 @@ class Picker:
         if not found:
             limit = "" if subset is None else f" among the {len(subset)} of the subset"
             raise WorkerLost(f"no endpoint of {prompt.model!r} is ready{limit}")
-        ranked = self._placement.rank(prompt, list(found.values()), self._luck)
+        links = list(found.values())
+        ranked = self._placement.rank(prompt, links, self._luck, most=self._count)
         endpoints = {link.address: endpoint for endpoint, link in found.items()}
         metrics.PICKS.labels(by).inc()
         return Picked(
-            [endpoints[each.link.address] for each in ranked[: self._count]],
+            [endpoints[each.link.address] for each in ranked],
             self._placement.sent(prompt, ranked[0], followed=True),
         )
 

@@ -96,7 +96,8 @@ class Answer:
                 self._events.put_nowait((index, message))
 
         async def work(deadline: float) -> None:
-            await self._front.generate(request, deadline, write, fill=self._asked.fill)
+            fill = self._asked.fill
+            await self._front.generate(request, deadline, write, fill=fill, fallbacks=0)
 
         end: RequestError | None = None
         try:
