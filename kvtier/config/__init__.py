@@ -19,6 +19,7 @@ from kvtier.config.host import (
     vllm_speaks_on_stderr,
 )
 from kvtier.config.settings import (
+    AdapterConfig,
     Config,
     DiskConfig,
     HostConfig,
@@ -33,6 +34,7 @@ from kvtier.config.values import Size, build, limits, one_of, parse_address, par
 from kvtier.errors import ConfigError
 
 __all__ = [
+    "AdapterConfig",
     "Config",
     "DiskConfig",
     "HostConfig",

@@ -79,6 +79,14 @@ class TenantConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """One entry of `worker.adapters`."""
+
+    name: str  # what requests call it
+    path: str  # a LoRA's folder; for vllm-http the path that vLLM was started with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """`[worker]`: one engine with one model."""
 
@@ -106,6 +114,7 @@ class WorkerConfig:
     wait_s: float = field(default=2.0, metadata=limits(0.0, 60))  # for a load from lower tiers
     threads: int = field(default=0, metadata=limits(0, 1024))  # 0: torch decides
     tenants: tuple[TenantConfig, ...] = ()  # who shares no block with anybody else
+    adapters: tuple[AdapterConfig, ...] = ()  # LoRA adapters, for vllm and vllm-http
     url: str = ""  # of vLLM's HTTP API; these four are for vllm-http
     events: str = ""  # its --kv-events-config endpoint; empty: nothing is known of its VRAM
     replay: str = ""  # and replay_endpoint

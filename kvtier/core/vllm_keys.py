@@ -4,10 +4,13 @@
     key     = SHA-256(root, hash of a block, group as 4 bytes big-endian), cut to 16 bytes
 
 `root` is the engine's namespace. So a router and an engine name a block alike from tokens alone.
+What a router is given for a space (an adapter, a tenant) is NONE_HASH, that root, and the extra
+keys that all prompts of the space have; see `space_root`.
 The chain is that of vllm/v1/core/kv_cache_utils.py (0.32), the CBOR that of RFC 8949, section
 4.2.1, for the few types that occur.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Final, NamedTuple
@@ -17,6 +20,7 @@ from kvtier.core.blocks import KEY_NBYTES, BlockKey
 SCHEME: Final = "vllm-sha256-cbor-1"
 DEFAULT_SEED: Final = "vllm-none-hash"  # of NONE_HASH, where PYTHONHASHSEED is not set
 HASH_NBYTES: Final = 32
+_PLAIN: Final = 2 * HASH_NBYTES  # bytes of NONE_HASH and a namespace's root
 _KNOWN_INTS: Final = 1 << 18  # token ids whose bytes are remembered: larger than vocabularies are
 
 Extra = tuple[str | int | bytes, ...]  # one extra key, tagged by its first item
@@ -130,10 +134,38 @@ def block_hashes(
     return hashes
 
 
+def space_root(
+    none_hash: bytes, root: bytes, *, adapter: tuple[str, str] | None = None, salt: str = ""
+) -> bytes:
+    """All that the keys of a space's prompts depend on besides tokens, for `prompt_keys`.
+
+    `adapter` is a LoRA's name and path, `salt` the `cache_salt` of the space's requests.
+    """
+    if adapter is None and not salt:
+        return none_hash + root
+    return none_hash + root + json.dumps([adapter, salt], separators=(",", ":")).encode()
+
+
 def prompt_keys(root: bytes, token_ids: Sequence[int], block_tokens: int) -> list[BlockKey]:
-    """The keys of a plain prompt's full blocks; `root` is NONE_HASH, then the namespace's root."""
-    parent, space = root[:HASH_NBYTES], root[HASH_NBYTES:]
-    return keys_of(space, block_hashes(parent, token_ids, block_tokens))
+    """The keys of a prompt's full blocks, without media; `root` is what `space_root` gave.
+
+    Raises:
+        ValueError: `root` is no such thing.
+    """
+    parent, space, more = root[:HASH_NBYTES], root[HASH_NBYTES:_PLAIN], root[_PLAIN:]
+    adapter, salt = _space(more) if more else (None, "")
+    hashes = block_hashes(parent, token_ids, block_tokens, adapter=adapter, salt=salt)
+    return keys_of(space, hashes)
+
+
+def _space(more: bytes) -> tuple[tuple[str, str] | None, str]:
+    """What `space_root` put behind the plain root."""
+    match json.loads(more):
+        case [None, str(salt)]:
+            return None, salt
+        case [[str(name), str(path)], str(salt)]:
+            return (name, path), salt
+    raise ValueError("not the root of a space of vLLM's keys")
 
 
 def key_of(root: bytes, offload_key: bytes) -> BlockKey:

@@ -13,10 +13,16 @@ from kvtier.errors import ConfigError
 KINDS: Final = ("*.safetensors",)
 
 
-def revision(path: Path, progress: Callable[[str], None], kinds: Sequence[str] = KINDS) -> str:
+def revision(
+    path: Path,
+    progress: Callable[[str], None],
+    kinds: Sequence[str] = KINDS,
+    settings: str = "config.json",
+) -> str:
     """A fingerprint of the folder's weights and settings, by content and not by name or date.
 
-    `kinds` are patterns of weight files; of the first that any file matches, all count.
+    `kinds` are patterns of weight files; of the first that any file matches, all count. `settings`
+    is the file beside them.
 
     Raises:
         ConfigError: There are no weights, or a file cannot be read.
@@ -24,7 +30,7 @@ def revision(path: Path, progress: Callable[[str], None], kinds: Sequence[str] =
     weights = next((found for kind in kinds if (found := sorted(path.glob(kind)))), [])
     if not weights:
         raise ConfigError(f"worker.model {path}: no {' or '.join(kinds)}")
-    whole = hashlib.sha256((path / "config.json").read_bytes())
+    whole = hashlib.sha256((path / settings).read_bytes())
     for file in weights:
         whole.update(f"{file.name} {_digest(file, progress)}\n".encode())
     return whole.hexdigest()[:16]

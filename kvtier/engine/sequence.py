@@ -30,6 +30,7 @@ class Request:
     ignore_eos: bool = False
     return_first_logits: bool = False
     tenant: str = ""  # whose blocks it may use and leaves
+    adapter: str = ""  # a LoRA's name; checked by who serves it
 
     def check(self, vocab_size: int, max_tokens: int) -> None:
         """Refuse what a model of these limits cannot compute.

@@ -27,7 +27,7 @@ DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
-MAX_ROOT: Final = 64  # bytes
+MAX_ROOT: Final = 1024  # bytes
 MAX_SPACES: Final = 4096  # of one worker
 KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
@@ -283,6 +283,11 @@ def _check(info: worker_pb2.WorkerInfo) -> None:
             raise RemoteProtocolError(
                 f"worker info: {name} has {len(root)} bytes, limit {MAX_ROOT}"
             )
+        if info.key_scheme == vllm_keys.SCHEME:
+            try:
+                vllm_keys.prompt_keys(root, (), info.block_tokens)
+            except (ValueError, RecursionError):
+                raise RemoteProtocolError(f"worker info: {name} is no root of its scheme") from None
 
 
 def _line(error: BaseException) -> str:

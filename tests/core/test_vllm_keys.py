@@ -3,7 +3,15 @@
 import pytest
 
 from kvtier.core import vllm_keys
-from kvtier.core.vllm_keys import Media, block_hashes, extra_keys, keys_of, none_hash
+from kvtier.core.vllm_keys import (
+    Media,
+    block_hashes,
+    extra_keys,
+    keys_of,
+    none_hash,
+    prompt_keys,
+    space_root,
+)
 
 NONE = "9bd96a485ad84efdafb72ee48a1d7a69bcead0f8f0433173941b276b9581eef0"
 NONE_0 = "4e1195df020de59e0d65a33a4279f1183e7ae4e5d980e309f8b55adff2e61c3e"
@@ -39,6 +47,22 @@ def test_adapter_media_and_salt_in_their_order():
         none_hash(), TOKENS, 4, adapter=("a", "/b"), media=[Media("pic", 1, 5)], salt="s\u00e4lt"
     )
     assert [each.hex() for each in found] == WITH_EXTRAS
+
+
+@pytest.mark.parametrize(
+    "space",
+    [{}, {"salt": "s\u00e4lt"}, {"adapter": ("a", "/b")}, {"adapter": ("a", "/b"), "salt": "s"}],
+)
+def test_a_router_names_the_blocks_of_a_space_from_tokens_alone(space):
+    given = space_root(none_hash(), b"r" * 32, **space)
+    hashes = block_hashes(none_hash(), TOKENS, 4, **space)
+    assert prompt_keys(given, TOKENS, 4) == keys_of(b"r" * 32, hashes)
+
+
+@pytest.mark.parametrize("more", [b"x", b"{}", b'["a","b"]', b"[null]", b"[[1,2],3]", b"\xff"])
+def test_a_root_that_is_none_is_refused(more):
+    with pytest.raises(ValueError):
+        prompt_keys(bytes(64) + more, TOKENS, 4)
 
 
 def test_a_medium_counts_where_it_overlaps():

@@ -82,6 +82,17 @@ def test_what_cannot_be_proved_is_not_taken(residency):
     assert residency.unknown == 8
 
 
+def test_an_adapters_blocks_are_named_where_its_path_is_known():
+    residency = Residency(NONE, ROOT, BLOCK, {"a": "/adapters/a"})
+    for salt in ("", "tenant"):
+        whole = block_hashes(NONE, TOKENS, BLOCK, adapter=("a", "/adapters/a"), salt=salt)
+        extras = [["a", *([salt] if salt else [])], ["a"], ["a"]]
+        event = stored([short(each) for each in whole], TOKENS, extras=extras, lora_name="a")
+        assert residency.apply(batch(event)) == [(key, True) for key in keys_of(ROOT, whole)]
+    other = stored([1, 2, 3], TOKENS, extras=[["b"]] * 3, lora_name="b")
+    assert residency.apply(batch(other)) == []
+
+
 def test_all_cleared_means_vram_only(residency):
     _, shorts, keys = plain()
     residency.apply(batch(stored(shorts, TOKENS)))

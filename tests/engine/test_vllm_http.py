@@ -19,13 +19,14 @@ from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import Announced, read_announced, write_announced
 from kvtier.engine.vllm.gateway import Served
 from kvtier.engine.vllm.http import Http
+from kvtier.engine.vllm.spaces import Spaces
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 
 SERVED = Served(
     model="m", revision="r", block_tokens=16, max_tokens=100, vocab_size=1000,
     kv_bytes_per_token=1, eos_token_ids=(), tokenizer_files={}, none_hash=bytes(32),
-    root=bytes(32), events="", replay="",
+    root=bytes(32), events="", replay="", spaces=Spaces({"red": "salt"}, {"poet": "/poet"}),
 )  # fmt: skip
 
 
@@ -106,6 +107,16 @@ async def test_a_stream_becomes_events(server, http):
     assert (done.finish_reason, done.completion_tokens) == (FinishReason.STOP, 3)
     assert server.asked["prompt"] == [1, 2, 3]
     assert (server.asked["seed"], server.asked["ignore_eos"]) == (4, True)
+
+
+async def test_a_tenant_is_a_salt_and_an_adapter_a_model(server, http):
+    server.say(chunk([1], "length"))
+    await ask(http)
+    assert server.asked["model"] == "m"
+    assert "cache_salt" not in server.asked
+    await ask(http, tenant="red", adapter="poet")
+    assert server.asked["model"] == "poet"
+    assert server.asked["cache_salt"] == "salt"
 
 
 async def test_a_server_that_does_not_say_what_was_cached(server, http):

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,10 +162,10 @@ def test_a_soak(engine, node, prompts, expected):
     """Prompts that share prefixes, and a kill of the daemon now and then; KVTIER_SOAK_S long."""
     seconds = float(os.environ.get("KVTIER_SOAK_S", "20"))
     every_s = min(60.0, seconds / 3)  # between two kills
-    begun = time.monotonic()
-    core = engine.core()
-    engine.forget()
-    counts, rounds, killed = (open_files(core), memory(core)), 0, begun
+    begun = killed = time.monotonic()
+    pids = tree(engine.process.pid)
+    rounds = kills = 0
+    seen: list[tuple[int, int]] = []  # open files and bytes of all of the engine's processes
     while time.monotonic() < begun + seconds:
         tail = fresh(rounds, 48)
         engine.begin([[*prompts[n % 4][:256], *tail] for n in range(6)], 4)
@@ -172,17 +173,35 @@ def test_a_soak(engine, node, prompts, expected):
             node.process.kill()
             node.process.restart()
             killed = time.monotonic()
-        assert [len(ids) for ids, _ in engine.end()] == [4] * 6
-        rounds += 1
-        if rounds % 5 == 0:
+            kills += 1
+        found = [ids for ids, _ in engine.end()]
+        assert [len(ids) for ids in found] == [4] * 6
+        assert found[:2] == found[4:], "the same prompts, the same answers"
+        if rounds % 5 == 4:
             engine.forget()
-        if rounds == 20:  # by then every buffer has its size
-            counts = (open_files(core), memory(core))
-    assert open_files(core) <= counts[0] + 16
-    assert memory(core) <= counts[1] + (256 << 20)
+            assert ask(engine, prompts[:1]) == expected[:1]
+        rounds += 1
+        seen.append((sum(map(open_files, pids)), sum(map(memory, pids))))
     wait_for("leases to end", lambda: not busy(node))
-    print(f"{rounds} rounds; open files {counts[0]} -> {open_files(core)}; "
-          f"bytes {counts[1]} -> {memory(core)}")  # fmt: skip
+    # By the first third every buffer has its size.
+    third = len(seen) // 3
+    early, late = (
+        [statistics.median(each) for each in zip(*part, strict=True)]
+        for part in (seen[third : 2 * third], seen[-third:])
+    )
+    print(
+        f"{rounds} rounds, {6 * rounds} requests, {kills} kills; "
+        f"open files {early[0]:.0f} -> {late[0]:.0f}, bytes {early[1]:.0f} -> {late[1]:.0f}"
+    )
+    assert late[0] <= early[0] + 8, "open files"
+    assert late[1] <= early[1] + (64 << 20), "bytes"
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    below = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid, *(each for child in below for each in tree(child))]
 
 
 def open_files(pid: int) -> int:

@@ -9,8 +9,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
 
 from kvtier.engine.vllm.facts import KEY, engine_facts
 from kvtier.engine.vllm.settings import completed
@@ -31,10 +33,23 @@ class KvtierConnector(OffloadingConnector):
         """See `KVConnectorBase_V1`; in a step without work it waits a moment, see `Hub.rest`."""
         meta = super().build_connector_meta(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
-            for tier in getattr(self.scheduler.manager, "secondary_tiers", ()):
-                if isinstance(tier, KvtierTier):
-                    tier.rest()
+            for tier in self._tiers():
+                tier.rest()
         return meta
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """See `KVConnectorBase_V1`."""
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if num_external_tokens:
+            for tier in self._tiers():
+                tier.restored(request.request_id, num_external_tokens)
+
+    def _tiers(self) -> list[KvtierTier]:
+        manager = getattr(self.connector_scheduler, "manager", None)
+        tiers = getattr(manager, "secondary_tiers", ())
+        return [each for each in tiers if isinstance(each, KvtierTier)]
 
     @classmethod
     def build_prom_metrics(

@@ -5,7 +5,7 @@ The wire (vllm/distributed/kv_events.py, 0.32): three frames, the last of them a
 array that begins with it. Hashes are 32 bytes, or the last 8 of them as a number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -71,7 +71,8 @@ def _as_map(event: object) -> dict[str, object]:
 class Residency:
     """What VRAM of one engine holds, as its events tell.
 
-    `none_hash` and `root` are those of the engine's keys. A block whose hash cannot be computed
+    `none_hash` and `root` are those of the engine's keys, `adapters` the paths of its LoRAs by
+    name: a hash holds the path, an event only the name. A block whose hash cannot be computed
     anew from its tokens (its parent was never told, its salt cannot be told from an adapter) is
     not taken: nothing is said of it. Every computed hash is compared with the one in the event.
     """
@@ -79,6 +80,7 @@ class Residency:
     none_hash: bytes
     root: bytes
     block_tokens: int
+    adapters: Mapping[str, str] = field(default_factory=dict)
     held: dict[Hash, bytes] = field(default_factory=dict)  # to the whole hash
     unknown: int = 0  # blocks not taken
 
@@ -153,32 +155,37 @@ class Residency:
         self, name: Hash, parent: bytes, tokens: Sequence[int], raw: object, lora: object
     ) -> bytes | None:
         """The hash of one block, if it can be computed and is the one that the event names."""
-        for extras in _tagged(raw, lora):
+        for extras in self._tagged(raw, lora):
             computed = block_hash(parent, tokens, extras)
             if _name(computed, name) == name:
                 return computed
         return name if isinstance(name, bytes) else None
 
+    def _tagged(self, raw: object, lora: object) -> list[list[Extra] | None]:
+        """Extra keys as they are hashed, from the untagged ones that events carry."""
+        if not raw:
+            return [None]
+        if not isinstance(raw, list | tuple):
+            return []
+        tagged: list[Extra] = []
+        rest = list(raw)
+        if lora is not None:
+            path = self.adapters.get(lora) if isinstance(lora, str) else None
+            if path is None or rest[:1] != [lora]:
+                return []
+            tagged.append(("lora", str(rest.pop(0)), path))
+        for each in rest:
+            if isinstance(each, str):
+                tagged.append(("cache_salt", each))
+            elif isinstance(each, list | tuple) and len(each) == 2:
+                tagged.append(("mm", *each))
+            else:
+                return []
+        return [tagged]
+
 
 def _name(computed: bytes, like: Hash) -> Hash:
     return int.from_bytes(computed[-8:], "big") if isinstance(like, int) else computed
-
-
-def _tagged(raw: object, lora: object) -> list[list[Extra] | None]:
-    """Extra keys as they are hashed, from the untagged ones that events carry."""
-    if not raw:
-        return [None]
-    if lora is not None or not isinstance(raw, list | tuple):
-        return []  # a LoRA's path is in its hash but not in the event
-    tagged: list[Extra] = []
-    for each in raw:
-        if isinstance(each, str):
-            tagged.append(("cache_salt", each))
-        elif isinstance(each, list | tuple) and len(each) == 2:
-            tagged.append(("mm", *each))
-        else:
-            return []
-    return [tagged]
 
 
 def _hashes(values: object) -> list[Hash]:

@@ -16,13 +16,13 @@ from kvtier.core.vllm_keys import SCHEME
 from kvtier.engine.answers import to_wire
 from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
 from kvtier.engine.vllm.events import Changes, Residency
+from kvtier.engine.vllm.spaces import Spaces
 from kvtier.engine.vllm.subscriber import Subscriber
 from kvtier.errors import (
     InvalidRequest,
     Overloaded,
     RequestError,
     UnknownModel,
-    UnknownTenant,
     WorkerLost,
 )
 from kvtier.wire.feed import FeedServicer
@@ -33,6 +33,7 @@ DRAIN_S: Final = 30.0
 MAX_REQUEST_ID: Final = 128  # characters
 PROBE_S: Final = 1.0  # between two looks whether the engine lives
 RATE_SHARE: Final = 0.2  # of the newest measurement in the mean
+LEAST_TOKENS: Final = 64  # fewer computed tokens say nothing about speed
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Served:
     root: bytes  # of the namespace
     events: str  # where its KV events come from; empty: nowhere
     replay: str
+    spaces: Spaces
 
 
 def http_address(url: str) -> str:
@@ -104,7 +106,9 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self._waiting_tokens = 0
         self._prefill = 0.0  # tokens a second
         served = backend.served
-        self.residency = Residency(served.none_hash, served.root, served.block_tokens)
+        self.residency = Residency(
+            served.none_hash, served.root, served.block_tokens, served.spaces.adapters
+        )
         self.feed = FeedServicer(lambda: {Tier.VRAM: self.residency.keys()}, self._heartbeat)
         self.node = node_name(config.worker.node)
         self.worker_id = f"{self.node}-{self.feed.epoch:016x}"
@@ -121,6 +125,10 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             eos_token_ids=served.eos_token_ids, vocab_size=served.vocab_size,
             kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
             http_address=self._http,
+            spaces=[
+                worker_pb2.Space(adapter=adapter, tenant=tenant, root=root)
+                for adapter, tenant, root in served.spaces.roots(served.none_hash, served.root)
+            ],
         )  # fmt: skip
 
     async def Tokenizer(  # noqa: N802
@@ -133,12 +141,14 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.ClearRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ClearResponse:
         """See worker.proto; the number is of what the events told."""
-        held = len(self.residency.held)
         try:
             await self._backend.clear()
         except RequestError as error:
             await refuse(context, error)
-        return worker_pb2.ClearResponse(blocks=held)
+        # vLLM tells of it only with the next step that has an answer.
+        gone = self.residency.clear()
+        self.changed(gone)
+        return worker_pb2.ClearResponse(blocks=len(gone))
 
     async def Generate(  # noqa: N802
         self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
@@ -183,10 +193,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             )
         if request.model not in ("", served.model):
             raise UnknownModel(f"model {request.model!r} is not served here: {served.model}")
-        if request.adapter:
-            raise UnknownModel(f"adapter {request.adapter[:200]!r} is not served here")
-        if request.tenant:
-            raise UnknownTenant(f"tenant {request.tenant[:200]!r} is not known to this worker")
+        served.spaces.check(request.adapter, request.tenant)
         if request.return_first_logits:
             raise InvalidRequest("return_first_logits: vLLM gives no logits")
         room = served.max_tokens - len(request.token_ids)
@@ -194,12 +201,13 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             token_ids=list(request.token_ids),
             max_tokens=min(request.max_tokens or DEFAULT_MAX_TOKENS, max(1, room)),
             temperature=request.temperature, seed=request.seed, ignore_eos=request.ignore_eos,
+            tenant=request.tenant, adapter=request.adapter,
         )  # fmt: skip
         wanted.check(served.vocab_size, served.max_tokens)
         return wanted
 
     def _measure(self, started: Started) -> None:
-        if started.computed_tokens and started.prefill_s > 0:
+        if started.computed_tokens >= LEAST_TOKENS and started.prefill_s > 0:
             rate = started.computed_tokens / started.prefill_s
             self._prefill += (rate - self._prefill) * (RATE_SHARE if self._prefill else 1.0)
 

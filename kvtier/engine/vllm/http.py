@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,11 +18,14 @@ from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import read_announced
 from kvtier.engine.vllm.gateway import Answer
 from kvtier.engine.vllm.served import alone, describe
+from kvtier.engine.vllm.spaces import spaces_of
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, RequestError, WorkerLost
 
 ANSWER_S: Final = 5.0  # for anything but an answer
 MAX_LINE: Final = 1 << 20  # bytes of one event
 _GONE: Final = (aiohttp.ClientError, TimeoutError, OSError)
+
+log = logging.getLogger(__name__)
 
 
 class Http:
@@ -42,6 +46,11 @@ class Http:
             "ignore_eos": request.ignore_eos, "return_token_ids": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }  # fmt: skip
+        spaces = self.served.spaces
+        if request.adapter:
+            body["model"] = request.adapter
+        if request.tenant:
+            body["cache_salt"] = spaces.salts[request.tenant]
         if request.temperature:
             body["seed"] = request.seed % 2**63
         begun, told, spoke = time.monotonic(), 0, False
@@ -156,7 +165,7 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         raise ConfigError("worker.url must say where vLLM's HTTP API is")
     folder = Path(worker.model)
     if worker.model == "smollm2":
-        folder = await asyncio.to_thread(smollm2.folder, cache_dir(), print)
+        folder = await asyncio.to_thread(smollm2.folder, cache_dir(), log.info)
     async with aiohttp.ClientSession(worker.url) as session:
         name, max_tokens = await _model(session, worker.name)
     said = alone(folder)
@@ -164,6 +173,6 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         said = read_announced(Path(worker.announced), worker.block_tokens)
     served = describe(
         folder, name, said, block_tokens=worker.block_tokens, max_tokens=max_tokens,
-        events=worker.events, replay=worker.replay,
+        events=worker.events, replay=worker.replay, spaces=spaces_of(worker, said.root),
     )  # fmt: skip
     await gateway.serve(config, Http(worker.url, served), started=started, stop=stop)

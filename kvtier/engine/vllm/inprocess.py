@@ -1,6 +1,7 @@
 """`kvtier worker --engine vllm`: vLLM's asynchronous engine in our process, kvtier under it."""
 
 import asyncio
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from vllm import SamplingParams
 from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -22,19 +24,29 @@ from kvtier.engine.sequence import Done, FinishReason, Request, Started, Tokens
 from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import HASH, read_announced
 from kvtier.engine.vllm.gateway import Answer
+from kvtier.engine.vllm.owner import Owner, Restored
 from kvtier.engine.vllm.served import alone, describe
-from kvtier.errors import ConfigError, InvalidRequest, WorkerLost
+from kvtier.engine.vllm.spaces import adapters_revision, spaces_of
+from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 
 KNOWN_S: Final = 300.0  # for the tier to fingerprint the weights
 POLL_S: Final = 0.05
+CLEAR_S: Final = 10.0  # for copies to end before VRAM can be emptied
+
+log = logging.getLogger(__name__)
 
 
 class InProcess:
     """A `gateway.Backend` over vLLM's AsyncLLM."""
 
-    def __init__(self, engine: AsyncLLM, served: gateway.Served) -> None:
+    def __init__(self, engine: AsyncLLM, served: gateway.Served, owner: Owner) -> None:
         self.served = served
         self._engine = engine
+        self._owner = owner
+        self._loras = {
+            name: LoRARequest(name, number, path)
+            for number, (name, path) in enumerate(served.spaces.adapters.items(), 1)
+        }
         self._names = count()
 
     async def answer(self, request: Request) -> Answer:
@@ -45,13 +57,18 @@ class InProcess:
             output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+        if request.tenant:
+            prompt["cache_salt"] = self.served.spaces.salts[request.tenant]
+        lora = self._loras[request.adapter] if request.adapter else None
+        name = str(next(self._names))
         begun, told = time.monotonic(), 0
         reason: FinishReason | None = None
         try:
-            async for output in self._engine.generate(prompt, params, str(next(self._names))):
+            async for output in self._engine.generate(prompt, params, name, lora_request=lora):
                 (one,) = output.outputs
                 if not told:
-                    yield _started(len(request.token_ids), output.num_cached_tokens, begun)
+                    cached, restored = output.num_cached_tokens or 0, self._owner.take(name)
+                    yield _started(len(request.token_ids), cached, restored, begun)
                 if one.token_ids:
                     told += len(one.token_ids)
                     yield Tokens(tuple(one.token_ids))
@@ -67,7 +84,12 @@ class InProcess:
 
     async def clear(self) -> None:
         """See `gateway.Backend`; the lower tiers keep what they have."""
-        await self._engine.reset_prefix_cache(reset_connector=True)
+        end = time.monotonic() + CLEAR_S
+        # A block that is still being copied down is in use.
+        while not await self._engine.reset_prefix_cache(reset_connector=True):
+            if time.monotonic() > end:
+                raise Overloaded("vLLM empties its VRAM only when no request runs")
+            await asyncio.sleep(POLL_S)
 
     async def alive(self) -> bool:
         """See `gateway.Backend`."""
@@ -78,16 +100,19 @@ class InProcess:
         await asyncio.to_thread(self._engine.shutdown)
 
 
-def _started(prompt: int, cached: int | None, begun: float) -> Started:
-    # vLLM says how many tokens it did not compute, not where each came from.
-    known = cached or 0
+def _started(prompt: int, cached: int, restored: Restored, begun: float) -> Started:
+    """What vLLM did not compute, and, as our tier says, which of it was restored."""
+    tiers = {tier: tokens for tier, tokens in restored.tokens.items() if tokens}
+    vram = cached - sum(tiers.values())
+    if vram > 0:
+        tiers[Tier.VRAM] = vram
     return Started(
         prompt_tokens=prompt,
-        restored={Tier.VRAM: known} if known else {},
-        computed_tokens=prompt - known,
+        restored=tiers,
+        computed_tokens=prompt - cached,
         queue_s=0.0,
-        restore_s=0.0,
-        prefill_s=time.monotonic() - begun,
+        restore_s=restored.seconds,
+        prefill_s=max(0.0, time.monotonic() - begun - restored.seconds),
     )
 
 
@@ -95,7 +120,8 @@ def _arguments(worker: WorkerConfig, model: Path, scratch: Path) -> AsyncEngineA
     transfer = None
     if worker.socket:
         extra = {"kvtier": {"socket": worker.socket, "load_s": max(0.1, worker.wait_s),
-                            "announce": str(scratch / "who")},
+                            "announce": str(scratch / "who"), "owner": str(scratch / "owner"),
+                            "adapters_revision": adapters_revision(worker, log.info)},
                  "cpu_bytes_to_use": worker.vram_bytes}  # fmt: skip
         transfer = KVTransferConfig(
             kv_connector="KvtierConnector",
@@ -107,12 +133,27 @@ def _arguments(worker: WorkerConfig, model: Path, scratch: Path) -> AsyncEngineA
         enable_kv_cache_events=True, publisher="zmq", endpoint=f"ipc://{scratch}/events",
         replay_endpoint=f"ipc://{scratch}/replay",
     )  # fmt: skip
-    return AsyncEngineArgs(
-        model=str(model), served_model_name=worker.name or model.name, dtype=worker.dtype,
-        block_size=worker.block_tokens, prefix_caching_hash_algo=HASH, enforce_eager=True,
-        kv_cache_memory_bytes=worker.vram_bytes, max_num_seqs=worker.max_running,
-        enable_prefix_caching=True, kv_transfer_config=transfer, kv_events_config=events,
-    )  # fmt: skip
+    return engine_arguments(worker, model, kv_transfer_config=transfer, kv_events_config=events)
+
+
+def engine_arguments(worker: WorkerConfig, model: Path, **more: object) -> AsyncEngineArgs:
+    """What decides how an engine computes; `more` adds to it, or replaces."""
+    settings: dict[str, object] = {
+        "model": str(model),
+        "served_model_name": worker.name or model.name,
+        "dtype": worker.dtype,
+        "block_size": worker.block_tokens,
+        "prefix_caching_hash_algo": HASH,
+        "enable_prefix_caching": True,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": worker.vram_bytes,
+        "max_num_seqs": worker.max_running,
+        "max_model_len": -1,  # what the model has, or what VRAM holds
+        "distributed_executor_backend": "mp",  # not Ray's, though Ray may have started us
+    }
+    if worker.adapters:
+        settings |= {"enable_lora": True, "max_loras": len(worker.adapters)}
+    return AsyncEngineArgs(**(settings | more))
 
 
 async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -124,11 +165,16 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     worker = config.worker
     model = Path(worker.model)
     if worker.model == "smollm2":
-        model = await asyncio.to_thread(smollm2.folder, cache_dir(), print)
-    with tempfile.TemporaryDirectory(prefix="kvtier-vllm-") as folder:
+        model = await asyncio.to_thread(smollm2.folder, cache_dir(), log.info)
+    with (
+        tempfile.TemporaryDirectory(prefix="kvtier-vllm-") as folder,
+        Owner(Path(folder) / "owner") as owner,
+    ):
         scratch = Path(folder)
         try:
-            engine = AsyncLLM.from_engine_args(_arguments(worker, model, scratch))
+            arguments = await asyncio.to_thread(_arguments, worker, model, scratch)
+            # In a thread: whoever watches this process would take it for stuck.
+            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except (ValueError, RuntimeError, OSError) as error:
             raise ConfigError(f"vLLM does not start with {model}: {error}") from None
         try:
@@ -140,11 +186,13 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
                 model, worker.name, said, block_tokens=worker.block_tokens,
                 max_tokens=engine.model_config.max_model_len,
                 events=f"ipc://{scratch}/events", replay=f"ipc://{scratch}/replay",
+                spaces=spaces_of(worker, said.root),
             )  # fmt: skip
         except BaseException:
             engine.shutdown()
             raise
-        await gateway.serve(config, InProcess(engine, served), started=started, stop=stop)
+        backend = InProcess(engine, served, owner)
+        await gateway.serve(config, backend, started=started, stop=stop)
 
 
 async def _known(path: Path) -> None:

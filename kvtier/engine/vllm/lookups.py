@@ -1,6 +1,6 @@
 """What the node holds of the prompts that wait: asked in batches, answered by a deadline."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -10,6 +10,7 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Line, News
 
+FIRST_GROUP: Final = bytes(4)  # the end of its blocks' names
 MAX_APART: Final = 256  # blocks of a hybrid model that are asked for one by one
 
 Keys = Callable[[Sequence[bytes]], Sequence[BlockKey]]
@@ -18,12 +19,15 @@ Keys = Callable[[Sequence[bytes]], Sequence[BlockKey]]
 class _Asked:
     """One request's questions and answers."""
 
-    def __init__(self, request: str, deadline: float) -> None:
+    def __init__(self, request: str, begun: float, deadline: float) -> None:
         self.use = Use(request=number_of(request))
+        self.begun = begun
         self.deadline = deadline
         self.answers: dict[bytes, bool] = {}
         self.fresh: list[bytes] = []  # to be asked at the end of this step
         self.waiting: set[bytes] = set()
+        self.sources: dict[bytes, Tier] = {}  # where blocks were that the question has fetched
+        self.loaded: Counter[Tier] = Counter()  # blocks of the first group of layers
 
 
 class Lookups:
@@ -51,7 +55,8 @@ class Lookups:
         """Whether the block is held; None: not known yet, ask again in a later step."""
         asked = self._asked.get(request)
         if asked is None:
-            asked = self._asked[request] = _Asked(request, self._clock() + self._lookup_s)
+            now = self._clock()
+            asked = self._asked[request] = _Asked(request, now, now + self._lookup_s)
         self._drain()
         answer = asked.answers.get(key)
         if answer is not None:
@@ -81,6 +86,23 @@ class Lookups:
             for key in keys:
                 if key in asked.answers:
                     asked.answers[key] = False
+
+    def loaded(self, request: str, keys: Sequence[bytes], sources: Sequence[Tier]) -> None:
+        """These blocks were loaded for a request; `sources` is where the load found them."""
+        asked = self._asked.get(request)
+        if asked is not None:
+            asked.loaded.update(
+                asked.sources.get(key, source)
+                for key, source in zip(keys, sources, strict=True)
+                if key.endswith(FIRST_GROUP)
+            )
+
+    def restored(self, request: str) -> tuple[dict[Tier, int], float]:
+        """Blocks that were loaded for a request, by where they were, and the seconds it took."""
+        asked = self._asked.get(request)
+        if asked is None:
+            return {}, 0.0
+        return dict(asked.loaded), self._clock() - asked.begun
 
     def end(self, request: str) -> None:
         """The request asks no more."""
@@ -117,7 +139,7 @@ class Lookups:
         held = [False] * len(fresh)
         for indexes in groups.values():
             keys = self._keys([fresh[index] for index in indexes])
-            found = self._leading(attached, keys, asked)
+            found = self._leading(attached, keys, asked, [fresh[index] for index in indexes])
             for index in indexes[:found]:
                 held[index] = True
             if len(groups) > 1:  # a sliding window is asked for from its end, with gaps
@@ -125,7 +147,9 @@ class Lookups:
                     held[index] = attached.client.match([key]).blocks == 1
         return held
 
-    def _leading(self, attached: Attached, keys: Sequence[BlockKey], asked: _Asked) -> int:
+    def _leading(
+        self, attached: Attached, keys: Sequence[BlockKey], asked: _Asked, names: Sequence[bytes]
+    ) -> int:
         client = attached.client
         found = client.match(keys).blocks
         if found == len(keys) or Tier.SHARED not in client.tiers:
@@ -133,6 +157,7 @@ class Lookups:
         # MATCH asks no store. A read does, and what it finds is on its way before it is wanted.
         wait_s = max(0.0, asked.deadline - self._clock()) / 2
         with client.read(keys, found, wait_s=wait_s, use=asked.use) as lease:
+            asked.sources.update(zip(names[found:], lease.sources, strict=False))
             return max(found + len(lease.slots), client.match(keys).blocks)
 
 

@@ -8,6 +8,7 @@ from typing import Final
 from kvtier.core import vllm_keys
 from kvtier.engine.vllm.announced import Announced
 from kvtier.engine.vllm.gateway import Served
+from kvtier.engine.vllm.spaces import Spaces
 from kvtier.errors import ConfigError
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -21,7 +22,7 @@ def alone(folder: Path) -> Announced:
 
 def describe(
     folder: Path, name: str, said: Announced, *, block_tokens: int, max_tokens: int,
-    events: str, replay: str,
+    events: str, replay: str, spaces: Spaces,
 ) -> Served:  # fmt: skip
     """All that routers must know.
 
@@ -55,4 +56,5 @@ def describe(
         root=said.root,
         events=events,
         replay=replay,
+        spaces=spaces,
     )

@@ -27,6 +27,7 @@ class TierSettings:
     adapters_revision: str = ""  # see docs/vllm.md
     tenant: str = ""
     announce: str = ""  # a file to write who this engine is into, for a worker beside it
+    owner: str = ""  # the socket of the worker that started this engine; see `owner`
 
     def __post_init__(self) -> None:
         for name in ("lookup_s", "load_s", "store_s", "drain_s"):
@@ -35,7 +36,7 @@ class TierSettings:
                 raise ConfigError(f"kvtier: {name} is {value!r}, must be a number of seconds")
             if not 0 < value <= 60:
                 raise ConfigError(f"kvtier: {name} is {value:g}, must be more than 0, at most 60")
-        for name in ("socket", "revision", "adapters_revision", "tenant", "announce"):
+        for name in ("socket", "revision", "adapters_revision", "tenant", "announce", "owner"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 256:
                 raise ConfigError(f"kvtier: {name} must be text of at most 256 characters")

@@ -23,10 +23,12 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
+from kvtier.core.tiers import Tier
 from kvtier.engine.vllm.announced import Announced, write_announced
 from kvtier.engine.vllm.facts import facts, problems
 from kvtier.engine.vllm.hub import Hub, Identity
 from kvtier.engine.vllm.namespace import identity, weights_revision
+from kvtier.engine.vllm.owner import Owned, Restored
 from kvtier.engine.vllm.settings import TierSettings
 from kvtier.engine.vllm.transfers import Outcome
 
@@ -67,6 +69,8 @@ class KvtierTier(SecondaryTierManager):
             return _identify(offloading_spec, row_nbytes, settings)
 
         self._hub = Hub(primary_kv_view, identify, settings)
+        self._chunk_tokens = offloading_spec.tokens_per_hash * offloading_spec.blocks_per_chunk
+        self._owner = Owned(settings.owner) if settings.owner else None
         self._stats = OffloadingConnectorStats()
         self._told = (0, 0, 0)  # late, dropped, failures
 
@@ -102,6 +106,10 @@ class KvtierTier(SecondaryTierManager):
         """See `SecondaryTierManager`."""
         self._shielded(None, self._hub.lookups.flush)
 
+    def restored(self, request: str, tokens: int) -> None:
+        """So many tokens of a request are given from outside of VRAM: tell who asked for it."""
+        self._shielded(None, lambda: self._tell(request, tokens))
+
     def rest(self) -> None:
         """The engine has nothing to compute; see `Hub.rest`."""
         self._shielded(None, self._hub.rest)
@@ -112,6 +120,8 @@ class KvtierTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         """See `SecondaryTierManager`: stores get `drain_s` to end."""
+        if self._owner is not None:
+            self._owner.close()
         self._shielded(None, self._hub.close)
 
     @classmethod
@@ -158,6 +168,9 @@ class KvtierTier(SecondaryTierManager):
             if count:
                 self._stats.increase_counter(BLOCKS, count, (operation, result))
         self._stats.increase_counter(NBYTES, outcome.nbytes, (operation,))
+        if outcome.request is not None and not outcome.storing:
+            some = outcome.keys[: outcome.done]
+            self._hub.lookups.loaded(outcome.request, some, outcome.sources)
         good = None
         if not outcome.whole and not outcome.storing:
             good = tuple(OffloadKey(key) for key in outcome.keys[: outcome.done]) or None
@@ -169,6 +182,19 @@ class KvtierTier(SecondaryTierManager):
             transfer_time=outcome.seconds,
             transfer_bytes=outcome.nbytes,
         )
+
+    def _tell(self, request: str, tokens: int) -> None:
+        if self._owner is None:
+            return
+        blocks, seconds = self._hub.lookups.restored(request)
+        found: dict[Tier, int] = {}
+        left = tokens
+        for where, count in sorted(blocks.items()):
+            found[where] = min(left, count * self._chunk_tokens)
+            left -= found[where]
+        # What we did not load for it lay in vLLM's own region of host memory.
+        found[Tier.HOST] = found.get(Tier.HOST, 0) + left
+        self._owner.tell(request, Restored(found, seconds))
 
     def _shielded(self, miss: T, work: Callable[[], T]) -> T:
         try:

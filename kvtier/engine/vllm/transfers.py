@@ -9,6 +9,7 @@ import numpy as np
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import Use
+from kvtier.core.tiers import Tier
 from kvtier.engine.client import ReadLease, WriteLease
 from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Bytes, Line, News
@@ -26,6 +27,8 @@ class Outcome(NamedTuple):
     done: int  # the first so many of `keys` were copied, or, of a store, are held
     nbytes: int  # copied
     seconds: float
+    request: str | None = None  # of a load
+    sources: Sequence[Tier] = ()  # of a load's first `done` blocks: where they were
 
     @property
     def whole(self) -> bool:
@@ -38,10 +41,12 @@ class _Job:
 
     def __init__(
         self, number: int, storing: bool, keys: Sequence[bytes], rows: Sequence[int],
-        use: Use, began: float, deadline: float,
+        request: str | None, began: float, deadline: float,
     ) -> None:  # fmt: skip
         self.number = number
-        self.use = use
+        self.request = request
+        self.use = Use(request=None if request is None else number_of(request))
+        self.sources: list[Tier] = []
         self.storing = storing
         self.keys = keys
         self.rows = rows
@@ -98,9 +103,8 @@ class Transfers:
         request: str | None = None,
     ) -> None:
         """Begin a job, of vLLM's `request` where there is one; its outcome comes by `finished`."""
-        use = Use(request=None if request is None else number_of(request))
         now = self._clock()
-        job = _Job(number, storing, keys, rows, use, now, now + self._limits[storing])
+        job = _Job(number, storing, keys, rows, request, now, now + self._limits[storing])
         self._jobs[number] = job
         if storing:
             if self._storing and self._storing + len(keys) > self._max_storing:
@@ -149,7 +153,16 @@ class Transfers:
         job.ended = True
         seconds = self._clock() - job.began
         self._ended.append(
-            Outcome(job.number, job.storing, job.keys, job.done, job.nbytes, seconds)
+            Outcome(
+                job.number,
+                job.storing,
+                job.keys,
+                job.done,
+                job.nbytes,
+                seconds,
+                job.request,
+                job.sources,
+            )
         )
 
     # --- on a line's thread -----------------------------------------------------------
@@ -194,6 +207,7 @@ class Transfers:
         for index, slot in enumerate(lease.slots[: lease.arrived], start):
             np.copyto(self._region[job.rows[index]], attached.slots[slot])
         job.done = start + lease.arrived
+        job.sources += lease.sources[: lease.arrived]
         job.nbytes += lease.arrived * self._region.shape[1]
 
     def _store(
