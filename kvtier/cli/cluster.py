@@ -1,10 +1,17 @@
 """`kvtier cluster up | status | down`: daemons and workers on a Ray cluster."""
 
 import argparse
-import signal
+import sys
+from typing import TYPE_CHECKING
 
 from kvtier import config as configuration
 from kvtier.cli.parser import CONFIG_HELP
+from kvtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvtier.cluster.settings import ClusterSettings
+
+_MOST_LOCAL = 16  # nodes of a Ray cluster on one machine
 
 _UP = "start and keep up a daemon and a worker on each node"
 _STATUS = "show nodes, agents and routers"
@@ -32,6 +39,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="N",
         help="on a new Ray cluster of N nodes on this machine (default: 0, on the one of --ray)",
     )
+    up.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)  # the child
     up.add_argument("--everywhere", action="store_true", help="also where no `kvtier` resource is")
     up.add_argument("--no-workers", action="store_true", help="daemons only")
     up.add_argument(
@@ -50,10 +58,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    from kvtier.cluster.settings import ClusterSettings
-
+    if options.action == "up" and options.local:
+        return _local(options)
     on_loopback = options.ray.startswith(("127.", "localhost:", "[::1]:"))  # made by --local
-    if on_loopback or (options.action == "up" and options.local):
+    if on_loopback:
         from kvtier.cluster import local
 
         local.prepare_environment()  # before anything imports ray
@@ -62,32 +70,51 @@ def _cluster(options: argparse.Namespace) -> int:
     if options.action != "up":
         action = launch.status if options.action == "status" else launch.down
         return action(say=print, ray_address=options.ray)
-    settings = ClusterSettings(
-        everywhere=options.everywhere,
-        workers=not options.no_workers,
-        worker_gpus=options.worker_gpus,
-    )
-    config = configuration.load(options.config)
-    if options.local:
-        print("starting; up until interrupted (Ctrl-C)", flush=True)
-        return local.up(
-            config,
-            nodes=options.local,
-            say=print,
-            wait=_until_interrupted,
-            routers=options.router,
-            settings=settings,
-        )
     return launch.up(
-        config,
+        configuration.load(options.config),
         say=print,
         routers=options.router,
-        settings=settings,
+        settings=_settings(options),
         ray_address=options.ray,
     )
 
 
-def _until_interrupted() -> None:
-    # Only now: Ray, which has started meanwhile, takes SIGTERM for itself.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
-    signal.pause()
+def _settings(options: argparse.Namespace) -> "ClusterSettings":
+    from kvtier.cluster.settings import ClusterSettings
+
+    return ClusterSettings(
+        everywhere=options.everywhere,
+        workers=not options.no_workers,
+        worker_gpus=options.worker_gpus,
+    )
+
+
+def _local(options: argparse.Namespace) -> int:
+    if not 1 <= options.local <= _MOST_LOCAL:
+        raise ConfigError(f"--local is {options.local}, must be 1 to {_MOST_LOCAL}")
+    config, settings = configuration.load(options.config), _settings(options)
+    from kvtier.cluster import supervise
+
+    if not options.until_eof:
+        command = [sys.executable, "-m", "kvtier.cli", *options.arguments, "--until-eof"]
+        return supervise.supervise(
+            command,
+            say=lambda line: print(line, flush=True),
+            greeting="starting; up until interrupted (Ctrl-C)",
+        )
+    from kvtier.cluster import local
+
+    with supervise.until_input_ends() as over:
+
+        def say(line: str) -> None:
+            if not over.is_set():  # then the parent has the last word
+                print(line, flush=True)
+
+        return local.up(
+            config,
+            nodes=options.local,
+            say=say,
+            wait=over.wait,
+            routers=options.router,
+            settings=settings,
+        )

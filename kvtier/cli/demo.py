@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 
 from kvtier.cli.parser import JSON_HELP
 
@@ -19,18 +20,25 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="a Redis or Valkey to use as shared tier (default: none, one of its own)",
     )  # fmt: skip
     demo.add_argument("--json", default="", metavar="FILE", help=JSON_HELP)
+    demo.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)  # the child
     demo.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if options.redis:
+    if options.redis and not options.until_eof:
         from kvtier.demo.preflight import check_redis
 
         check_redis(options.redis)
+    from kvtier.cluster import supervise
+
+    if not options.until_eof:
+        command = [sys.executable, "-m", "kvtier.cli", *options.arguments, "--until-eof"]
+        return supervise.supervise(command, say=print)
     from kvtier.cluster.local import prepare_environment
 
     prepare_environment()  # before anything imports ray
     from kvtier.demo import run
 
     logging.getLogger().setLevel(logging.WARNING)
-    return run.main(run.Options(options.model, options.redis, options.json))
+    with supervise.until_input_ends():
+        return run.main(run.Options(options.model, options.redis, options.json))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 _OBJECT_STORE: Final = 80 << 20  # bytes a node; no block ever goes through it
+# Characters of "/ray/session_2026-01-02_03-04-05_123456_1234567/sockets/plasma_store.1".
+_RAY_SOCKET: Final = 74
+_SOCKET_LIMIT: Final = 107  # of sockaddr_un
 _ENVIRONMENT: Final = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray binds the machine's outer address
     "RAY_AUTH_MODE": "disabled",  # loopback only; else a token file is left in the home folder
@@ -47,6 +50,16 @@ def prepare_environment() -> None:
     # Agents are fresh processes: they must find this very kvtier, and what their rooms import.
     paths = [str(Path(kvtier.__file__).parent.parent), *(str(Path(p).resolve()) for p in sys.path)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """What a process that starts such a cluster runs with: temporary files in `scratch`.
+
+    Ray's too, logs and sockets. Where the sockets' paths would be too long, they stay where
+    temporary files are by default.
+    """
+    fits = len(str(scratch)) + _RAY_SOCKET <= _SOCKET_LIMIT
+    return {**os.environ, **({"TMPDIR": str(scratch)} if fits else {})}
 
 
 class LocalCluster:
