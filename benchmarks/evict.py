@@ -2,12 +2,14 @@
 
 The trace is the conversation trace of Mooncake's FAST'25 release where it lies beside the
 repository (../shared/traces), and made-up chat where it does not; its bars hold for the former.
+And does a call of it, or of the books around it, ever take long over a million blocks?
 """
 
 import tracemalloc
 from pathlib import Path
 
 from benchmarks.common import Bar, summary
+from benchmarks.pause import longest
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU
 from kvtier.sim.belady import optimum
@@ -50,6 +52,9 @@ def run(*, tiny: bool) -> dict[str, object]:
     over = [phd - lru for phd, lru in zip(costs["phd"], costs["lru"], strict=True)]
     bars.append(Bar("PHD over LRU, us a block", 1e6 * max(over), at_most=5.0))
     bars.append(Bar("bytes a block tracked", _bytes_a_block(workload), at_most=300))
+    for name, ms in longest(3000 if tiny else 1_000_000).items():
+        limit = 1000.0 if tiny else 1.0
+        bars.append(Bar(f"longest pause, ms at 1M blocks, {name}", ms, at_most=limit))
     return {
         "trace": TRACE.name if real else "made-up chat",
         "footprint_blocks": workload.footprint,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("chat", "agents", "shared", "rag")
 _REQUESTS, _MAX_REQUESTS = 10_000, 1_000_000
+_LEAST_GPU = 10**6  # bytes
 _MORE = 100 * 10**9  # bytes: the step that "what would more memory buy" is answered for
 _TEXT = """how many tokens each tier would hold, what it would save, and what more would buy
 
@@ -168,9 +169,10 @@ def _size(options: argparse.Namespace, name: str) -> int:
 def _tiers(options: argparse.Namespace, shape: "Shape") -> "list[TierSize]":
     from kvtier.sim.plan import TierSize, vram_nbytes
 
-    vram = vram_nbytes(
-        shape, _size(options, "gpu"), options.gpus, options.weights, options.utilization
-    )
+    gpu = _size(options, "gpu")
+    if gpu < _LEAST_GPU:
+        raise ConfigError(f"--gpu is {options.gpu!r}, must be at least {_LEAST_GPU} bytes")
+    vram = vram_nbytes(shape, gpu, options.gpus, options.weights, options.utilization)
     return [
         TierSize("vram", vram * options.nodes, 0.0),
         TierSize("host", _size(options, "host") * options.nodes, options.host_gbs * 1e9),

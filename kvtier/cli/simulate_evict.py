@@ -76,6 +76,9 @@ def _evict(options: argparse.Namespace) -> int:
     size = options.block_tokens
     if size is not None and not 1 <= size <= 2**20:
         raise ConfigError(f"--block-tokens {size}: must be 1 to {2**20}")
+    for flag, path in (("json", options.json), ("plot", options.plot)):
+        if path is not None and not path.parent.is_dir():  # said before the work, not after it
+            raise ConfigError(f"--{flag} {path}: there is no folder {path.parent}")
     workload = Workload(load_trace(options.trace, size), options.trace.name)
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:

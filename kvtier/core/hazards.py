@@ -19,6 +19,8 @@ _GROWTH: Final = 1.2
 _PRIOR: Final = 20.0  # observations that the prior weighs
 _DECAY: Final = 0.98  # of what was learned, at each rebuild
 _EMPTY: Final = 1e-12
+_NEWS: Final = 8  # observations opened or closed that are worth a rebuild
+_TURNS: Final = 8  # turns after which there is one all the same
 STATE_VERSION: Final = 1
 
 
@@ -77,7 +79,7 @@ def _smooth(counts: list[float]) -> list[float]:
 class _Class:
     """What was seen of one class."""
 
-    __slots__ = ("end", "hit", "open", "seen", "upto")
+    __slots__ = ("end", "hit", "news", "open", "passed", "seen", "upto")
 
     def __init__(self) -> None:
         self.hit = [0.0] * BINS
@@ -85,6 +87,8 @@ class _Class:
         self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
         self.upto = 0  # the newest second of the ring
         self.seen = False  # whether there was any observation
+        self.news = 0  # observations opened or closed since the last rebuild
+        self.passed = 0  # turns that it was not rebuilt, for want of news
 
     def advance(self, second: int) -> None:
         """Make `second` the newest: what is older than the ring ends without a hit."""
@@ -135,6 +139,7 @@ class Hazards:
             each.advance(second)
         each.open[second % MAX_AGE] += 1
         each.seen = True
+        each.news += 1
 
     def closed(self, c: int, at: float, now: float) -> None:
         """The run that was used at `at` is used again."""
@@ -143,6 +148,7 @@ class Hazards:
             j = BIN_OF[age] if age < MAX_AGE else BINS - 1
             self._classes[c].hit[j] += 1
             self._classes[c].end[j] += 1
+            self._classes[c].news += 1
 
     def moved(self, old: int, new: int, at: float, now: float) -> None:
         """The class of an open observation was another one."""
@@ -157,6 +163,14 @@ class Hazards:
             return False
         each.open[second % MAX_AGE] -= 1
         return True
+
+    def turn(self, c: int, now: float) -> None:
+        """Learn from what class c has seen, if that is something new: a rebuild costs."""
+        each = self._classes[c]
+        each.passed += 1
+        if each.news >= _NEWS or each.passed >= _TURNS or not each.seen:
+            each.news = each.passed = 0
+            self.rebuild(c, now)
 
     def rebuild(self, c: int, now: float) -> None:
         """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""

@@ -203,7 +203,7 @@ class PHD:
         if rest or turn > SHARED + 1:
             return
         if turn <= SHARED:
-            self._hazards.rebuild(turn, self._now)
+            self._hazards.turn(turn, self._now)
         else:
             self._hazards.rebuild_pool()
 

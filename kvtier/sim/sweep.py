@@ -124,6 +124,9 @@ def plot(path: Path, workload: Workload, rows: Sequence[Row]) -> None:
             linestyle="--" if name == OPT else "-",
         )
     axes.set_xscale("log")
+    ticks = sorted({100 * row.capacity_fraction for row in rows})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel(f"capacity, % of the {workload.footprint} blocks asked for")
     axes.set_ylabel("tokens found, %")
     axes.set_title(workload.name)

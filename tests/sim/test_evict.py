@@ -210,8 +210,8 @@ class TestCommands:
             (["--tiers", "1:x"], "--tiers '1:x'"),
             (["--tiers", "1:4", "--cache", "host"], "--cache host is one tier alone"),
             (["--block-tokens", "0"], "--block-tokens 0: must be 1 to 1048576"),
-            (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: No such file"),
-            (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: No such file"),
+            (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder"),
+            (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: there is no folder"),
             (["--plot", "out.nothing"], "--plot out.nothing: "),
         ],
     )

@@ -137,6 +137,7 @@ def test_without_a_trace_it_still_says_what_fits() -> None:
         (("--model", "llama-3-8b", "--kv", "fp12"), "--kv is 'fp12', must be one of"),
         (("--model", "llama-3-8b", "--host", "many"), "--host: 'many' is not a size"),
         (("--model", "llama-3-8b", "--gpus", "0"), "--gpus is 0, must be 1 to 1024"),
+        (("--model", "llama-3-8b", "--gpu", "0"), "--gpu is '0', must be at least 1000000 bytes"),
         (("--model", "llama-3-8b", "--policy", "mru"), "--policy is 'mru', must be one of phd"),
         (("--model", "llama-3-8b", "--workload", "chat:0"), "--workload is 'chat:0', must be"),
         (("--model", "llama-3-8b", "--workload", "mail"), "must be one of chat, agents, shared"),
