@@ -254,7 +254,7 @@ class Index:
         return time.perf_counter() - start
 
     def _tokens(self, blocks: int) -> list[int]:
-        return [self._rng.randrange(128_000) for _ in range(blocks * BLOCK_TOKENS)]
+        return array("H", self._rng.randbytes(2 * blocks * BLOCK_TOKENS)).tolist()
 
 
 def peer(python: str, chains: int, rounds: int) -> dict[str, object]:

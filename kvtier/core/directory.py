@@ -23,6 +23,8 @@ _DROP: Final = 128  # blocks given back in one step, and up to a strip more
 _MAX_AUDIENCES: Final = 8  # fleets (of one model, adapter, tenant) that look-ups are prepared for
 _SHARED: Final = 1  # the shared store's bit; each slot has len(OWNED) bits above it
 
+_NONE: Final = -1  # the slot of a snapshot that is over
+
 Steps = Iterator[None]
 
 
@@ -60,7 +62,8 @@ class Directory:
 
     Of the shared store at most `max_shared` blocks are remembered; those announced or asked for
     least recently are dropped first. What it takes of memory is stated in `kvtier.core.strips`.
-    `Steps` are to be gone through to their end before the next word of the same source is taken.
+    `Steps` are to be gone through to their end before the next word of the same source is taken;
+    those of a source that is removed meanwhile, or of a snapshot that is over, do nothing more.
 
     Raises:
         ValueError: `max_shared` is less than 1.
@@ -89,7 +92,7 @@ class Directory:
 
     def fill(self, filling: Filling, held: Iterable[Told]) -> Steps:
         """More of a snapshot."""
-        return self._add(filling.slot, held)
+        return self._add(filling, held)
 
     def finish(self, filling: Filling) -> None:
         """The snapshot is whole, and takes the place of whatever its source said before."""
@@ -97,12 +100,14 @@ class Directory:
         known = self._source(filling.source)
         self._retire(known, filling.slot)
         known.epoch, known.seq, known.live = filling.epoch, filling.seq, True
+        filling.slot = _NONE
 
     def abandon(self, filling: Filling) -> None:
         """The rest of the snapshot will never come. Once it is finished this does nothing."""
         if filling in self._fillings:
             self._fillings.remove(filling)
             self._dying.append(filling.slot)
+            filling.slot = _NONE
 
     def snapshot(self, source: str, epoch: int, seq: int, held: Iterable[Told]) -> None:
         """A whole snapshot at once."""
@@ -131,7 +136,7 @@ class Directory:
         if seq <= known.seq:
             return iter(())
         known.seq = seq
-        return self._change(known.slot, added, removed)
+        return self._change(known, added, removed)
 
     def apply(
         self,
@@ -260,17 +265,24 @@ class Directory:
         source.slot = slot
         self._audiences.clear()
 
-    def _change(self, slot: int, added: Iterable[Told], removed: Iterable[Told]) -> Steps:
+    def _change(self, known: _Source, added: Iterable[Told], removed: Iterable[Told]) -> Steps:
+        slot = known.slot
         for tier, packed, *_ in removed:
             for at in range(0, len(packed), STEP * KEY_NBYTES):
+                if known.slot != slot:  # gone meanwhile
+                    return
                 self._strips.discard(packed[at : at + STEP * KEY_NBYTES], _bit(slot, tier))
                 yield
-        yield from self._add(slot, added)
+        if known.slot == slot:
+            yield from self._add(known, added)
 
-    def _add(self, slot: int, held: Iterable[Told]) -> Steps:
+    def _add(self, to: _Source | Filling, held: Iterable[Told]) -> Steps:
+        slot = to.slot
         for tier, packed, ordered, told_before in held:
             before, holder = told_before, _bit(slot, tier)
             for at in range(0, len(packed), STEP * KEY_NBYTES):
+                if to.slot != slot:  # gone meanwhile
+                    return
                 part = packed[at : at + STEP * KEY_NBYTES]
                 self._strips.add(part, holder, before, ordered=ordered)
                 if holder == _SHARED:

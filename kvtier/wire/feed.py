@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 import grpc
@@ -14,7 +15,6 @@ from kvtier.wire.chains import Before, tell
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 from kvtier.wire.rpc import KEYS_PER_MESSAGE
 
-KEYS_PER_PIECE: Final = 2048  # of a snapshot
 FLUSH_S: Final = 0.02  # changes are gathered for so long
 HEARTBEAT_S: Final = 0.5
 MAX_BEHIND: Final = 256  # messages that a slow watcher may be behind
@@ -58,13 +58,16 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             self._flush_due = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def flush(self) -> None:
-        """Send what has changed as one or more deltas."""
+        """Send what has changed as a delta, and soon the next where one does not hold it all."""
         if self._flush_due is not None:
             self._flush_due.cancel()
             self._flush_due = None
-        changes, self._changes = list(self._changes.items()), {}
-        for start in range(0, len(changes), KEYS_PER_MESSAGE):
-            piece = changes[start : start + KEYS_PER_MESSAGE]
+        piece = list(islice(self._changes.items(), KEYS_PER_MESSAGE))
+        for change, _ in piece:
+            del self._changes[change]
+        if self._changes:
+            self._flush_due = asyncio.get_running_loop().call_later(0, self.flush)
+        if piece:
             self._seq += 1
             delta = feed_pb2.Delta(
                 added=[
@@ -146,8 +149,8 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
     def _snapshot(self, seq: int) -> Iterator[feed_pb2.FeedMessage]:
         """In pieces, each made when it is asked for: all at once would hold up the loop."""
         for tier, keys in self._held().items():
-            for start in range(0, len(keys), KEYS_PER_PIECE):
-                part = tell(tier, keys[start : start + KEYS_PER_PIECE], self._before)
+            for start in range(0, len(keys), KEYS_PER_MESSAGE):
+                part = tell(tier, keys[start : start + KEYS_PER_MESSAGE], self._before)
                 piece = feed_pb2.Snapshot(held=[part])
                 yield feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, snapshot=piece)
         last = feed_pb2.Snapshot(last=True)

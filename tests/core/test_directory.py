@@ -1,6 +1,7 @@
 """What the router knows of everybody's blocks."""
 
 import hashlib
+import random
 import unittest.mock
 
 import hypothesis.strategies as st
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvtier.core import shapes, strips
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
-from kvtier.core.directory import Directory, Filling, Told
+from kvtier.core.directory import STEP, Directory, Filling, Told
 from kvtier.core.tiers import Tier
 
 KEYS = [BlockKey(bytes([n]) * 16) for n in range(12)]
@@ -191,6 +192,195 @@ def test_at_most_so_many_shared_blocks_are_remembered():
 def test_a_limit_that_remembers_nothing_is_refused():
     with pytest.raises(ValueError, match="max_shared is 0"):
         Directory(max_shared=0)
+
+
+# --- in steps, and joined as it is told -----------------------------------------------------
+
+
+def pieces(directory: Directory, path: list[BlockKey]) -> int:
+    """Of how many strips the blocks of a prompt are made up: what a look-up costs."""
+    return len(directory._strips._walk(path))
+
+
+def in_pieces(path: list[BlockKey], size: int) -> list[Told]:
+    """Pieces of a prompt, each with the block before it."""
+    return [
+        told(Tier.HOST, path[i : i + size], path[i - 1] if i else None, ordered=True)
+        for i in range(0, len(path), size)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize("order", ["in order", "backwards", "at random"])
+def test_pieces_are_joined_when_they_come_in_whatever_order(size, order):
+    directory = Directory()
+    told_pieces = in_pieces(PATH[:500], size)
+    if order == "backwards":
+        told_pieces.reverse()
+    elif order == "at random":
+        random.Random(1).shuffle(told_pieces)
+    for source in ("one", "two", "three"):
+        directory.snapshot(source, 1, 0, [])
+        for seq, piece in enumerate(told_pieces, start=1):
+            assert directory.apply(source, 1, seq, [piece], [])
+        directory.check()
+        assert warmth(directory, PATH, source) == Warmth(host=500)
+        assert pieces(directory, PATH) == 1
+
+
+def test_prompts_in_turn_with_a_common_beginning_are_joined_each_for_itself():
+    directory = Directory()
+    paths = [PATH[:100] + [BlockKey(hashlib.md5(bytes([n, i])).digest()) for i in range(200)]
+             for n in range(4)]  # fmt: skip
+    directory.snapshot("node", 1, 0, [])
+    turns = zip(*(in_pieces(path, 10) for path in paths), strict=True)
+    for seq, piece in enumerate([piece for turn in turns for piece in turn], start=1):
+        assert directory.apply("node", 1, seq, [piece], [])
+    directory.check()
+    for path in paths:
+        assert warmth(directory, path, "node") == Warmth(host=300)
+        assert pieces(directory, path) <= 2
+
+
+def test_what_moves_to_another_tier_block_by_block_is_one_strip_again():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, in_pieces(PATH[:300], 300))
+    moves = [*in_pieces(PATH[:300], 1)]
+    moves.reverse()  # the deep end first
+    for seq, move in enumerate(moves, start=1):
+        disk = move._replace(tier=Tier.DISK)
+        assert directory.apply("node", 1, 2 * seq - 1, [disk], [])
+        assert directory.apply("node", 1, 2 * seq, [], [move])
+        directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(disk=300)
+    assert pieces(directory, PATH) == 1
+
+
+def test_long_prompts_are_cut_where_a_strip_is_full():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, in_pieces(PATH, 5))
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=len(PATH))
+    assert pieces(directory, PATH) <= 2 + len(PATH) // shapes.MAX_STRIP
+
+
+def test_a_false_word_on_what_comes_before_changes_no_answer():
+    directory = Directory()
+    wrong = [part._replace(before=PATH[(7 * n) % 300]) for n, part in
+             enumerate(in_pieces(PATH[:300], 3))]  # fmt: skip
+    directory.snapshot("node", 1, 0, wrong)
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=300)
+    assert directory.apply("node", 1, 1, [], [told(Tier.HOST, PATH[100:101])])
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=100)
+
+
+def test_two_blocks_with_one_fingerprint_are_never_taken_for_each_other():
+    twin = BlockKey(bytes(8) + PATH[5][8:])
+    directory = Directory()
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, PATH[:10])])
+    assert warmth(directory, [*PATH[:5], twin], "node") == Warmth(host=5)
+    assert warmth(directory, [twin], "node") == Warmth()
+    both = [told(Tier.HOST, [twin, PATH[20]], PATH[9]), told(Tier.HOST, [PATH[21], twin, PATH[22]])]
+    assert directory.apply("node", 1, 1, both, [])  # counts as held by nobody
+    assert warmth(directory, [PATH[20]], "node") == Warmth(host=1)
+    assert warmth(directory, [PATH[22]], "node") == Warmth(host=1)
+    assert directory.apply("node", 1, 2, [], [told(Tier.HOST, [twin])])
+    assert warmth(directory, PATH, "node") == Warmth(host=10)
+    assert directory.apply("node", 1, 3, [], [told(Tier.HOST, PATH[5:6])])
+    assert directory.apply("node", 1, 4, [told(Tier.HOST, [twin])], [])
+    assert warmth(directory, [twin], "node") == Warmth(host=1)
+    directory.check()
+
+
+def steps_of(steps) -> int:
+    return sum(1 for _ in steps)
+
+
+def test_no_step_takes_in_more_than_a_few_blocks():
+    directory = Directory()
+    filling = directory.begin("node", 1, 0)
+    assert steps_of(directory.fill(filling, in_pieces(PATH, 1200))) >= len(PATH) // STEP
+    directory.finish(filling)
+    steps = directory.delta("node", 1, 1, [told(Tier.DISK, PATH)], [told(Tier.HOST, PATH)])
+    assert steps_of(steps) >= 2 * len(PATH) // STEP
+    directory.remove("node")
+    assert steps_of(iter(directory.tidy, False)) > 1
+    assert directory.blocks == 0
+
+
+def test_a_snapshot_counts_when_it_is_whole_and_until_then_what_was_known():
+    directory = Directory()
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, PATH[:100])])
+    filling = directory.begin("node", 2, 0)
+    for _ in directory.fill(filling, [told(Tier.HOST, PATH[:300])]):
+        assert warmth(directory, PATH, "node") == Warmth(host=100)
+    assert directory.apply("node", 1, 6, [told(Tier.HOST, PATH[100:110])], [])
+    assert warmth(directory, PATH, "node") == Warmth(host=110)
+    directory.finish(filling)
+    assert warmth(directory, PATH, "node") == Warmth(host=300)
+    assert directory.position("node") == (2, 0)
+    tidy(directory)
+    directory.check()
+
+
+def test_a_snapshot_that_is_broken_off_leaves_nothing():
+    directory = Directory()
+    filling = directory.begin("node", 1, 0)
+    rest = directory.fill(filling, [told(Tier.HOST, PATH)])
+    next(rest)
+    directory.abandon(filling)
+    assert steps_of(rest) == 0
+    tidy(directory)
+    assert directory.blocks == 0
+    directory.check()
+
+
+def test_a_delta_half_taken_in_when_its_source_goes_adds_nothing_more():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, [])
+    delta = directory.delta("node", 1, 1, [told(Tier.HOST, PATH)], [told(Tier.HOST, PATH)])
+    for _ in range(len(PATH) // STEP + 3):
+        next(delta)
+    directory.remove("node")
+    tidy(directory)
+    directory.snapshot("other", 1, 0, [])  # gets the room that the first one had
+    assert steps_of(delta) == 0
+    assert warmth(directory, PATH, "other") == Warmth()
+    assert directory.blocks == 0
+
+
+def test_who_is_gone_counts_for_nothing_before_its_room_is_given_back():
+    directory = Directory()
+    for name in ("a", "b"):
+        directory.snapshot(name, 1, 0, [told(Tier.HOST, PATH)])
+    directory.remove("a")
+    directory.tidy()
+    directory.snapshot("c", 1, 0, [told(Tier.HOST, PATH[:3])])
+    answer = directory.warmth(PATH, {name: [name] for name in "abc"})
+    assert [each.host for each in answer.values()] == [0, len(PATH), 3]
+    directory.snapshot("a", 2, 0, [told(Tier.DISK, PATH[:2])])
+    assert warmth(directory, PATH, "a") == Warmth(disk=2)
+    tidy(directory)
+    assert warmth(directory, PATH, "a") == Warmth(disk=2)
+    directory.check()
+
+
+def test_fleets_that_are_asked_for_in_turn_do_not_mix():
+    directory = Directory()
+    fleets = [{f"{n} {m}": [f"source {n} {m}"] for m in range(3)} for n in range(12)]
+    for n in range(12):
+        directory.snapshot(f"source {n} 0", 1, 0, [told(Tier.HOST, PATH[: n + 1])])
+    for turn in range(3):
+        for n, fleet in enumerate(fleets):
+            found = directory.warmth(PATH, fleet)
+            assert [each.host for each in found.values()] == [n + 1, 0, 0]
+            directory.remove(f"source {(n + 5) % 12} 1")
+        directory.snapshot(f"source 3 {turn}", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
+        directory.remove(f"source 3 {turn}")
+        directory.snapshot("source 3 0", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
+        directory.check()
 
 
 # --- against a naive model ----------------------------------------------------------------
