@@ -1,3 +1,5 @@
+from hashlib import sha256
+
 import pytest
 
 from kvtier.core.blocks import BlockKey
@@ -8,6 +10,7 @@ from kvtier.router import feed
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.wire.feed import MAX_BEHIND, FeedServicer
 from kvtier.wire.pb import feed_pb2
+from kvtier.wire.rpc import KEYS_PER_MESSAGE
 from tests.router.stub_engine import tier_keys
 
 KEYS = [BlockKey(bytes([i]) * 16) for i in range(8)]
@@ -200,3 +203,47 @@ def test_a_stream_that_goes_on_from_elsewhere_is_a_gap(directory, reader):
         assert caught.value.replay
     with pytest.raises(RemoteProtocolError, match="before the snapshot"):
         take(FeedReader(directory, "s", DAEMON), delta(6, epoch=2))
+
+
+async def test_who_changes_much_at_once_tells_it_in_several_messages(directory, reader):
+    source = FeedServicer(dict, feed_pb2.Heartbeat, {KEYS[1]: KEYS[0]}.get)
+    (first, _), stream = await watched(source, 0, 0, 2)
+    take(reader, first)
+    many = [
+        BlockKey(sha256(n.to_bytes(4, "big")).digest()[:16]) for n in range(1, 2 * KEYS_PER_MESSAGE)
+    ]
+    source.changed((Tier.HOST, key, True) for key in [*KEYS[:2], *many])
+    source.changed([(Tier.HOST, many[-1], False)])
+    source.flush()  # the rest follows by itself
+    sizes = []
+    while len(sizes) < 3:
+        message = await anext(stream)
+        take(reader, message)
+        if message.WhichOneof("body") == "delta":
+            sizes.append(sum(len(part.keys) for part in message.delta.added) // 16)
+    await stream.aclose()
+    assert max(sizes) <= KEYS_PER_MESSAGE
+    assert sum(sizes) == directory.counts("s")[Tier.HOST] == len(many) + 1
+
+
+async def test_a_source_names_the_block_before(directory):
+    before = {KEYS[n + 1]: KEYS[n] for n in range(5)}
+    source = FeedServicer(lambda: {Tier.HOST: KEYS[:3]}, feed_pb2.Heartbeat, before.get)
+    (snapshot, _, _), stream = await watched(source, 0, 0, 3)
+    (held,) = snapshot.snapshot.held
+    assert (list(held.starts), held.parents) == ([0], bytes(16))
+    source.changed([(Tier.HOST, KEYS[4], True), (Tier.HOST, KEYS[3], True)])
+    source.flush()
+    (added,) = (await anext(stream)).delta.added
+    await stream.aclose()
+    assert added.keys == KEYS[3] + KEYS[4]
+    assert (list(added.starts), added.parents) == ([0], KEYS[2])
+
+
+def test_half_a_snapshot_of_a_stream_that_broke_leaves_nothing(directory, reader):
+    take(reader, snapshot(last=False, host=KEYS))
+    reader.close()
+    while directory.tidy():
+        pass
+    assert directory.blocks == 0
+    assert directory.position("s") is None
