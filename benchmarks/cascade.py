@@ -30,7 +30,7 @@ from kvtier.node.movers import LowerTier
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.faulty import Fault, FaultyStore
 from kvtier.stores.memory import MemoryStore
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 32, 8, 64),), 32, "bfloat16")  # 2 MiB

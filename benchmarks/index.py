@@ -5,16 +5,19 @@ Beside it Dynamo's `RadixTree` and `SelectionService` (packages ai-dynamo-runtim
 a process of their own, on prompts of the same kind, right after ours.
 """
 
+import asyncio
 import gc
 import json
 import os
 import subprocess
 import time
 from array import array
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from benchmarks.common import Bar, summary
 from kvtier.core.audience import Warmth
@@ -22,6 +25,10 @@ from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
 from kvtier.core.score import DEFAULT_RATES, Candidate, rank
 from kvtier.core.tiers import Tier
+from kvtier.router.feed import FeedReader
+from kvtier.router.pace import Pace
+from kvtier.wire.chains import hear, tell
+from kvtier.wire.pb import feed_pb2
 
 NODES = 64
 MESSAGE = 4096  # blocks of one message of a feed
@@ -29,7 +36,28 @@ PATH = 512  # blocks of a prompt: 8k tokens
 SYSTEM = 32  # of them: one of 16 system prompts
 BLOCK_TOKENS = 16
 SCATTERED = 0  # in place of a piece's size: a node's blocks in random order, as after a restart
+JOINER = 256  # prompts of the node that joins and leaves while the loop is watched: 131,072 blocks
 PEER = Path(__file__).parent / "index_peer.py"
+
+
+class Case(NamedTuple):
+    """How the blocks are told."""
+
+    name: str
+    piece: int  # blocks told together
+    holders: int = 1
+    named: bool = True  # with the block before each piece, as our workers and daemons tell
+
+
+CASES = (
+    Case("whole prompts, 1 holder", PATH),
+    Case("whole prompts, 8 holders", PATH, holders=8),
+    Case("pieces of 16, 1 holder", 16),
+    Case("pieces of 16, 8 holders", 16, holders=8),
+    Case("scattered, 1 holder", SCATTERED),
+    Case("pieces of 16, order not told", 16, named=False),
+    Case("scattered, order not told", SCATTERED, named=False),
+)
 
 
 def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
@@ -37,16 +65,11 @@ def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
     times: dict[str, object] = {}
     figures: dict[str, object] = {}
     bars: list[Bar] = []
-    for name, piece, holders in (
-        ("whole prompts, 1 holder", PATH, 1),
-        ("whole prompts, 8 holders", PATH, 8),
-        ("pieces of 16, 1 holder", 16, 1),
-        ("scattered, 1 holder", SCATTERED, 1),
-    ):
+    for case in CASES:
         # Each in a process of its own: memory that another one gave back would hide what it takes.
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            measured = alone.submit(_measure, name, piece, holders, chains, rounds).result()
-        times[name], figures[name], of_this = measured
+            measured = alone.submit(_measure, case, chains, rounds).result()
+        times[case.name], figures[case.name], of_this = measured
         bars += [bar for bar in of_this if not (tiny and "bytes" in bar.name)]
     return {
         "nodes": NODES,
@@ -59,41 +82,50 @@ def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
 
 
 def _measure(
-    name: str, piece: int, holders: int, chains: int, rounds: int
+    case: Case, chains: int, rounds: int
 ) -> tuple[dict[str, object], dict[str, float], list[Bar]]:
-    index = Index(chains, piece, holders)
-    found = {
-        f"{when}, {100 * depth // PATH}% held": index.look_up(depth, rounds)
-        for when in ("first", "again")
-        for depth in (PATH, PATH // 2, SYSTEM, 0)
-    }
-    found["gather after the first look-up"] = index.gathers[:rounds]
-    found["with holes"] = index.look_up(PATH, rounds, hole=PATH // 3)
-    looks = (each for what, each in found.items() if not what.startswith("gather"))
-    worst = max(summary(each)["median_s"] for each in looks) * 1e6
-    bars = [
-        Bar(f"{name}: slowest p50 of a look-up in us", worst, at_most=40),
-        Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=120 + 8 * holders),
-    ]
-    if holders == 1 and piece == PATH:
-        found["token ids to decision"] = [index.decide(number) for number in range(rounds)]
-        middle = summary(found["token ids to decision"])["median_s"] * 1e3
-        bars.append(Bar("8k token ids to decision, p50 in ms", middle, at_most=0.4))
-    found["drop of a node"] = [index.drop()]
+    index = Index(case, chains)
     figures = {
         "blocks": float(index.directory.blocks),
         "bytes_per_block": index.bytes_per_block,
         "blocks_per_s": index.blocks_per_s,
     }
-    return {each: summary(seconds) for each, seconds in found.items()}, figures, bars
+    found = {
+        f"{when}, {100 * depth // PATH}% held": index.look_up(depth, rounds)
+        for when in ("first", "again")
+        for depth in (PATH, PATH // 2, SYSTEM, 0)
+    }
+    found["with holes"] = index.look_up(PATH, rounds, hole=PATH // 3)
+    worst = max(summary(each)["median_s"] for each in found.values()) * 1e6
+    name = case.name
+    bars = [
+        Bar(f"{name}: slowest p50 of a look-up in us", worst, at_most=40),
+        Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=120 + 8 * case.holders),
+    ]
+    found["a step of taking in (CPU)"] = index.steps
+    found["a step of joining after a look-up (CPU)"] = index.joins
+    if case is CASES[0]:
+        found["token ids to decision"] = [index.decide(number) for number in range(rounds)]
+        middle = summary(found["token ids to decision"])["median_s"] * 1e3
+        bars.append(Bar("8k token ids to decision, p50 in ms", middle, at_most=0.4))
+    held = asyncio.run(index.watched())
+    for what, seconds in held.items():
+        found[f"the loop held, {what} (CPU)"] = seconds
+        bars.append(
+            Bar(f"{name}: longest the loop is held, {what}, in ms", 1e3 * max(seconds), at_most=1)
+        )
+    found["drop of a node"] = [index.drop()]
+    longest = {f"longest, {what}": max(each) for what, each in found.items() if "CPU" in what}
+    return {each: summary(s) for each, s in found.items()}, {**figures, **longest}, bars
 
 
 class Index:
-    """A directory of `chains` prompts, told in pieces of so many blocks, 16 prompts in turn."""
+    """A directory of `chains` prompts, told as `case` says, 16 prompts in turn."""
 
-    def __init__(self, chains: int, piece: int, holders: int) -> None:
+    def __init__(self, case: Case, chains: int) -> None:
         self._rng = Random(1)
-        self.gathers: list[float] = []  # seconds of tidying up after a look-up
+        self.steps: list[float] = []  # CPU seconds of each step of taking in
+        self.joins: list[float] = [0.0]  # CPU seconds of each step of tidying up after a look-up
         self._root = os.urandom(32)
         starts = [array("I", self._tokens(SYSTEM)) for _ in range(16)]
         self._ids = [
@@ -103,36 +135,49 @@ class Index:
         self._packed = packed
         names = [f"node {n}" for n in range(NODES)]
         self._candidates = {name: [name, f"daemon of {name}"] for name in names}
-        told = self._told(packed, names, piece, holders)
+        messages = self._messages(case, names)
         seq = dict.fromkeys(names, 0)
+        steps = array("d", bytes(8 * sum(len(part.keys) // 16 for _, part in messages)))
         gc.collect()
         before = _resident()
         self.directory = Directory()
         for name in names:
             self.directory.snapshot(name, 1, 0, [])
-        begun = time.perf_counter()
-        for name, part in told:
+        begun, taken = time.perf_counter(), 0
+        for name, part in messages:
             seq[name] += 1
-            assert self.directory.apply(name, 1, seq[name], [(Tier.VRAM, _unpack(part))], [])
-        blocks = sum(len(part) for _, part in told) // 16
-        self.blocks_per_s = blocks / (time.perf_counter() - begun)
+            told = hear(part, (Tier.VRAM,))
+            delta = self.directory.delta(name, 1, seq[name], told, [])
+            assert delta is not None
+            for seconds in _timed(delta):
+                steps[taken] = seconds
+                taken += 1
+        self.blocks_per_s = len(steps) / (time.perf_counter() - begun)
         gc.collect()
         self.bytes_per_block = (_resident() - before) / self.directory.blocks
+        self.steps = steps[:taken].tolist()
+        self._named = case.named
 
-    def _told(
-        self, packed: list[bytes], names: list[str], piece: int, holders: int
-    ) -> list[tuple[str, bytes]]:
+    def _messages(self, case: Case, names: list[str]) -> list[tuple[str, feed_pb2.TierKeys]]:
         """Who tells which blocks, in order."""
-        held = [(n, name) for n in range(len(packed)) for name in self._rng.sample(names, holders)]
+        packed, piece = self._packed, case.piece
+        held = [
+            (n, name) for n in range(len(packed)) for name in self._rng.sample(names, case.holders)
+        ]
         if piece != SCATTERED:
             pieces = [(n // 16, s, n, name) for n, name in held for s in range(0, PATH, piece)]
             pieces.sort(key=lambda each: each[:2])
-            return [(name, packed[n][16 * s : 16 * (s + piece)]) for _, s, n, name in pieces]
+            return [(name, _piece(packed[n], s, piece, case.named)) for _, s, n, name in pieces]
         told = []
         for holder in names:
-            own = [key for n, name in held if name == holder for key in _unpack(packed[n])]
+            own = [(n, i) for n, name in held if name == holder for i in range(PATH)]
             self._rng.shuffle(own)
-            told += [(holder, b"".join(own[s : s + MESSAGE])) for s in range(0, len(own), MESSAGE)]
+            for start in range(0, len(own), MESSAGE):
+                keys = {}
+                for n, i in own[start : start + MESSAGE]:
+                    parent = _key(packed[n], i - 1) if i and case.named else None
+                    keys[_key(packed[n], i)] = parent
+                told.append((holder, tell(Tier.VRAM, list(keys), keys.get)))
         return told
 
     def look_up(self, depth: int, rounds: int, hole: int | None = None) -> list[float]:
@@ -149,10 +194,41 @@ class Index:
             seconds.append(time.perf_counter() - start)
             best = max(each.blocks for each in warmth.values())
             assert best == (depth if hole is None else hole), (best, depth)
-            start = time.perf_counter()
-            self.directory.gather()
-            self.gathers.append(time.perf_counter() - start)
+            self.joins += _timed(iter(self.directory.tidy, False))
         return seconds
+
+    async def watched(self) -> dict[str, list[float]]:
+        """CPU seconds of each round of a loop on which a node joins and leaves, fed as a router is.
+
+        It holds prompts that others have as well, and as many that nobody has.
+        """
+        count = min(JOINER, len(self._packed))
+        paths = [*self._packed[: count // 2], *(os.urandom(16 * PATH) for _ in range(count // 2))]
+        parts = [_piece(path, 0, PATH, self._named) for path in paths]
+        snapshots = [feed_pb2.Snapshot(held=parts[i : i + 4]) for i in range(0, count, 4)]
+        snapshots.append(feed_pb2.Snapshot(last=True))
+        messages = [
+            feed_pb2.FeedMessage(epoch=1, seq=1, snapshot=each).SerializeToString()
+            for each in snapshots
+        ]
+        pace = Pace()
+
+        async def join() -> None:
+            reader = FeedReader(self.directory, "joiner", (Tier.VRAM,))
+            for message in messages:
+                await pace.through(reader.take(feed_pb2.FeedMessage.FromString(message)))
+            held = self.directory.counts("joiner")[Tier.VRAM]
+            assert held >= (count - count // 2) * (PATH - SYSTEM)  # they share system prompts
+
+        async def leave() -> None:
+            self.directory.remove("joiner")
+            await pace.through(iter(self.directory.tidy, False))
+
+        blocks = f"{count * PATH:,} blocks"
+        return {
+            f"a node with {blocks} joins": await _rounds(join()),
+            f"a node with {blocks} leaves": await _rounds(leave()),
+        }
 
     def decide(self, number: int) -> float:
         """Seconds from a list of token ids to the best of the nodes and three fallbacks."""
@@ -173,10 +249,12 @@ class Index:
         """Seconds to forget one node."""
         start = time.perf_counter()
         self.directory.remove("node 7")
+        while self.directory.tidy():
+            pass
         return time.perf_counter() - start
 
     def _tokens(self, blocks: int) -> list[int]:
-        return [self._rng.randrange(128_000) for _ in range(blocks * BLOCK_TOKENS)]
+        return array("H", self._rng.randbytes(2 * blocks * BLOCK_TOKENS)).tolist()
 
 
 def peer(python: str, chains: int, rounds: int) -> dict[str, object]:
@@ -189,6 +267,40 @@ def peer(python: str, chains: int, rounds: int) -> dict[str, object]:
     if done.returncode:
         return {"ai-dynamo-runtime": f"failed: {done.stderr[-300:]}"}
     return json.loads(done.stdout)
+
+
+async def _rounds(work: Coroutine[None, None, None]) -> list[float]:
+    """CPU seconds of each round of the loop until `work` is done."""
+    task = asyncio.ensure_future(work)
+    seconds = []
+    while not task.done():
+        start = time.thread_time()
+        await asyncio.sleep(0)
+        seconds.append(time.thread_time() - start)
+    await task
+    return seconds
+
+
+def _timed(steps: Iterator[object]) -> Iterator[float]:
+    """CPU seconds of each step: what others do on the machine is none of its length."""
+    start = time.thread_time()
+    for _ in steps:
+        end = time.thread_time()
+        yield end - start
+        start = time.thread_time()
+
+
+def _piece(packed: bytes, start: int, size: int, named: bool) -> feed_pb2.TierKeys:
+    """A piece of a prompt as a feed tells it."""
+    keys = packed[16 * start : 16 * (start + size)]
+    if not named:
+        return feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=keys)
+    parent = packed[16 * (start - 1) : 16 * start] if start else bytes(16)
+    return feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=keys, starts=[0], parents=parent)
+
+
+def _key(packed: bytes, i: int) -> BlockKey:
+    return BlockKey(packed[16 * i : 16 * (i + 1)])
 
 
 def _unpack(packed: bytes) -> list[BlockKey]:

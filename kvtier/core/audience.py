@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvtier.core.strips import Run, bits
+from kvtier.core.shapes import bits
+from kvtier.core.strips import Run
 from kvtier.core.tiers import Tier
 
 OWNED: Final = (Tier.VRAM, Tier.HOST, Tier.DISK)  # warmest first

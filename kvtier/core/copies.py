@@ -27,6 +27,7 @@ class Block:
     slot: Slot | None = None
     move: Move | None = None  # at most one under way
     undrained_in: int | None = None  # the tier in whose `undrained` order it stands
+    before: BlockKey | None = None  # the block before it on the path that brought it, if known
 
 
 class Copies:

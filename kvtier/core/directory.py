@@ -3,19 +3,38 @@
 A source is one feed: a node's daemon, or a worker with its VRAM. What it says of VRAM, host and
 disk is its own and goes with it. What it says of the shared store is said for everybody, and stays
 when it goes: the blocks are still there.
+
+Nothing that takes long is done at once. What a source tells is taken in in steps, a few blocks
+each, between which anybody may ask; a source that goes is gone at once, and the room that its
+blocks took is given back by `tidy`, in steps too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
 
 from kvtier.core.audience import OWNED, Audience, Warmth
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.core.strips import StripIndex
 from kvtier.core.tiers import Tier
 
-TierKeys = Iterable[tuple[Tier, Iterable[BlockKey]]]
-
+STEP: Final = 64  # blocks taken in in one step
+_DROP: Final = 128  # blocks given back in one step, and up to a strip more
+_MAX_AUDIENCES: Final = 8  # fleets (of one model, adapter, tenant) that look-ups are prepared for
 _SHARED: Final = 1  # the shared store's bit; each slot has len(OWNED) bits above it
+
+_NONE: Final = -1  # the slot of a snapshot that is over
+
+Steps = Iterator[None]
+
+
+class Told(NamedTuple):
+    """Some blocks in one tier."""
+
+    tier: Tier
+    packed: bytes  # keys of 16 bytes, one after the other
+    ordered: bool = False  # each is known to follow the one before it in a prompt
+    before: BlockKey | None = None  # of those that are ordered: the block before the first
 
 
 class _Source:
@@ -28,11 +47,23 @@ class _Source:
         self.live = False  # between a snapshot and `remove`
 
 
+class Filling:
+    """A snapshot of which not all is told yet: `Directory.begin` makes it."""
+
+    def __init__(self, source: str, epoch: int, seq: int, slot: int) -> None:
+        self.source = source
+        self.epoch = epoch
+        self.seq = seq
+        self.slot = slot
+
+
 class Directory:
     """Residency of all sources, fed by snapshots and sequenced deltas.
 
     Of the shared store at most `max_shared` blocks are remembered; those announced or asked for
     least recently are dropped first. What it takes of memory is stated in `kvtier.core.strips`.
+    `Steps` are to be gone through to their end before the next word of the same source is taken;
+    those of a source that is removed meanwhile, or of a snapshot that is over, do nothing more.
 
     Raises:
         ValueError: `max_shared` is less than 1.
@@ -44,46 +75,105 @@ class Directory:
         self._max_shared = max_shared
         self._strips = StripIndex(_SHARED)
         self._sources: dict[str, _Source] = {}  # the live ones, and those that were asked about
+        self._slots = 0  # ever made
         self._free: list[int] = []  # slots
-        self._audience: Audience | None = None
-        self._asked: dict[str, list[str]] = {}  # whom `_audience` is made for
+        self._fillings: set[Filling] = set()
+        self._dying: deque[int] = deque()  # slots of which nobody is asked any more
+        self._audiences: list[tuple[dict[str, list[str]], Audience]] = []  # last asked first
 
-    def snapshot(self, source: str, epoch: int, seq: int, held: TierKeys) -> None:
-        """All that `source` holds as of `seq`, in place of whatever it said before."""
-        known = self._source(source)
-        self._drop(known)
-        known.epoch, known.seq, known.live = epoch, seq, True
-        self._add(known, held)
+    def begin(self, source: str, epoch: int, seq: int) -> Filling:
+        """A snapshot of all that `source` holds as of `seq` begins.
 
-    def apply(self, source: str, epoch: int, seq: int, added: TierKeys, removed: TierKeys) -> bool:
+        Until it is whole (`finish`) what the source said before counts.
+        """
+        filling = Filling(source, epoch, seq, self._slot())
+        self._fillings.add(filling)
+        return filling
+
+    def fill(self, filling: Filling, held: Iterable[Told]) -> Steps:
+        """More of a snapshot."""
+        return self._add(filling, held)
+
+    def finish(self, filling: Filling) -> None:
+        """The snapshot is whole, and takes the place of whatever its source said before."""
+        self._fillings.remove(filling)
+        known = self._source(filling.source)
+        self._retire(known, filling.slot)
+        known.epoch, known.seq, known.live = filling.epoch, filling.seq, True
+        filling.slot = _NONE
+
+    def abandon(self, filling: Filling) -> None:
+        """The rest of the snapshot will never come. Once it is finished this does nothing."""
+        if filling in self._fillings:
+            self._fillings.remove(filling)
+            self._dying.append(filling.slot)
+            filling.slot = _NONE
+
+    def snapshot(self, source: str, epoch: int, seq: int, held: Iterable[Told]) -> None:
+        """A whole snapshot at once."""
+        filling = self.begin(source, epoch, seq)
+        _all(self.fill(filling, held))
+        self.finish(filling)
+
+    def delta(
+        self,
+        source: str,
+        epoch: int,
+        seq: int,
+        added: Iterable[Told],
+        removed: Iterable[Told],
+    ) -> Steps | None:
         """One delta. A key that is in both, in one tier, is held afterwards.
 
         Returns:
-            False where the delta does not follow what is known of the source (a gap, another
+            None where the delta does not follow what is known of the source (a gap, another
             epoch, a source that is unknown or was removed): nothing has changed, and a replay or a
-            snapshot is needed. A delta that was seen before is ignored and gives True.
+            snapshot is needed. A delta that was seen before is ignored: no steps.
         """
         known = self._sources.get(source)
         if known is None or not known.live or known.epoch != epoch or seq > known.seq + 1:
-            return False
+            return None
         if seq <= known.seq:
-            return True
+            return iter(())
         known.seq = seq
-        for tier, keys in removed:
-            self._strips.discard(keys, _bit(known, tier))
-        self._add(known, added)
-        return True
+        return self._change(known, added, removed)
+
+    def apply(
+        self,
+        source: str,
+        epoch: int,
+        seq: int,
+        added: Iterable[Told],
+        removed: Iterable[Told],
+    ) -> bool:
+        """A whole `delta` at once; False where that is None."""
+        steps = self.delta(source, epoch, seq, added, removed)
+        if steps is not None:
+            _all(steps)
+        return steps is not None
 
     def remove(self, source: str) -> None:
         """The source is gone, with all that was its own. Unknown sources are ignored.
 
-        Takes time in proportion to what it held. What it says later counts for nothing until it
-        begins anew with a snapshot.
+        What it says later counts for nothing until it begins anew with a snapshot. The room is
+        given back by `tidy`, in time in proportion to what it held.
         """
         known = self._sources.get(source)
-        if known is not None:
-            self._drop(known)
+        if known is not None and known.live:
+            self._retire(known, self._slot())
             known.live = False
+
+    def tidy(self) -> bool:
+        """A short step of what can wait; whether there is more.
+
+        Gives back what sources that are gone took, and joins what a look-up found in pieces.
+        """
+        if self._dying:
+            slot = self._dying[0]
+            if not any(self._strips.drop(_bit(slot, tier), _DROP) for tier in OWNED):
+                self._free.append(self._dying.popleft())
+            return True
+        return self._strips.gather()
 
     def position(self, source: str) -> tuple[int, int] | None:
         """The epoch and the number of the last word of a live source; None for any other."""
@@ -95,32 +185,26 @@ class Directory:
     ) -> dict[str, Warmth]:
         """How much of a prompt each candidate has or can fetch.
 
-        Fastest where the candidates are the same as in the call before.
+        Fastest where the candidates are the same as in one of the last calls.
 
         Args:
             keys: The prompt's blocks, from the first on.
             candidates: The sources of each candidate, e.g. a worker's and its node daemon's feed.
                 Unknown sources hold nothing.
         """
-        audience = self._audience
-        if audience is None or candidates != self._asked:
-            audience = self._prepare(candidates)
+        audience = self._audience(candidates) or self._prepare(candidates)
         return audience.warmth(self._strips.walk(keys))
-
-    def gather(self) -> None:
-        """Tidy up after a look-up that had to take many steps, so that the next takes few."""
-        self._strips.gather()
 
     def counts(self, source: str) -> dict[Tier, int]:
         """How many blocks a source holds, by tier; empty for one that is not live."""
         known = self._sources.get(source)
         if known is None or not known.live:
             return {}
-        return {tier: self._strips.count(_bit(known, tier)) for tier in OWNED}
+        return {tier: self._strips.count(_bit(known.slot, tier)) for tier in OWNED}
 
     @property
     def blocks(self) -> int:
-        """Different blocks that anybody holds, or the shared store."""
+        """Different blocks that take room, also those that `tidy` has still to give back."""
         return len(self._strips)
 
     @property
@@ -131,36 +215,86 @@ class Directory:
     def check(self) -> None:
         """Every invariant; for tests."""
         self._strips.check()
-        slots = [*self._free, *(each.slot for each in self._sources.values())]
-        assert sorted(slots) == list(range(len(slots)))
+        used = [each.slot for each in self._sources.values()]
+        used += [each.slot for each in self._fillings]
+        assert sorted([*self._free, *self._dying, *used]) == list(range(self._slots))
+
+    def _audience(self, candidates: Mapping[str, Sequence[str]]) -> Audience | None:
+        """What was prepared for the same candidates, if that was not long ago."""
+        known = self._audiences
+        for at, (asked, audience) in enumerate(known):
+            if asked == candidates:
+                if at:
+                    known.insert(0, known.pop(at))
+                return audience
+        return None
 
     def _prepare(self, candidates: Mapping[str, Sequence[str]]) -> Audience:
-        self._asked = {name: list(sources) for name, sources in candidates.items()}
-        wanted = {source for sources in self._asked.values() for source in sources}
+        asked = {name: list(sources) for name, sources in candidates.items()}
+        del self._audiences[_MAX_AUDIENCES - 1 :]
+        wanted = {
+            source
+            for names in (asked, *(each for each, _ in self._audiences))
+            for sources in names.values()
+            for source in sources
+        }
         for name, known in list(self._sources.items()):
             if not known.live and name not in wanted:  # nobody asks for it any more
                 self._free.append(self._sources.pop(name).slot)
-        self._audience = Audience(
-            self._asked, lambda source, tier: _bit(self._source(source), tier), _SHARED
+        audience = Audience(
+            asked, lambda source, tier: _bit(self._source(source).slot, tier), _SHARED
         )
-        return self._audience
+        self._audiences.insert(0, (asked, audience))
+        return audience
 
     def _source(self, name: str) -> _Source:
         known = self._sources.get(name)
         if known is None:
-            slot = self._free.pop() if self._free else len(self._sources)
-            known = self._sources[name] = _Source(slot)
+            known = self._sources[name] = _Source(self._slot())
         return known
 
-    def _drop(self, source: _Source) -> None:
-        for tier in OWNED:
-            self._strips.drop(_bit(source, tier))
+    def _slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._slots += 1
+        return self._slots - 1
 
-    def _add(self, source: _Source, held: TierKeys) -> None:
-        for tier, keys in held:
-            self._strips.add(keys, _bit(source, tier))
-        self._strips.trim(self._max_shared)
+    def _retire(self, source: _Source, slot: int) -> None:
+        """From now on the source is known by `slot`; nobody is asked for the former one's."""
+        self._dying.append(source.slot)
+        source.slot = slot
+        self._audiences.clear()
+
+    def _change(self, known: _Source, added: Iterable[Told], removed: Iterable[Told]) -> Steps:
+        slot = known.slot
+        for tier, packed, *_ in removed:
+            for at in range(0, len(packed), STEP * KEY_NBYTES):
+                if known.slot != slot:  # gone meanwhile
+                    return
+                self._strips.discard(packed[at : at + STEP * KEY_NBYTES], _bit(slot, tier))
+                yield
+        if known.slot == slot:
+            yield from self._add(known, added)
+
+    def _add(self, to: _Source | Filling, held: Iterable[Told]) -> Steps:
+        slot = to.slot
+        for tier, packed, ordered, told_before in held:
+            before, holder = told_before, _bit(slot, tier)
+            for at in range(0, len(packed), STEP * KEY_NBYTES):
+                if to.slot != slot:  # gone meanwhile
+                    return
+                part = packed[at : at + STEP * KEY_NBYTES]
+                self._strips.add(part, holder, before, ordered=ordered)
+                if holder == _SHARED:
+                    self._strips.trim(self._max_shared)
+                before = BlockKey(part[-KEY_NBYTES:])
+                yield
 
 
-def _bit(source: _Source, tier: Tier) -> int:
-    return _SHARED if tier is Tier.SHARED else 2 << (len(OWNED) * source.slot + tier)
+def _all(steps: Steps) -> None:
+    for _ in steps:
+        pass
+
+
+def _bit(slot: int, tier: Tier) -> int:
+    return _SHARED if tier is Tier.SHARED else 2 << (len(OWNED) * slot + tier)

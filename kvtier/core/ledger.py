@@ -75,6 +75,11 @@ class Ledger(Residency):
         block = self._blocks.get(key)
         return block is not None and block.slot is not None
 
+    def before(self, key: BlockKey) -> BlockKey | None:
+        """The block before `key` in a prompt, if both that and the block are known."""
+        block = self._blocks.get(key)
+        return block.before if block is not None else None
+
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)
@@ -139,6 +144,7 @@ class Ledger(Residency):
                 break
             block = self._known(key)
             block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
+            block.before = keys[index - 1] if index else None
             lease.keys.append(key)
             lease.slots.append(slot)
             lease.indexes.append(index)
@@ -335,6 +341,8 @@ class Ledger(Residency):
             elif not self._load(key, pinned):
                 break
             self._add(lease, key)
+            self._blocks[key].before = lease.path[first - 1] if first else None
+            first += 1
         self._unpin(pinned)
 
     def _readable_in(self, key: BlockKey) -> int | None:

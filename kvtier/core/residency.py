@@ -21,7 +21,7 @@ well: dropping it would only have it copied down again, and so on in a circle. A
 could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from kvtier.core.blocks import BlockKey, Slot
@@ -132,11 +132,9 @@ class Residency:
         self._draining_all = on
         self._drain()
 
-    def held(self) -> Iterator[tuple[BlockKey, int]]:
-        """Every block with each tier that has it; ends at the next change."""
-        for tier, copies in enumerate(self._tiers):
-            for key in copies.sizes:
-                yield key, tier
+    def held(self) -> list[list[BlockKey]]:
+        """The blocks of each tier."""
+        return [list(copies.sizes) for copies in self._tiers]
 
     def usage(self) -> list[TierUsage]:
         """What each tier takes, the host tier first."""

@@ -3,7 +3,7 @@
 from typing import Final
 
 from kvtier.engine.sequence import Done, FinishReason, Started, Tokens
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import worker_pb2
 
 _REASONS: Final = {

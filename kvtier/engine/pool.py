@@ -27,6 +27,7 @@ class Changes:
 
     added: tuple[BlockKey, ...] = ()
     removed: tuple[BlockKey, ...] = ()
+    before: tuple[BlockKey | None, ...] = ()  # the block before each of `added`; None: the first
 
 
 @dataclass(slots=True)
@@ -162,9 +163,11 @@ class BlockPool:
     def take_changes(self) -> Changes:
         """What came and went since the last call; a key that did both is not named."""
         changes, self._changes = self._changes, {}
+        added = tuple(key for key, held in changes.items() if held)
         return Changes(
-            tuple(key for key, held in changes.items() if held),
+            added,
             tuple(key for key, held in changes.items() if not held),
+            tuple(self._blocks[key].parent for key in added),
         )
 
     def check(self) -> None:

@@ -51,9 +51,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self.draining = False
         self._loop = loop
-        self._held: dict[BlockKey, None] = {}  # as far as the feed was told
+        # As far as the feed was told, each with the block before it.
+        self._held: dict[BlockKey, BlockKey | None] = {}
         self._loaded = loaded
-        self.feed = FeedServicer(lambda: {Tier.VRAM: list(self._held)}, self._heartbeat)
+        self.feed = FeedServicer(
+            lambda: {Tier.VRAM: list(self._held)}, self._heartbeat, self._held.get
+        )
         self.node = node_name(config.worker.node)
         self.worker_id = f"{self.node}-{self.feed.epoch:016x}"
         self.engine = Engine(loaded, config.worker, make_tier, self._on_change)
@@ -153,7 +156,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     def _changed(self, changes: Changes) -> None:
         for key in changes.removed:
             self._held.pop(key, None)
-        self._held.update(dict.fromkeys(changes.added))
+        self._held.update(zip(changes.added, changes.before, strict=True))
         self.feed.changed((Tier.VRAM, key, False) for key in changes.removed)
         self.feed.changed((Tier.VRAM, key, True) for key in changes.added)
 

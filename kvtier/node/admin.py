@@ -8,7 +8,7 @@ import grpc
 from kvtier.core.tiers import Tier
 from kvtier.node.manager import TierManager
 from kvtier.node.server import LocalServer
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 
 DEFAULT_DRAIN_S: Final = 30.0

@@ -51,7 +51,7 @@ class NodeDaemon:
         self._learned: dict[str, LearnedFile] = {}
         self.draining = False
         self._opening = asyncio.Lock()
-        self.feed = FeedServicer(self._held, self._heartbeat)
+        self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
@@ -108,7 +108,8 @@ class NodeDaemon:
                 if self.local.attached(manager):  # its engine has come back
                     continue
                 del self.layouts[name]
-                self._announce([(tier, key, False) for key, tier in manager.held()])
+                held = manager.held().items()
+                self._announce([(tier, key, False) for tier, keys in held for key in keys])
                 await self._close(manager)
                 return
         raise ConfigError(
@@ -214,9 +215,13 @@ class NodeDaemon:
     def _held(self) -> dict[Tier, list[BlockKey]]:
         held: dict[Tier, list[BlockKey]] = {}
         for manager in self.layouts.values():
-            for key, tier in manager.held():
-                held.setdefault(tier, []).append(key)
+            for tier, keys in manager.held().items():
+                held.setdefault(tier, []).extend(keys)
         return held
+
+    def _before(self, key: BlockKey) -> BlockKey | None:
+        found = (manager.before(key) for manager in self.layouts.values())
+        return next((before for before in found if before is not None), None)
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:
         return feed_pb2.Heartbeat(draining=self.draining)

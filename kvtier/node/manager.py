@@ -11,7 +11,7 @@ Everything here runs on the daemon's one loop, so there is no lock. Only `Movers
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import count
 from typing import Final
 
@@ -61,6 +61,7 @@ class TierManager:
         self.specs = specs
         self.lower = lower
         self._ledger = Ledger(layout.nbytes, specs)
+        self.before = self._ledger.before  # for the feed
         self.learning: dict[Tier, Learning] = {
             specs[index].tier: policy for index, policy in self._ledger.learning().items()
         }
@@ -174,10 +175,10 @@ class TierManager:
                 self._ledger.drain_all(on=False)
         return self._ledger.undrained()
 
-    def held(self) -> Iterator[tuple[BlockKey, Tier]]:
-        """Every block with each tier that has it."""
-        for key, tier in self._ledger.held():
-            yield key, self.specs[tier].tier
+    def held(self) -> dict[Tier, list[BlockKey]]:
+        """The blocks of each tier."""
+        held = self._ledger.held()
+        return {spec.tier: keys for spec, keys in zip(self.specs, held, strict=True)}
 
     def usage(self) -> Sequence[tuple[TierSpec, TierUsage, bool]]:
         """Each tier, what it holds, and whether it answers."""

@@ -1,18 +1,17 @@
 """One stream of a source's feed, checked and told to the directory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Final
 
-from kvtier.core.blocks import KEY_NBYTES, BlockKey
-from kvtier.core.directory import Directory
+from kvtier.core.blocks import KEY_NBYTES
+from kvtier.core.directory import Directory, Filling, Steps, Told
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import hear
 from kvtier.wire.pb import feed_pb2
 
 MAX_BLOCKS: Final = 1 << 23  # that one source may say it holds; 128 MiB of keys
-
-_TIERS: Final[dict[int, Tier]] = {int(wire): tier for tier, wire in TO_WIRE.items()}
 
 
 class FeedGap(RemoteProtocolError):
@@ -37,22 +36,24 @@ class FeedReader:
     def __init__(self, directory: Directory, source: str, tiers: Iterable[Tier]) -> None:
         self.epoch = 0
         self.ready = False  # the snapshot is whole and in the directory
+        self.heartbeat: feed_pb2.Heartbeat | None = None  # what the last message was, if one
         self._directory = directory
         self._source = source
         self._tiers = frozenset(tiers)
         self._seq = 0
         self._blocks = 0  # in the snapshot so far, then at most held
-        self._held: dict[Tier, list[BlockKey]] = {}
+        self._filling: Filling | None = None
         self._began = False
         self.position = directory.position(source)  # epoch and seq of what is known
 
-    def take(self, message: feed_pb2.FeedMessage) -> feed_pb2.Heartbeat | None:
-        """Apply one message; returns it if it is a heartbeat.
+    def take(self, message: feed_pb2.FeedMessage) -> Steps:
+        """Apply one message, in short steps: what is wrong with it is said before the first.
 
         Raises:
             FeedGap: The stream jumped in `seq` or changed its `epoch`.
             RemoteProtocolError: The message breaks the protocol; nothing of it was applied.
         """
+        self.heartbeat = None
         if not self._began:
             self._began, self.epoch, self._seq = True, message.epoch, message.seq
             if message.WhichOneof("body") != "snapshot":
@@ -61,67 +62,65 @@ class FeedReader:
             raise FeedGap(f"epoch {message.epoch} after {self.epoch}")
         body = message.WhichOneof("body")
         if body == "snapshot":
-            self._snapshot(message)
-        elif not self.ready:
+            return self._snapshot(message)
+        if not self.ready:
             raise RemoteProtocolError(f"feed: {body} before the snapshot was whole")
-        elif body == "delta":
-            self._delta(message)
-        elif body == "heartbeat":
-            self._expect(message.seq, self._seq)
-            return message.heartbeat
-        else:
+        if body == "delta":
+            return self._delta(message)
+        if body != "heartbeat":
             raise RemoteProtocolError("feed: a message without a body")
-        return None
+        self._expect(message.seq, self._seq)
+        self.heartbeat = message.heartbeat
+        return iter(())
+
+    def close(self) -> None:
+        """The stream has ended: half a snapshot counts for nothing."""
+        if self._filling is not None:
+            self._directory.abandon(self._filling)
 
     def _resume(self) -> None:
         if self.position is not None and self.position[0] == self.epoch:
             self._seq, self.ready = self.position[1], True
             self._blocks = sum(self._directory.counts(self._source).values())
 
-    def _snapshot(self, message: feed_pb2.FeedMessage) -> None:
+    def _snapshot(self, message: feed_pb2.FeedMessage) -> Steps:
         if self.ready:
             raise RemoteProtocolError("feed: a second snapshot in one stream")
         self._expect(message.seq, self._seq)
-        for tier, keys in self._parse(message.snapshot.held):
-            self._count(len(keys))
-            self._held.setdefault(tier, []).extend(keys)
-        if message.snapshot.last:
-            self._directory.snapshot(self._source, self.epoch, self._seq, self._held.items())
-            self._held = {}
+        held = self._parse(message.snapshot.held)
+        self._count(message.snapshot.held)
+        return self._fill(held, last=message.snapshot.last)
+
+    def _fill(self, held: Iterable[Told], *, last: bool) -> Iterator[None]:
+        if self._filling is None:
+            self._filling = self._directory.begin(self._source, self.epoch, self._seq)
+        yield from self._directory.fill(self._filling, held)
+        if last:
+            self._directory.finish(self._filling)
             self.ready = True
 
-    def _delta(self, message: feed_pb2.FeedMessage) -> None:
+    def _delta(self, message: feed_pb2.FeedMessage) -> Steps:
         self._expect(message.seq, self._seq + 1)
         added, removed = self._parse(message.delta.added), self._parse(message.delta.removed)
-        self._count(sum(len(keys) for _, keys in added))
-        applied = self._directory.apply(self._source, self.epoch, message.seq, added, removed)
-        assert applied, f"{self._source}: the directory knows of another stream"
-        self._blocks -= min(self._blocks, sum(len(keys) for _, keys in removed))
+        self._count(message.delta.added)
+        steps = self._directory.delta(self._source, self.epoch, message.seq, added, removed)
+        assert steps is not None, f"{self._source}: the directory knows of another stream"
+        self._blocks -= min(self._blocks, _blocks(message.delta.removed))
         self._seq = message.seq
+        return steps
 
     def _expect(self, seq: int, expected: int) -> None:
         if seq != expected:
             raise FeedGap(f"message {seq} where {expected} was next", replay=self.ready)
 
-    def _count(self, blocks: int) -> None:
-        self._blocks += blocks
+    def _count(self, parts: Iterable[feed_pb2.TierKeys]) -> None:
+        self._blocks += _blocks(parts)
         if self._blocks > MAX_BLOCKS:
             raise RemoteProtocolError(f"feed: more than {MAX_BLOCKS} blocks held")
 
-    def _parse(self, parts: Iterable[feed_pb2.TierKeys]) -> list[tuple[Tier, list[BlockKey]]]:
-        return [(self._tier(part.tier), _keys(part.keys)) for part in parts]
-
-    def _tier(self, wire: int) -> Tier:
-        tier = _TIERS.get(wire)
-        if tier is None or tier not in self._tiers:
-            raise RemoteProtocolError(f"feed: tier {wire} is none of this source's")
-        return tier
+    def _parse(self, parts: Iterable[feed_pb2.TierKeys]) -> Iterator[Told]:
+        return chain.from_iterable([hear(part, self._tiers) for part in parts])
 
 
-def _keys(packed: bytes) -> list[BlockKey]:
-    if len(packed) % KEY_NBYTES:
-        raise RemoteProtocolError(
-            f"feed: {len(packed)} bytes of keys, must be a multiple of {KEY_NBYTES}"
-        )
-    starts = range(0, len(packed), KEY_NBYTES)
-    return [BlockKey(packed[start : start + KEY_NBYTES]) for start in starts]
+def _blocks(parts: Iterable[feed_pb2.TierKeys]) -> int:
+    return sum(len(part.keys) for part in parts) // KEY_NBYTES

@@ -20,6 +20,7 @@ from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
 from kvtier.router.feed import FeedGap, FeedReader
+from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 
@@ -66,6 +67,7 @@ class Context:
     directory: Directory
     texts: TextPool
     rng: random.Random
+    pace: Pace
     changed: Callable[[], None]  # called at every change of a state
 
 
@@ -172,13 +174,14 @@ class Link:
             while True:
                 message = await self._next(call)
                 try:
-                    heartbeat = reader.take(message)
+                    steps = reader.take(message)
                 except FeedGap:
                     raise
                 except RemoteProtocolError as error:
                     raise FeedGap(str(error)) from None
-                if heartbeat is not None:
-                    self._beat(heartbeat)
+                await context.pace.through(steps)
+                if reader.heartbeat is not None:
+                    self._beat(reader.heartbeat)
                 if reader.ready:
                     self._become(State.READY)
         except grpc.aio.AioRpcError as error:
@@ -187,6 +190,7 @@ class Link:
             raise
         finally:
             call.cancel()
+            reader.close()
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
         """The next message; says STALE after `stale_s` of silence.

@@ -11,6 +11,7 @@ from kvtier.config import RouterConfig, parse_address
 from kvtier.core.directory import Directory
 from kvtier.errors import ConfigError, InvalidRequest
 from kvtier.router.link import Context, Link, Serves, State
+from kvtier.router.pace import Pace
 from kvtier.router.text import TextPool
 from kvtier.wire.pb import router_pb2
 
@@ -31,7 +32,7 @@ class Member:
 class Members:
     """The set of members and a `Link` for each of their addresses. Lives on one loop.
 
-    `failed` gets the exception of a link that ended by a bug of ours.
+    `failed` gets the exception of a task that ended by a bug of ours.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class Members:
     ) -> None:
         self.version = 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._context = Context(config, directory, texts, rng, self._changed)
+        pace = Pace()
+        self._context = Context(config, directory, texts, rng, pace, self._changed)
+        self._tidying = asyncio.get_running_loop().create_task(pace.tidy(directory))
+        self._tidying.add_done_callback(self._ended)
         self._fixed = tuple(Member(m.node, m.daemon, m.worker) for m in config.members)
         check_members(self._fixed, "router.members")
         self._members: tuple[Member, ...] = ()
@@ -137,10 +141,10 @@ class Members:
         self.end_changes()
         links, self._links = list(self._links.values()), {}
         self._members, self._daemons = (), {}
-        for task in self._retiring:
+        for task in (self._tidying, *self._retiring):
             task.cancel()
         stops = [link.stop(0) for link in links]
-        await asyncio.gather(*self._retiring, *stops, return_exceptions=True)
+        await asyncio.gather(self._tidying, *self._retiring, *stops, return_exceptions=True)
         self.failed.cancel()
 
     def _follow(self, announced: tuple[Member, ...]) -> None:

@@ -18,7 +18,7 @@ from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.router.link import Link, State
 from kvtier.router.members import Members
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import router_pb2, worker_pb2
 
 SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
@@ -281,7 +281,6 @@ class Placement:
             self._learned.keep_only(known)
         self._speculation.add(address, prompt.keys(to.info, to.root), now)
         expires = None if followed else now + SPECULATIVE_S
-        self._directory.gather()
         sent = self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
         sent.teach = lambda sample: self._learned.observe(address, sample, self._clock())
         return sent

@@ -187,9 +187,7 @@ class World:
                 held = None if move.target == HOST else move.key
                 assert self.arena[move.slot] == held, "a slot changed under a move"
         usage = self.ledger.usage()
-        listed: list[set[BlockKey]] = [set() for _ in self.specs]
-        for key, tier in self.ledger.held():
-            listed[tier].add(key)
+        listed = [set(keys) for keys in self.ledger.held()]
         assert listed[HOST] == self.announced[HOST]
         for tier, spec in enumerate(self.specs[1:], start=1):
             frames, blocks = self.stores[tier].frames, len(self.announced[tier])

@@ -3,13 +3,15 @@
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 import grpc
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
+from kvtier.wire.chains import Before, tell
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 from kvtier.wire.rpc import KEYS_PER_MESSAGE
 
@@ -21,28 +23,24 @@ MAX_WATCHERS: Final = 64
 
 Residency = Mapping[Tier, Sequence[BlockKey]]
 
-TO_WIRE: Final = {
-    Tier.VRAM: feed_pb2.TIER_VRAM,
-    Tier.HOST: feed_pb2.TIER_HOST,
-    Tier.DISK: feed_pb2.TIER_DISK,
-    Tier.SHARED: feed_pb2.TIER_SHARED,
-}
-
 
 class FeedServicer(feed_pb2_grpc.FeedServicer):
     """Serves kvtier.v1.Feed for one source. Lives on one loop; `changed` is called on it.
 
-    `held` gives the whole residency at the moment of the call, `heartbeat` the source's state.
+    `held` gives the whole residency at the moment of the call, which stays as it is; `heartbeat`
+    the source's state; `before` the block before another in a prompt, where that is known.
     """
 
     def __init__(
         self,
         held: Callable[[], Residency],
         heartbeat: Callable[[], feed_pb2.Heartbeat],
+        before: Before = lambda key: None,
     ) -> None:
         self.epoch = secrets.randbits(63) | 1
         self._held = held
         self._heartbeat = heartbeat
+        self._before = before
         self._seq = 0
         # The latest word on each (tier, key) since the last delta.
         self._changes: dict[tuple[Tier, BlockKey], bool] = {}
@@ -60,17 +58,26 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             self._flush_due = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def flush(self) -> None:
-        """Send what has changed as one or more deltas."""
+        """Send what has changed as a delta, and soon the next where one does not hold it all."""
         if self._flush_due is not None:
             self._flush_due.cancel()
             self._flush_due = None
-        changes, self._changes = list(self._changes.items()), {}
-        for start in range(0, len(changes), KEYS_PER_MESSAGE):
-            piece = changes[start : start + KEYS_PER_MESSAGE]
+        piece = list(islice(self._changes.items(), KEYS_PER_MESSAGE))
+        for change, _ in piece:
+            del self._changes[change]
+        if self._changes:
+            self._flush_due = asyncio.get_running_loop().call_later(0, self.flush)
+        if piece:
             self._seq += 1
             delta = feed_pb2.Delta(
-                added=_tier_keys(_by_tier(key for key, held in piece if held)),
-                removed=_tier_keys(_by_tier(key for key, held in piece if not held)),
+                added=[
+                    tell(tier, keys, self._before)
+                    for tier, keys in _by_tier(key for key, held in piece if held).items()
+                ],
+                removed=[
+                    tell(tier, keys, _unknown)
+                    for tier, keys in _by_tier(key for key, held in piece if not held).items()
+                ],
             )
             self._tell(feed_pb2.FeedMessage(epoch=self.epoch, seq=self._seq, delta=delta))
 
@@ -139,14 +146,15 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
     def _beat(self, seq: int) -> feed_pb2.FeedMessage:
         return feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, heartbeat=self._heartbeat())
 
-    def _snapshot(self, seq: int) -> list[feed_pb2.FeedMessage]:
-        pieces = [
-            feed_pb2.Snapshot(held=_tier_keys({tier: keys[start : start + KEYS_PER_MESSAGE]}))
-            for tier, keys in self._held().items()
-            for start in range(0, len(keys), KEYS_PER_MESSAGE)
-        ]
-        pieces.append(feed_pb2.Snapshot(last=True))
-        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, snapshot=each) for each in pieces]
+    def _snapshot(self, seq: int) -> Iterator[feed_pb2.FeedMessage]:
+        """In pieces, each made when it is asked for: all at once would hold up the loop."""
+        for tier, keys in self._held().items():
+            for start in range(0, len(keys), KEYS_PER_MESSAGE):
+                part = tell(tier, keys[start : start + KEYS_PER_MESSAGE], self._before)
+                piece = feed_pb2.Snapshot(held=[part])
+                yield feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, snapshot=piece)
+        last = feed_pb2.Snapshot(last=True)
+        yield feed_pb2.FeedMessage(epoch=self.epoch, seq=seq, snapshot=last)
 
 
 def _by_tier(pairs: Iterable[tuple[Tier, BlockKey]]) -> dict[Tier, list[BlockKey]]:
@@ -156,7 +164,5 @@ def _by_tier(pairs: Iterable[tuple[Tier, BlockKey]]) -> dict[Tier, list[BlockKey
     return grouped
 
 
-def _tier_keys(held: Residency) -> list[feed_pb2.TierKeys]:
-    return [
-        feed_pb2.TierKeys(tier=TO_WIRE[tier], keys=b"".join(keys)) for tier, keys in held.items()
-    ]
+def _unknown(key: BlockKey) -> None:
+    """Nobody needs to know what was before a block that is gone."""

@@ -13,7 +13,7 @@ from kvtier.config import parse_address
 from kvtier.errors import ConfigError, Overloaded, RequestError
 
 MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
-KEYS_PER_MESSAGE: Final = 8192
+KEYS_PER_MESSAGE: Final = 2048  # one takes a few ms to make, and holds the loop up for so long
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 
 OPTIONS: Final = (

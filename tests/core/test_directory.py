@@ -1,5 +1,7 @@
 """What the router knows of everybody's blocks."""
 
+import hashlib
+import random
 import unittest.mock
 
 import hypothesis.strategies as st
@@ -7,14 +9,27 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvtier.core import strips
+from kvtier.core import shapes, strips
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
-from kvtier.core.directory import Directory
+from kvtier.core.directory import STEP, Directory, Filling, Told
 from kvtier.core.tiers import Tier
 
 KEYS = [BlockKey(bytes([n]) * 16) for n in range(12)]
 A, B, C, D, *_ = KEYS
+PATH = [BlockKey(hashlib.sha256(bytes([n % 256, n // 256])).digest()[:16]) for n in range(1200)]
+
+
+def told(
+    tier: Tier, keys: list[BlockKey], before: BlockKey | None = None, ordered: bool = False
+) -> Told:
+    return Told(tier, b"".join(keys), ordered or before is not None, before)
+
+
+def tidy(directory: Directory) -> None:
+    """All that can wait."""
+    while directory.tidy():
+        pass
 
 
 def warmth(directory: Directory, keys: list[BlockKey], *sources: str) -> Warmth:
@@ -23,9 +38,9 @@ def warmth(directory: Directory, keys: list[BlockKey], *sources: str) -> Warmth:
 
 def test_blocks_count_in_the_warmest_tier_of_any_source_of_the_candidate():
     directory = Directory()
-    directory.snapshot("worker", 1, 0, [(Tier.VRAM, [A])])
-    directory.snapshot("node", 1, 0, [(Tier.HOST, [A, B]), (Tier.DISK, [B, C])])
-    directory.snapshot("other", 1, 0, [(Tier.SHARED, [C, D])])
+    directory.snapshot("worker", 1, 0, [told(Tier.VRAM, [A])])
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, [A, B]), told(Tier.DISK, [B, C])])
+    directory.snapshot("other", 1, 0, [told(Tier.SHARED, [C, D])])
     assert warmth(directory, [A, B, C, D], "worker", "node") == Warmth(1, 1, 1, 1)
     assert warmth(directory, [A, B, C, D], "node") == Warmth(host=2, disk=1, shared=1)
     assert warmth(directory, [A, B, C, D], "worker") == Warmth(vram=1)
@@ -35,7 +50,7 @@ def test_blocks_count_in_the_warmest_tier_of_any_source_of_the_candidate():
 
 def test_warmth_ends_at_the_first_gap():
     directory = Directory()
-    directory.snapshot("node", 1, 0, [(Tier.HOST, [A, C, D])])
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, [A, C, D])])
     assert warmth(directory, [A, B, C, D], "node") == Warmth(host=1)
     assert warmth(directory, [B, C, D], "node") == Warmth()
     assert warmth(directory, [], "node") == Warmth()
@@ -43,7 +58,7 @@ def test_warmth_ends_at_the_first_gap():
 
 def test_an_unknown_source_holds_nothing_and_every_candidate_is_answered():
     directory = Directory()
-    directory.snapshot("node", 1, 0, [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, [A])])
     answer = directory.warmth([A], {"one": ["node"], "two": ["nobody"], "three": []})
     assert answer == {"one": Warmth(host=1), "two": Warmth(), "three": Warmth()}
     assert directory.counts("nobody") == {}
@@ -51,25 +66,28 @@ def test_an_unknown_source_holds_nothing_and_every_candidate_is_answered():
 
 def test_deltas_follow_the_snapshot_one_by_one():
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A])])
-    assert directory.apply("node", 1, 6, [(Tier.DISK, [A])], [])
-    assert directory.apply("node", 1, 7, [(Tier.HOST, [B])], [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A])])
+    assert directory.apply("node", 1, 6, [told(Tier.DISK, [A])], [])
+    assert directory.apply("node", 1, 7, [told(Tier.HOST, [B])], [told(Tier.HOST, [A])])
     assert warmth(directory, [A, B], "node") == Warmth(disk=1, host=1)
     assert directory.counts("node") == {Tier.VRAM: 0, Tier.HOST: 1, Tier.DISK: 1}
 
 
 def test_what_comes_late_after_a_remove_counts_for_nothing():
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A])])
     assert directory.position("node") == (1, 5)
     directory.remove("node")
     assert directory.position("node") is None
     for seq in (5, 6, 7):
-        assert not directory.apply("node", 1, seq, [(Tier.HOST, [A]), (Tier.SHARED, [B])], [])
+        assert not directory.apply(
+            "node", 1, seq, [told(Tier.HOST, [A]), told(Tier.SHARED, [B])], []
+        )
     assert warmth(directory, [A, B], "node") == Warmth()
+    tidy(directory)
     assert directory.blocks == 0
-    directory.snapshot("node", 2, 0, [(Tier.HOST, [A])])
-    assert not directory.apply("node", 1, 1, [(Tier.HOST, [B])], [])  # of its former life
+    directory.snapshot("node", 2, 0, [told(Tier.HOST, [A])])
+    assert not directory.apply("node", 1, 1, [told(Tier.HOST, [B])], [])  # of its former life
     assert warmth(directory, [A, B], "node") == Warmth(host=1)
 
 
@@ -77,11 +95,12 @@ def test_nodes_that_come_and_go_leave_nothing_behind():
     directory = Directory()
     for life in range(300):
         name = f"node {life}"
-        directory.snapshot(name, life, 0, [(Tier.HOST, KEYS)])
+        directory.snapshot(name, life, 0, [told(Tier.HOST, KEYS)])
         assert warmth(directory, KEYS, name, "other").host == len(KEYS)
         directory.remove(name)
+        tidy(directory)
     assert directory.blocks == 0
-    directory.snapshot("last", 1, 0, [(Tier.HOST, [A])])
+    directory.snapshot("last", 1, 0, [told(Tier.HOST, [A])])
     answer = directory.warmth([A, B], {name: [name] for name in ("last", "node 299", "other")})
     assert [each.host for each in answer.values()] == [1, 0, 0]
     directory.check()
@@ -89,16 +108,18 @@ def test_nodes_that_come_and_go_leave_nothing_behind():
 
 def test_a_prompt_told_in_pieces_is_joined_and_says_the_same():
     directory = Directory()
-    path = [BlockKey(n.to_bytes(16, "big")) for n in range(600)]
+    path = PATH[:600]
     scattered = [path[n * 7 % 600] for n in range(600)]
-    directory.snapshot("one", 1, 0, [(Tier.HOST, scattered[:300]), (Tier.HOST, scattered[300:])])
-    directory.snapshot("two", 1, 0, [(Tier.HOST, path[:50])])
+    directory.snapshot(
+        "one", 1, 0, [told(Tier.HOST, scattered[:300]), told(Tier.HOST, scattered[300:])]
+    )
+    directory.snapshot("two", 1, 0, [told(Tier.HOST, path[:50])])
     for _ in range(3):
         assert warmth(directory, path, "one") == Warmth(host=600)
         assert warmth(directory, path, "two") == Warmth(host=50)
-        directory.gather()
+        tidy(directory)
         directory.check()
-    assert directory.apply("one", 1, 1, [], [(Tier.HOST, path[99:100])])
+    assert directory.apply("one", 1, 1, [], [told(Tier.HOST, path[99:100])])
     assert warmth(directory, path, "one") == Warmth(host=99)
     assert directory.counts("one")[Tier.HOST] == 599
 
@@ -110,35 +131,37 @@ def test_a_prompt_told_in_pieces_is_joined_and_says_the_same():
 )
 def test_a_delta_that_does_not_follow_changes_nothing_and_says_so(source, epoch, seq):
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A])])
-    assert not directory.apply(source, epoch, seq, [(Tier.SHARED, [B])], [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A])])
+    assert not directory.apply(source, epoch, seq, [told(Tier.SHARED, [B])], [told(Tier.HOST, [A])])
     assert warmth(directory, [A, B], "node") == Warmth(host=1)
     assert directory.apply("node", 1, 6, [], [])
 
 
 def test_a_delta_seen_before_is_ignored():
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A])])
-    assert directory.apply("node", 1, 6, [], [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A])])
+    assert directory.apply("node", 1, 6, [], [told(Tier.HOST, [A])])
     for seq in (4, 5, 6):
-        assert directory.apply("node", 1, seq, [(Tier.HOST, [A, B]), (Tier.SHARED, [A])], [])
+        assert directory.apply(
+            "node", 1, seq, [told(Tier.HOST, [A, B]), told(Tier.SHARED, [A])], []
+        )
     assert warmth(directory, [A, B], "node") == Warmth()
 
 
 def test_a_snapshot_replaces_what_the_source_said_and_leaves_the_others():
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A, B])])
-    directory.snapshot("other", 1, 5, [(Tier.HOST, [A])])
-    directory.snapshot("node", 2, 0, [(Tier.HOST, [A])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A, B])])
+    directory.snapshot("other", 1, 5, [told(Tier.HOST, [A])])
+    directory.snapshot("node", 2, 0, [told(Tier.HOST, [A])])
     assert warmth(directory, [A, B], "node") == Warmth(host=1)
     assert warmth(directory, [A, B], "other") == Warmth(host=1)
-    assert directory.apply("node", 2, 1, [], [(Tier.HOST, [A])])
+    assert directory.apply("node", 2, 1, [], [told(Tier.HOST, [A])])
     assert warmth(directory, [A], "other") == Warmth(host=1)
 
 
 def test_a_source_that_goes_takes_its_own_and_leaves_what_it_shared():
     directory = Directory()
-    directory.snapshot("node", 1, 5, [(Tier.HOST, [A]), (Tier.SHARED, [A, B])])
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, [A]), told(Tier.SHARED, [A, B])])
     directory.remove("node")
     directory.remove("node")
     assert warmth(directory, [A, B], "node") == Warmth(shared=2)
@@ -147,21 +170,21 @@ def test_a_source_that_goes_takes_its_own_and_leaves_what_it_shared():
 
 def test_what_one_source_misses_in_the_shared_store_is_gone_for_everybody():
     directory = Directory()
-    directory.snapshot("one", 1, 0, [(Tier.SHARED, [A])])
-    directory.snapshot("two", 1, 0, [(Tier.SHARED, [A])])
-    assert directory.apply("two", 1, 1, [], [(Tier.SHARED, [A, B])])
+    directory.snapshot("one", 1, 0, [told(Tier.SHARED, [A])])
+    directory.snapshot("two", 1, 0, [told(Tier.SHARED, [A])])
+    assert directory.apply("two", 1, 1, [], [told(Tier.SHARED, [A, B])])
     assert warmth(directory, [A], "one") == Warmth()
 
 
 def test_at_most_so_many_shared_blocks_are_remembered():
     directory = Directory(max_shared=2)
-    directory.snapshot("node", 1, 0, [(Tier.SHARED, [A, B])])
-    assert directory.apply("node", 1, 1, [(Tier.SHARED, [A])], [])  # announced again
-    assert directory.apply("node", 1, 2, [(Tier.SHARED, [C])], [])
+    directory.snapshot("node", 1, 0, [told(Tier.SHARED, [A, B])])
+    assert directory.apply("node", 1, 1, [told(Tier.SHARED, [A])], [])  # announced again
+    assert directory.apply("node", 1, 2, [told(Tier.SHARED, [C])], [])
     assert directory.shared_blocks == 2
     assert warmth(directory, [B]) == Warmth()
     assert warmth(directory, [A]) == Warmth(shared=1)  # asked for
-    assert directory.apply("node", 1, 3, [(Tier.SHARED, [D])], [])
+    assert directory.apply("node", 1, 3, [told(Tier.SHARED, [D])], [])
     assert warmth(directory, [C]) == Warmth()
     assert warmth(directory, [A]) == Warmth(shared=1)
 
@@ -169,6 +192,195 @@ def test_at_most_so_many_shared_blocks_are_remembered():
 def test_a_limit_that_remembers_nothing_is_refused():
     with pytest.raises(ValueError, match="max_shared is 0"):
         Directory(max_shared=0)
+
+
+# --- in steps, and joined as it is told -----------------------------------------------------
+
+
+def pieces(directory: Directory, path: list[BlockKey]) -> int:
+    """Of how many strips the blocks of a prompt are made up: what a look-up costs."""
+    return len(directory._strips._walk(path))
+
+
+def in_pieces(path: list[BlockKey], size: int) -> list[Told]:
+    """Pieces of a prompt, each with the block before it."""
+    return [
+        told(Tier.HOST, path[i : i + size], path[i - 1] if i else None, ordered=True)
+        for i in range(0, len(path), size)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize("order", ["in order", "backwards", "at random"])
+def test_pieces_are_joined_when_they_come_in_whatever_order(size, order):
+    directory = Directory()
+    told_pieces = in_pieces(PATH[:500], size)
+    if order == "backwards":
+        told_pieces.reverse()
+    elif order == "at random":
+        random.Random(1).shuffle(told_pieces)
+    for source in ("one", "two", "three"):
+        directory.snapshot(source, 1, 0, [])
+        for seq, piece in enumerate(told_pieces, start=1):
+            assert directory.apply(source, 1, seq, [piece], [])
+        directory.check()
+        assert warmth(directory, PATH, source) == Warmth(host=500)
+        assert pieces(directory, PATH) == 1
+
+
+def test_prompts_in_turn_with_a_common_beginning_are_joined_each_for_itself():
+    directory = Directory()
+    paths = [PATH[:100] + [BlockKey(hashlib.md5(bytes([n, i])).digest()) for i in range(200)]
+             for n in range(4)]  # fmt: skip
+    directory.snapshot("node", 1, 0, [])
+    turns = zip(*(in_pieces(path, 10) for path in paths), strict=True)
+    for seq, piece in enumerate([piece for turn in turns for piece in turn], start=1):
+        assert directory.apply("node", 1, seq, [piece], [])
+    directory.check()
+    for path in paths:
+        assert warmth(directory, path, "node") == Warmth(host=300)
+        assert pieces(directory, path) <= 2
+
+
+def test_what_moves_to_another_tier_block_by_block_is_one_strip_again():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, in_pieces(PATH[:300], 300))
+    moves = [*in_pieces(PATH[:300], 1)]
+    moves.reverse()  # the deep end first
+    for seq, move in enumerate(moves, start=1):
+        disk = move._replace(tier=Tier.DISK)
+        assert directory.apply("node", 1, 2 * seq - 1, [disk], [])
+        assert directory.apply("node", 1, 2 * seq, [], [move])
+        directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(disk=300)
+    assert pieces(directory, PATH) == 1
+
+
+def test_long_prompts_are_cut_where_a_strip_is_full():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, in_pieces(PATH, 5))
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=len(PATH))
+    assert pieces(directory, PATH) <= 2 + len(PATH) // shapes.MAX_STRIP
+
+
+def test_a_false_word_on_what_comes_before_changes_no_answer():
+    directory = Directory()
+    wrong = [part._replace(before=PATH[(7 * n) % 300]) for n, part in
+             enumerate(in_pieces(PATH[:300], 3))]  # fmt: skip
+    directory.snapshot("node", 1, 0, wrong)
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=300)
+    assert directory.apply("node", 1, 1, [], [told(Tier.HOST, PATH[100:101])])
+    directory.check()
+    assert warmth(directory, PATH, "node") == Warmth(host=100)
+
+
+def test_two_blocks_with_one_fingerprint_are_never_taken_for_each_other():
+    twin = BlockKey(bytes(8) + PATH[5][8:])
+    directory = Directory()
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, PATH[:10])])
+    assert warmth(directory, [*PATH[:5], twin], "node") == Warmth(host=5)
+    assert warmth(directory, [twin], "node") == Warmth()
+    both = [told(Tier.HOST, [twin, PATH[20]], PATH[9]), told(Tier.HOST, [PATH[21], twin, PATH[22]])]
+    assert directory.apply("node", 1, 1, both, [])  # counts as held by nobody
+    assert warmth(directory, [PATH[20]], "node") == Warmth(host=1)
+    assert warmth(directory, [PATH[22]], "node") == Warmth(host=1)
+    assert directory.apply("node", 1, 2, [], [told(Tier.HOST, [twin])])
+    assert warmth(directory, PATH, "node") == Warmth(host=10)
+    assert directory.apply("node", 1, 3, [], [told(Tier.HOST, PATH[5:6])])
+    assert directory.apply("node", 1, 4, [told(Tier.HOST, [twin])], [])
+    assert warmth(directory, [twin], "node") == Warmth(host=1)
+    directory.check()
+
+
+def steps_of(steps) -> int:
+    return sum(1 for _ in steps)
+
+
+def test_no_step_takes_in_more_than_a_few_blocks():
+    directory = Directory()
+    filling = directory.begin("node", 1, 0)
+    assert steps_of(directory.fill(filling, in_pieces(PATH, 1200))) >= len(PATH) // STEP
+    directory.finish(filling)
+    steps = directory.delta("node", 1, 1, [told(Tier.DISK, PATH)], [told(Tier.HOST, PATH)])
+    assert steps_of(steps) >= 2 * len(PATH) // STEP
+    directory.remove("node")
+    assert steps_of(iter(directory.tidy, False)) > 1
+    assert directory.blocks == 0
+
+
+def test_a_snapshot_counts_when_it_is_whole_and_until_then_what_was_known():
+    directory = Directory()
+    directory.snapshot("node", 1, 5, [told(Tier.HOST, PATH[:100])])
+    filling = directory.begin("node", 2, 0)
+    for _ in directory.fill(filling, [told(Tier.HOST, PATH[:300])]):
+        assert warmth(directory, PATH, "node") == Warmth(host=100)
+    assert directory.apply("node", 1, 6, [told(Tier.HOST, PATH[100:110])], [])
+    assert warmth(directory, PATH, "node") == Warmth(host=110)
+    directory.finish(filling)
+    assert warmth(directory, PATH, "node") == Warmth(host=300)
+    assert directory.position("node") == (2, 0)
+    tidy(directory)
+    directory.check()
+
+
+def test_a_snapshot_that_is_broken_off_leaves_nothing():
+    directory = Directory()
+    filling = directory.begin("node", 1, 0)
+    rest = directory.fill(filling, [told(Tier.HOST, PATH)])
+    next(rest)
+    directory.abandon(filling)
+    assert steps_of(rest) == 0
+    tidy(directory)
+    assert directory.blocks == 0
+    directory.check()
+
+
+def test_a_delta_half_taken_in_when_its_source_goes_adds_nothing_more():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, [])
+    delta = directory.delta("node", 1, 1, [told(Tier.HOST, PATH)], [told(Tier.HOST, PATH)])
+    for _ in range(len(PATH) // STEP + 3):
+        next(delta)
+    directory.remove("node")
+    tidy(directory)
+    directory.snapshot("other", 1, 0, [])  # gets the room that the first one had
+    assert steps_of(delta) == 0
+    assert warmth(directory, PATH, "other") == Warmth()
+    assert directory.blocks == 0
+
+
+def test_who_is_gone_counts_for_nothing_before_its_room_is_given_back():
+    directory = Directory()
+    for name in ("a", "b"):
+        directory.snapshot(name, 1, 0, [told(Tier.HOST, PATH)])
+    directory.remove("a")
+    directory.tidy()
+    directory.snapshot("c", 1, 0, [told(Tier.HOST, PATH[:3])])
+    answer = directory.warmth(PATH, {name: [name] for name in "abc"})
+    assert [each.host for each in answer.values()] == [0, len(PATH), 3]
+    directory.snapshot("a", 2, 0, [told(Tier.DISK, PATH[:2])])
+    assert warmth(directory, PATH, "a") == Warmth(disk=2)
+    tidy(directory)
+    assert warmth(directory, PATH, "a") == Warmth(disk=2)
+    directory.check()
+
+
+def test_fleets_that_are_asked_for_in_turn_do_not_mix():
+    directory = Directory()
+    fleets = [{f"{n} {m}": [f"source {n} {m}"] for m in range(3)} for n in range(12)]
+    for n in range(12):
+        directory.snapshot(f"source {n} 0", 1, 0, [told(Tier.HOST, PATH[: n + 1])])
+    for turn in range(3):
+        for n, fleet in enumerate(fleets):
+            found = directory.warmth(PATH, fleet)
+            assert [each.host for each in found.values()] == [n + 1, 0, 0]
+            directory.remove(f"source {(n + 5) % 12} 1")
+        directory.snapshot(f"source 3 {turn}", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
+        directory.remove(f"source 3 {turn}")
+        directory.snapshot("source 3 0", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
+        directory.check()
 
 
 # --- against a naive model ----------------------------------------------------------------
@@ -186,8 +398,21 @@ keys = st.one_of(
     st.lists(st.sampled_from(KEYS), max_size=4),
     st.builds(parts, st.integers(0, 11), st.integers(1, 12), st.booleans()),
 )
-held = st.lists(st.tuples(st.sampled_from(Tier), keys), max_size=3)
+held = st.lists(
+    st.builds(
+        told,
+        st.sampled_from(Tier),
+        keys,
+        st.one_of(st.none(), st.sampled_from(KEYS)),
+        st.booleans(),
+    ),
+    max_size=3,
+)
 sources = st.sampled_from(SOURCES)
+
+
+def each(packed: bytes) -> list[BlockKey]:
+    return [BlockKey(packed[at : at + 16]) for at in range(0, len(packed), 16)]
 
 
 class DirectoryMachine(RuleBasedStateMachine):
@@ -203,16 +428,21 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.owned: set[tuple[str, Tier, BlockKey]] = set()
         self.shared: set[BlockKey] = set()
         self.at: dict[str, tuple[int, int]] = {}
+        self.begun: dict[str, tuple[Filling, list[Told]]] = {}
+
+    def share(self, groups):
+        for tier, keys, *_ in groups:
+            if tier is Tier.SHARED:
+                self.shared.update(each(keys))
 
     def add(self, source, groups):
-        for tier, added in groups:
-            if tier is Tier.SHARED:
-                self.shared.update(added)
-            else:
-                self.owned.update((source, tier, key) for key in added)
+        self.share(groups)
+        for tier, keys, *_ in groups:
+            if tier is not Tier.SHARED:
+                self.owned.update((source, tier, key) for key in each(keys))
 
     def forget(self, source):
-        self.owned = {each for each in self.owned if each[0] != source}
+        self.owned = {held for held in self.owned if held[0] != source}
         self.at.pop(source, None)
 
     @rule(source=sources, epoch=st.integers(0, 2), seq=st.integers(0, 9), held=held)
@@ -222,6 +452,32 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.forget(source)
         self.at[source] = (epoch, seq)
         self.add(source, held)
+
+    @rule(source=sources, epoch=st.integers(0, 2), seq=st.integers(0, 9), held=held)
+    def begin(self, source, epoch, seq, held):
+        """A snapshot in pieces: the shared blocks count at once, the source's own not yet."""
+        if source in self.begun:
+            self.directory.abandon(self.begun.pop(source)[0])
+        filling = self.directory.begin(source, epoch, seq)
+        for _ in self.directory.fill(filling, held):
+            pass
+        shared = [part for part in held if part.tier is Tier.SHARED]
+        self.small.snapshot("nobody", 0, 0, shared)
+        self.share(held)
+        self.begun[source] = filling, held
+
+    @rule(source=sources)
+    def finish(self, source):
+        if source not in self.begun:
+            return
+        filling, held = self.begun.pop(source)
+        self.directory.finish(filling)
+        self.directory.abandon(filling)  # too late
+        own = [part for part in held if part.tier is not Tier.SHARED]
+        self.small.snapshot(source, filling.epoch, filling.seq, own)
+        self.forget(source)
+        self.at[source] = (filling.epoch, filling.seq)
+        self.add(source, own)
 
     @rule(source=sources, added=held, removed=held, step=st.sampled_from([1, 1, 1, 0, -2, 2]),
           other_life=st.sampled_from([0, 0, 0, 1]))  # fmt: skip
@@ -233,8 +489,8 @@ class DirectoryMachine(RuleBasedStateMachine):
         if not done or step < 1:
             return
         self.at[source] = (epoch, seq + 1)
-        for tier, gone in removed:
-            for key in gone:
+        for tier, gone, *_ in removed:
+            for key in each(gone):
                 if tier is Tier.SHARED:
                     self.shared.discard(key)
                 else:
@@ -272,17 +528,25 @@ class DirectoryMachine(RuleBasedStateMachine):
         with unittest.mock.patch.object(strips, "_RAGGED", 1):
             self.directory.warmth(path, {})
             self.small.warmth(path, {})
-        self.directory.gather()
-        self.small.gather()
+        tidy(self.directory)
+        tidy(self.small)
+
+    @rule()
+    def tidy_a_little(self):
+        self.directory.tidy()
 
     @rule(source=sources)
     def count(self, source):
+        tidy(self.directory)
         counts = self.directory.counts(source)
         assert (source in self.at) == bool(counts)
         for tier, blocks in counts.items():
-            assert blocks == sum(each[:2] == (source, tier) for each in self.owned)
+            assert blocks == sum(held[:2] == (source, tier) for held in self.owned)
         assert self.directory.shared_blocks == len(self.shared)
-        assert self.directory.blocks == len(self.shared | {key for _, _, key in self.owned})
+        parts = [part for _, told in self.begun.values() for part in told]
+        begun = {k for part in parts if part.tier is not Tier.SHARED for k in each(part.packed)}
+        known = self.shared | begun | {key for _, _, key in self.owned}
+        assert self.directory.blocks == len(known)
         assert self.small.shared_blocks <= LIMIT
 
     @invariant()
@@ -293,3 +557,14 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 TestDirectory = DirectoryMachine.TestCase
 TestDirectory.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+class TestShortStrips(TestDirectory):
+    """The same with strips that are soon full."""
+
+    def setUp(self):
+        for module, name, value in ((shapes, "_FULL", 3 * 16), (strips, "MAX_STRIP", 3)):
+            patched = unittest.mock.patch.object(module, name, value)
+            patched.start()
+            self.addCleanup(patched.stop)
+        super().setUp()

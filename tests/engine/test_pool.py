@@ -148,10 +148,10 @@ class TestChanges:
     def test_each_key_is_told_once(self) -> None:
         pool = BlockPool(2)
         put(pool, "ab")
-        assert pool.take_changes() == Changes(tuple(path("ab")), ())
+        assert pool.take_changes() == Changes(tuple(path("ab")), (), (None, b"a"))
         assert pool.take_changes() == Changes()
         put(pool, "x")
-        assert pool.take_changes() == Changes(tuple(path("x")), (path("ab")[1],))
+        assert pool.take_changes() == Changes(tuple(path("x")), (path("ab")[1],), (None,))
 
     def test_coming_and_going_between_two_looks_is_nothing(self) -> None:
         pool = BlockPool(1)

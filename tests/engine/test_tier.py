@@ -16,7 +16,7 @@ from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.tier import EngineTier
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import status, wait_for_blocks

@@ -66,6 +66,17 @@ def test_a_later_block_is_chained_to_its_parent(residency):
     assert changes == [(keys[1], True), (keys[2], True)]
 
 
+def test_the_block_before_each_is_known_for_as_long_as_it_is_held(residency):
+    _, shorts, keys = plain()
+    residency.apply(batch(stored(shorts[:2], TOKENS[:8])))
+    residency.apply(batch(stored(shorts[2:], TOKENS[8:], parent=shorts[1])))
+    assert residency.before == {keys[0]: None, keys[1]: keys[0], keys[2]: keys[1]}
+    residency.apply(batch(removed(shorts[1:2])))
+    assert residency.before == {keys[0]: None, keys[2]: keys[1]}
+    residency.clear()
+    assert not residency.before
+
+
 def test_a_salt_is_found_out_and_proved(residency):
     salted = block_hashes(NONE, TOKENS, BLOCK, salt="tenant")
     names = [short(each) for each in salted]

@@ -174,6 +174,19 @@ async def test_what_makes_no_sense_costs_what_was_known_and_no_more(publisher, f
     await follower.has(KEYS[:1])
 
 
+@pytest.mark.parametrize("bad", [b"\xc1", msgpack.packb([0.0, [{"type": "BlockStored"}], 0])])
+async def test_a_first_replay_that_makes_no_sense_is_no_end(publisher, bad):
+    await publisher.send(0, stored(0), sent=False)
+    await publisher.send(1, bad, sent=False)
+    await publisher.send(2, stored(0), sent=False)
+    late = Follower(publisher)
+    await publisher.subscribed()
+    await publisher.asked.wait()
+    await publisher.send(3, stored(1))  # what came after the bad one is asked for again
+    await late.has(KEYS[:2])
+    await late.close()
+
+
 async def test_a_dead_engine_holds_nothing(publisher, follower):
     await publisher.send(0, stored(0))
     await follower.has(KEYS[:1])

@@ -25,7 +25,7 @@ from kvtier.node.tuner import SAMPLES, Tuner
 from kvtier.stores.faulty import Fault, FaultyStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.valkey import ValkeyServer
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import blocks, new_keys, status, wait_for_blocks

@@ -410,6 +410,39 @@ def test_routers_hear_of_every_change_and_a_late_one_gets_it_all(tmp_path: Path)
         assert seq == last
 
 
+def test_routers_are_told_which_block_comes_before_which(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node, grpc.insecure_channel(node.address) as channel:
+        client = connect(tmp_path)
+        keys = new_keys(6)
+        chain = dict(zip(keys[1:], keys, strict=False))
+        stub = feed_pb2_grpc.FeedStub(channel)
+        stream = stub.Watch(feed_pb2.WatchRequest(), timeout=60)
+        links: dict[int, dict[bytes, bytes]] = {}
+
+        def done(held, message):
+            parts = [*message.snapshot.held, *message.delta.added]
+            for part in parts:
+                links.setdefault(part.tier, {}).update(_links(part))
+            return all(links.get(t) == chain for t in (feed_pb2.TIER_HOST, feed_pb2.TIER_DISK))
+
+        save(client, keys[:3])
+        save(client, keys)
+        _until(stream, {}, done)
+        links.clear()
+        _until(stub.Watch(feed_pb2.WatchRequest(), timeout=60), {}, done)
+
+
+def _links(part: feed_pb2.TierKeys) -> dict[bytes, bytes]:
+    """The block before each, where one is named."""
+    keys, parents = local.unpack_keys(part.keys), local.unpack_keys(part.parents)
+    before = dict(zip(keys[1:], keys, strict=False))
+    for key in keys[: part.starts[0] if part.starts else None]:
+        before.pop(key, None)
+    before |= {keys[start]: parent for start, parent in zip(part.starts, parents, strict=True)}
+    return {key: parent for key, parent in before.items() if any(parent)}
+
+
 def _until(stream, held, done, seq=None):
     """Follow a feed until `done`; deltas must be numbered without a gap."""
     for message in stream:

@@ -22,7 +22,7 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.model import load
 from kvtier.engine.reference import Reference
 from kvtier.testing.valkey import ValkeyServer
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import (
     feed_pb2,
     node_pb2,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.tiers import Tier
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 BLOCK = 4  # tokens

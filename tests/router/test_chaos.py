@@ -22,7 +22,7 @@ from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.errors import KVTierError
-from kvtier.wire.feed import TO_WIRE
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, router_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml
 from tests.router.chaos_worker import TOKENS, expected

@@ -1,3 +1,5 @@
+from hashlib import sha256
+
 import pytest
 
 from kvtier.core.blocks import BlockKey
@@ -8,6 +10,7 @@ from kvtier.router import feed
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.wire.feed import MAX_BEHIND, FeedServicer
 from kvtier.wire.pb import feed_pb2
+from kvtier.wire.rpc import KEYS_PER_MESSAGE
 from tests.router.stub_engine import tier_keys
 
 KEYS = [BlockKey(bytes([i]) * 16) for i in range(8)]
@@ -43,33 +46,39 @@ def reader(directory):
     return FeedReader(directory, "s", DAEMON)
 
 
+def take(reader, message):
+    for _ in reader.take(message):
+        pass
+    return reader.heartbeat
+
+
 def warm(directory):
     return directory.warmth(KEYS, {"n": ["s"]})["n"]
 
 
 def test_a_snapshot_counts_once_it_is_whole(directory, reader):
-    reader.take(snapshot(last=False, host=KEYS[:2]))
-    reader.take(snapshot(last=False, disk=KEYS[2:3], shared=KEYS[4:5]))
+    take(reader, snapshot(last=False, host=KEYS[:2]))
+    take(reader, snapshot(last=False, disk=KEYS[2:3], shared=KEYS[4:5]))
     assert not reader.ready
     assert warm(directory).blocks == 0
-    reader.take(snapshot(host=KEYS[3:4]))
+    take(reader, snapshot(host=KEYS[3:4]))
     assert reader.ready
     assert warm(directory) == (0, 3, 1, 1)
 
 
 def test_deltas_follow_one_by_one(directory, reader):
-    reader.take(snapshot(host=KEYS[:2]))
-    reader.take(delta(6, added={"disk": KEYS[2:4]}, removed={"host": KEYS[1:2]}))
+    take(reader, snapshot(host=KEYS[:2]))
+    take(reader, delta(6, added={"disk": KEYS[2:4]}, removed={"host": KEYS[1:2]}))
     assert warm(directory).blocks == 1
-    reader.take(delta(7, added={"disk": KEYS[1:2]}))
+    take(reader, delta(7, added={"disk": KEYS[1:2]}))
     assert warm(directory) == (0, 1, 3, 0)
 
 
 def test_heartbeats_are_handed_on(reader):
-    reader.take(snapshot())
-    assert reader.take(heartbeat(5, draining=True)).draining
-    assert reader.take(delta(6)) is None
-    assert reader.take(heartbeat(6)) is not None
+    take(reader, snapshot())
+    assert take(reader, heartbeat(5, draining=True)).draining
+    assert take(reader, delta(6)) is None
+    assert take(reader, heartbeat(6)) is not None
 
 
 @pytest.mark.parametrize(
@@ -83,16 +92,16 @@ def test_heartbeats_are_handed_on(reader):
     ],
 )
 def test_a_gap_or_another_life_is_told_and_changes_nothing(directory, reader, message):
-    reader.take(snapshot(host=KEYS[:1]))
+    take(reader, snapshot(host=KEYS[:1]))
     with pytest.raises(FeedGap):
-        reader.take(message)
+        take(reader, message)
     assert warm(directory).blocks == 1
 
 
 def test_a_snapshot_of_two_moments_is_a_gap(reader):
-    reader.take(snapshot(seq=5, last=False))
+    take(reader, snapshot(seq=5, last=False))
     with pytest.raises(FeedGap):
-        reader.take(snapshot(seq=6))
+        take(reader, snapshot(seq=6))
 
 
 def odd_keys(tier=feed_pb2.TIER_HOST, keys=b"x" * 17):
@@ -113,25 +122,25 @@ def odd_keys(tier=feed_pb2.TIER_HOST, keys=b"x" * 17):
     ],
 )
 def test_messages_that_break_the_protocol_are_refused(directory, reader, message, words):
-    reader.take(snapshot(host=KEYS[:1]))
+    take(reader, snapshot(host=KEYS[:1]))
     with pytest.raises(RemoteProtocolError, match=words):
-        reader.take(message)
+        take(reader, message)
     assert warm(directory).blocks == 1
 
 
 @pytest.mark.parametrize("message", [delta(6), heartbeat(5)])
 def test_nothing_comes_before_the_snapshot(reader, message):
     with pytest.raises(RemoteProtocolError, match="before the snapshot"):
-        reader.take(message)
+        take(reader, message)
 
 
 def test_a_source_cannot_fill_the_memory(monkeypatch, reader):
     monkeypatch.setattr(feed, "MAX_BLOCKS", 4)
-    reader.take(snapshot(host=KEYS[:4]))
-    reader.take(delta(6, removed={"host": KEYS[:2]}))
-    reader.take(delta(7, added={"host": KEYS[:2]}))
+    take(reader, snapshot(host=KEYS[:4]))
+    take(reader, delta(6, removed={"host": KEYS[:2]}))
+    take(reader, delta(7, added={"host": KEYS[:2]}))
     with pytest.raises(RemoteProtocolError, match="more than 4 blocks"):
-        reader.take(delta(8, added={"host": KEYS[4:5]}))
+        take(reader, delta(8, added={"host": KEYS[4:5]}))
 
 
 class Calls:
@@ -155,7 +164,7 @@ async def test_a_gap_is_filled_by_the_deltas_that_were_missed(directory):
     await stream.aclose()
     reader = FeedReader(directory, "s", DAEMON)
     for message in first:
-        reader.take(message)
+        take(reader, message)
     for key in KEYS[1:4]:
         source.changed([(Tier.HOST, key, True)])
         source.flush()
@@ -165,7 +174,7 @@ async def test_a_gap_is_filled_by_the_deltas_that_were_missed(directory):
     assert [each.WhichOneof("body") for each in replay] == ["delta"] * 3 + ["heartbeat"]
     again = FeedReader(directory, "s", DAEMON)
     for message in replay:
-        again.take(message)
+        take(again, message)
     assert again.ready
     assert warm(directory).host == 4
 
@@ -187,10 +196,54 @@ async def test_where_the_deltas_are_gone_a_snapshot_comes(why):
 
 
 def test_a_stream_that_goes_on_from_elsewhere_is_a_gap(directory, reader):
-    reader.take(snapshot(host=KEYS[:2]))
+    take(reader, snapshot(host=KEYS[:2]))
     for message in (delta(8), heartbeat(6)):
         with pytest.raises(FeedGap) as caught:
-            FeedReader(directory, "s", DAEMON).take(message)
+            take(FeedReader(directory, "s", DAEMON), message)
         assert caught.value.replay
     with pytest.raises(RemoteProtocolError, match="before the snapshot"):
-        FeedReader(directory, "s", DAEMON).take(delta(6, epoch=2))
+        take(FeedReader(directory, "s", DAEMON), delta(6, epoch=2))
+
+
+async def test_who_changes_much_at_once_tells_it_in_several_messages(directory, reader):
+    source = FeedServicer(dict, feed_pb2.Heartbeat, {KEYS[1]: KEYS[0]}.get)
+    (first, _), stream = await watched(source, 0, 0, 2)
+    take(reader, first)
+    many = [
+        BlockKey(sha256(n.to_bytes(4, "big")).digest()[:16]) for n in range(1, 2 * KEYS_PER_MESSAGE)
+    ]
+    source.changed((Tier.HOST, key, True) for key in [*KEYS[:2], *many])
+    source.changed([(Tier.HOST, many[-1], False)])
+    source.flush()  # the rest follows by itself
+    sizes = []
+    while len(sizes) < 3:
+        message = await anext(stream)
+        take(reader, message)
+        if message.WhichOneof("body") == "delta":
+            sizes.append(sum(len(part.keys) for part in message.delta.added) // 16)
+    await stream.aclose()
+    assert max(sizes) <= KEYS_PER_MESSAGE
+    assert sum(sizes) == directory.counts("s")[Tier.HOST] == len(many) + 1
+
+
+async def test_a_source_names_the_block_before(directory):
+    before = {KEYS[n + 1]: KEYS[n] for n in range(5)}
+    source = FeedServicer(lambda: {Tier.HOST: KEYS[:3]}, feed_pb2.Heartbeat, before.get)
+    (snapshot, _, _), stream = await watched(source, 0, 0, 3)
+    (held,) = snapshot.snapshot.held
+    assert (list(held.starts), held.parents) == ([0], bytes(16))
+    source.changed([(Tier.HOST, KEYS[4], True), (Tier.HOST, KEYS[3], True)])
+    source.flush()
+    (added,) = (await anext(stream)).delta.added
+    await stream.aclose()
+    assert added.keys == KEYS[3] + KEYS[4]
+    assert (list(added.starts), added.parents) == ([0], KEYS[2])
+
+
+def test_half_a_snapshot_of_a_stream_that_broke_leaves_nothing(directory, reader):
+    take(reader, snapshot(last=False, host=KEYS))
+    reader.close()
+    while directory.tidy():
+        pass
+    assert directory.blocks == 0
+    assert directory.position("s") is None

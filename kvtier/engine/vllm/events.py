@@ -82,6 +82,7 @@ class Residency:
     block_tokens: int
     adapters: Mapping[str, str] = field(default_factory=dict)
     held: dict[Hash, bytes] = field(default_factory=dict)  # to the whole hash
+    before: dict[BlockKey, BlockKey | None] = field(default_factory=dict)  # None: the first
     unknown: int = 0  # blocks not taken
 
     def apply(self, batch: Batch) -> Changes:
@@ -107,6 +108,7 @@ class Residency:
         """Forget everything: the engine did, or it is another one."""
         changes = [(key, False) for key in self.keys()]
         self.held.clear()
+        self.before.clear()
         return changes
 
     def _apply(self, event: dict[str, object], changes: Changes) -> None:
@@ -120,7 +122,9 @@ class Residency:
         elif kind == "BlockRemoved":
             names = _hashes(event["block_hashes"])
             whole = [found for name in names if (found := self.held.pop(name, None)) is not None]
-            changes += [(key, False) for key in keys_of(self.root, whole)]
+            for key in keys_of(self.root, whole):
+                self.before.pop(key, None)
+                changes.append((key, False))
 
     def _stored(self, event: dict[str, object], changes: Changes) -> None:
         names = _hashes(event["block_hashes"])
@@ -133,6 +137,8 @@ class Residency:
         if len(self.held) + len(names) > MAX_HELD:
             raise ValueError(f"more than {MAX_HELD} blocks")
         parent = self._parent(event.get("parent_block_hash"))
+        first = event.get("parent_block_hash") is None
+        before = None if first or parent is None else keys_of(self.root, [parent])[0]
         lora = event.get("lora_name")
         for index, name in enumerate(names):
             if parent is not None:
@@ -142,8 +148,10 @@ class Residency:
             if parent is None:
                 self.unknown += len(names) - index
                 return
+            (key,) = keys_of(self.root, [parent])
             self.held[name] = parent
-            changes += [(key, True) for key in keys_of(self.root, [parent])]
+            self.before[key], before = before, key
+            changes.append((key, True))
 
     def _parent(self, name: object) -> bytes | None:
         if name is None:

@@ -109,7 +109,9 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self.residency = Residency(
             served.none_hash, served.root, served.block_tokens, served.spaces.adapters
         )
-        self.feed = FeedServicer(lambda: {Tier.VRAM: self.residency.keys()}, self._heartbeat)
+        self.feed = FeedServicer(
+            lambda: {Tier.VRAM: self.residency.keys()}, self._heartbeat, self.residency.before.get
+        )
         self.node = node_name(config.worker.node)
         self.worker_id = f"{self.node}-{self.feed.epoch:016x}"
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final
 
 import zmq
@@ -52,15 +52,18 @@ class Subscriber:
 
     async def follow(self) -> None:
         """Follow until cancelled."""
-        await self._fill(None)
+        await self._sure(self._fill(None))
         while True:
-            frames = await self._events.recv_multipart()
-            try:
-                await self._take(frames)
-            except RemoteProtocolError as error:
-                metrics.FEED_GAPS.labels("vllm").inc()
-                log.warning("%s; forgetting what VRAM holds", error)
-                self._forget()
+            await self._sure(self._take(await self._events.recv_multipart()))
+
+    async def _sure(self, taking: Coroutine[None, None, None]) -> None:
+        """Take what came; what cannot be read leaves nothing to rely on."""
+        try:
+            await taking
+        except RemoteProtocolError as error:
+            metrics.FEED_GAPS.labels("vllm").inc()
+            log.warning("%s; forgetting what VRAM holds", error)
+            self._forget()
 
     def forget(self) -> None:
         """The engine is gone, and its VRAM with it."""

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvtier/v1/feed.proto\x12\tkvtier.v1\"?\n\x0cWatchRequest\x12\x11\n\tlayout_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\"\xa8\x01\n\x0b\x46\x65\x65\x64Message\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\'\n\x08snapshot\x18\x03 \x01(\x0b\x32\x13.kvtier.v1.SnapshotH\x00\x12!\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x10.kvtier.v1.DeltaH\x00\x12)\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.kvtier.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\";\n\x08Snapshot\x12!\n\x04held\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\x12\x0c\n\x04last\x18\x02 \x01(\x08\"Q\n\x05\x44\x65lta\x12\"\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\x12$\n\x07removed\x18\x02 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\"7\n\x08TierKeys\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"B\n\tHeartbeat\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.WorkerLoad\"\xb4\x01\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x04 \x01(\x01\x12\x18\n\x10host_bytes_per_s\x18\x05 \x01(\x01\x12\x18\n\x10\x64isk_bytes_per_s\x18\x06 \x01(\x01\x12\x1a\n\x12shared_bytes_per_s\x18\x07 \x01(\x01*Z\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_VRAM\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_DISK\x10\x03\x12\x0f\n\x0bTIER_SHARED\x10\x04\x32\x42\n\x04\x46\x65\x65\x64\x12:\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x16.kvtier.v1.FeedMessage0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvtier/v1/feed.proto\x12\tkvtier.v1\"?\n\x0cWatchRequest\x12\x11\n\tlayout_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\"\xa8\x01\n\x0b\x46\x65\x65\x64Message\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\'\n\x08snapshot\x18\x03 \x01(\x0b\x32\x13.kvtier.v1.SnapshotH\x00\x12!\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x10.kvtier.v1.DeltaH\x00\x12)\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.kvtier.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\";\n\x08Snapshot\x12!\n\x04held\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\x12\x0c\n\x04last\x18\x02 \x01(\x08\"Q\n\x05\x44\x65lta\x12\"\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\x12$\n\x07removed\x18\x02 \x03(\x0b\x32\x13.kvtier.v1.TierKeys\"X\n\x08TierKeys\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06starts\x18\x03 \x03(\r\x12\x0f\n\x07parents\x18\x04 \x01(\x0c\"B\n\tHeartbeat\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.kvtier.v1.WorkerLoad\"\xb4\x01\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x04 \x01(\x01\x12\x18\n\x10host_bytes_per_s\x18\x05 \x01(\x01\x12\x18\n\x10\x64isk_bytes_per_s\x18\x06 \x01(\x01\x12\x1a\n\x12shared_bytes_per_s\x18\x07 \x01(\x01*Z\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_VRAM\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_DISK\x10\x03\x12\x0f\n\x0bTIER_SHARED\x10\x04\x32\x42\n\x04\x46\x65\x65\x64\x12:\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x16.kvtier.v1.FeedMessage0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.wire.pb.feed_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIER']._serialized_start=723
-  _globals['_TIER']._serialized_end=813
+  _globals['_TIER']._serialized_start=756
+  _globals['_TIER']._serialized_end=846
   _globals['_WATCHREQUEST']._serialized_start=35
   _globals['_WATCHREQUEST']._serialized_end=98
   _globals['_FEEDMESSAGE']._serialized_start=101
@@ -42,11 +42,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELTA']._serialized_start=332
   _globals['_DELTA']._serialized_end=413
   _globals['_TIERKEYS']._serialized_start=415
-  _globals['_TIERKEYS']._serialized_end=470
-  _globals['_HEARTBEAT']._serialized_start=472
-  _globals['_HEARTBEAT']._serialized_end=538
-  _globals['_WORKERLOAD']._serialized_start=541
-  _globals['_WORKERLOAD']._serialized_end=721
-  _globals['_FEED']._serialized_start=815
-  _globals['_FEED']._serialized_end=881
+  _globals['_TIERKEYS']._serialized_end=503
+  _globals['_HEARTBEAT']._serialized_start=505
+  _globals['_HEARTBEAT']._serialized_end=571
+  _globals['_WORKERLOAD']._serialized_start=574
+  _globals['_WORKERLOAD']._serialized_end=754
+  _globals['_FEED']._serialized_start=848
+  _globals['_FEED']._serialized_end=914
 # @@protoc_insertion_point(module_scope)

@@ -61,12 +61,16 @@ class Delta(_message.Message):
     def __init__(self, added: _Optional[_Iterable[_Union[TierKeys, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[TierKeys, _Mapping]]] = ...) -> None: ...
 
 class TierKeys(_message.Message):
-    __slots__ = ("tier", "keys")
+    __slots__ = ("tier", "keys", "starts", "parents")
     TIER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     keys: bytes
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    parents: bytes
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., keys: _Optional[bytes] = ..., starts: _Optional[_Iterable[int]] = ..., parents: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("draining", "load")

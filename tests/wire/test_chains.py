@@ -1,0 +1,75 @@
+"""What the wire says of which block comes before which."""
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.tiers import Tier
+from kvtier.errors import RemoteProtocolError
+from kvtier.wire.chains import MAX_STARTS, hear, tell
+from kvtier.wire.pb import feed_pb2
+
+KEYS = [BlockKey(bytes([n + 1]) * 16) for n in range(12)]
+A, B, C, D, *_ = KEYS
+
+
+def unpack(packed: bytes) -> list[BlockKey]:
+    return [BlockKey(packed[at : at + 16]) for at in range(0, len(packed), 16)]
+
+
+def said(keys, before) -> list[tuple[BlockKey | None, list[BlockKey]]]:
+    """The chains of a message; of what comes first nothing is said."""
+    told = [each for each in hear(tell(Tier.HOST, keys, before.get), [Tier.HOST]) if each.packed]
+    return [(each.before if each.ordered else A, unpack(each.packed)) for each in told]
+
+
+@given(
+    keys=st.lists(st.sampled_from(KEYS), unique=True),
+    before=st.dictionaries(st.sampled_from(KEYS), st.one_of(st.none(), st.sampled_from(KEYS))),
+)
+def test_all_is_heard_once_and_nothing_but_the_truth_is_said_of_it(keys, before):
+    told = list(hear(tell(Tier.DISK, keys, before.get), [Tier.DISK]))
+    assert sorted(key for each in told for key in unpack(each.packed)) == sorted(keys)
+    for each in told:
+        assert each.tier is Tier.DISK
+        chain = unpack(each.packed)
+        if each.ordered:
+            assert before.get(chain[0]) == each.before
+            assert all(before[key] == last for last, key in pairwise(chain))
+        else:
+            assert each.before is None
+
+
+def test_a_prompt_is_one_chain_whatever_the_order_in_which_its_blocks_come():
+    before = {B: A, C: B, D: C, A: None}
+    for keys in ([A, B, C, D], [D, C, B, A], [C, A, D, B]):
+        assert said(keys, before) == [(None, [A, B, C, D])]
+    assert said([D, C], before) == [(B, [C, D])]
+    assert said([D, B], before) == [(C, [D]), (A, [B])]
+
+
+def test_where_nothing_is_known_the_message_is_as_it_always_was():
+    part = tell(Tier.HOST, KEYS, lambda key: None)
+    assert part == feed_pb2.TierKeys(tier=feed_pb2.TIER_HOST, keys=b"".join(KEYS))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"starts": [0], "parents": b""}, "0 bytes of parents for 1 starts"),
+        ({"starts": [0], "parents": b"x" * 17}, "17 bytes of parents"),
+        ({"starts": [1, 1], "parents": b"x" * 32}, "must ascend and be below 4"),
+        ({"starts": [2, 1], "parents": b"x" * 32}, "must ascend"),
+        ({"starts": [4], "parents": b"x" * 16}, "below 4"),
+        ({"starts": [*range(MAX_STARTS + 1)], "parents": b""}, "8193 starts, limit 8192"),
+        ({"keys": b"x" * 17}, "17 bytes of keys"),
+        ({"tier": feed_pb2.TIER_VRAM}, "tier 1 is none"),
+    ],
+)
+def test_what_is_no_such_message_is_refused(fields, words):
+    good = {"tier": feed_pb2.TIER_HOST, "keys": b"".join(KEYS[:4])}
+    with pytest.raises(RemoteProtocolError, match=words):
+        hear(feed_pb2.TierKeys(**{**good, **fields}), [Tier.HOST])
