@@ -1,7 +1,6 @@
 """LMCache's MP server with its fs L2, under vLLM, for the case that `vllm` compares with.
 
-It is compared with where a Python that has vLLM and LMCache is at .venv-lmcache (a symbolic link
-will do); docs/benchmarks.md says how to make one.
+`--peers PYTHON` names one that has vLLM and LMCache; docs/benchmarks.md says how to make it.
 """
 
 import contextlib
@@ -14,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.vllm.driver import ROOT, Engine
+from tests.vllm.driver import Engine
 
-PYTHON = ROOT / ".venv-lmcache" / "bin" / "python"
 CHUNK = 256  # tokens, as LMCache comes
 START_S = 60.0
 # Its keys hang on the seed, and it would tell its makers of each start.
@@ -26,20 +24,16 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def there() -> bool:
-    return PYTHON.exists()
-
-
 class Server:
     """`lmcache server`, one for the engines of this machine."""
 
-    def __init__(self, folder: Path, l1_gb: float) -> None:
+    def __init__(self, python: str, folder: Path, l1_gb: float) -> None:
         self.files = folder / "lmcache"
         self.files.mkdir(exist_ok=True)
         self.port, http = _port(), _port()
         self.log = folder / f"lmcache-{time.monotonic_ns()}.log"
         command = [
-            str(PYTHON.parent / "lmcache"), "server", "--port", str(self.port),
+            str(Path(python).parent / "lmcache"), "server", "--port", str(self.port),
             "--http-port", str(http), "--chunk-size", str(CHUNK), "--max-workers", "2",
             "--l1-size-gb", str(l1_gb), "--l1-init-size-gb", "1", "--eviction-policy", "LRU",
             "--supported-transfer-mode", "auto",
@@ -81,10 +75,10 @@ def _port() -> int:
 
 @contextmanager
 def engine(
-    model: Path, folder: Path, settings: dict[str, object], l1_gb: float
+    python: str, model: Path, folder: Path, settings: dict[str, object], l1_gb: float
 ) -> Iterator[tuple[Engine, Server]]:
     """A vLLM engine with LMCache under it."""
-    server = Server(folder, l1_gb)
+    server = Server(python, folder, l1_gb)
     try:
         config: dict[str, object] = {
             "kv_connector": "LMCacheMPConnector", "kv_role": "kv_both",
@@ -92,7 +86,7 @@ def engine(
                 "lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": server.port,
             },
         }  # fmt: skip
-        more = {"python": str(PYTHON), "environment": ENVIRONMENT}
+        more = {"python": python, "environment": ENVIRONMENT}
         with Engine(model, folder, config, **more, **settings) as started:  # type: ignore[arg-type]
             yield started, server
     finally:

@@ -56,11 +56,11 @@ class Sample:
     cached: list[int] = field(default_factory=list)
 
 
-def run(*, tiny: bool) -> dict[str, object]:
+def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
     size = TINY if tiny else FULL
     model = cache_dir() / "smollm2-135m-instruct"
     with scratch() as folder:
-        found = measure(model, folder, size)
+        found = measure(model, folder, size, peers)
     times = {
         name: {"wall": summary(each.wall), "cpu": summary(each.cpu)} for name, each in found.items()
     }
@@ -69,7 +69,7 @@ def run(*, tiny: bool) -> dict[str, object]:
         "prompt_tokens": size.prompt,
         "block_bytes": ROW,
         "cached_tokens": {name: each.cached for name, each in found.items()},
-        "lmcache": "0.5.6" if "lmcache" in found else "not run: no .venv-lmcache",
+        "lmcache": "run" if peers else "not run: no --peers PYTHON that has it",
         "bars": [bar.as_dict() for bar in bars(found)],
     }
 
@@ -99,7 +99,7 @@ def bars(found: dict[str, Sample]) -> list[Bar]:
     return found_bars
 
 
-def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
+def measure(model: Path, folder: Path, size: Size, peers: str) -> dict[str, Sample]:
     found = {
         name: Sample(name)
         for name in ("cold", "vram", "host", "own cpu", "disk", "own fs", "off", "on")
@@ -148,14 +148,14 @@ def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
         for engine in (off, on, own):
             engine.close()
         node.terminate()
-        if lmcache_peer.there():
+        if peers:
             found["lmcache"] = Sample("lmcache")
-            fill_lmcache(model, folder, settings, prompts)
+            fill_lmcache(peers, model, folder, settings, prompts)
         node.restart()
         on, own = (stack.enter_context(start(each)) for each in (ours, fs))
         rows = [("disk", on, node.pid), ("own fs", own, node.pid)]
-        if "lmcache" in found:
-            started = lmcache_peer.engine(model, folder, settings, LMCACHE_GB)
+        if peers:
+            started = lmcache_peer.engine(peers, model, folder, settings, LMCACHE_GB)
             engine, server = stack.enter_context(started)
             rows.append(("lmcache", engine, server.process.pid))
         for _, engine, _ in rows:
@@ -167,10 +167,10 @@ def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
 
 
 def fill_lmcache(
-    model: Path, folder: Path, settings: dict[str, object], prompts: list[list[int]]
+    peers: str, model: Path, folder: Path, settings: dict[str, object], prompts: list[list[int]]
 ) -> None:
     """Have LMCache store the prompts; it and its engine end."""
-    with lmcache_peer.engine(model, folder, settings, LMCACHE_GB) as (engine, server):
+    with lmcache_peer.engine(peers, model, folder, settings, LMCACHE_GB) as (engine, server):
         for each in prompts:
             engine.generate([each], 1)
         files = sum(len(each) // lmcache_peer.CHUNK for each in prompts)
