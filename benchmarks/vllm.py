@@ -1,7 +1,8 @@
 """vLLM with kvtier under it, beside vLLM alone and vLLM's own tiers: real engines, on the CPU.
 
 Same prompts, same settings, all engines alive at once and measured in turn. CPU seconds are those
-of the engine's processes and of the node daemon together. Run it with .venv-vllm's Python.
+of the engine's processes and of the node daemon (or LMCache's server) together. `vram` is the floor
+of `host`: vLLM's own prefix cache has the same part of the prompt. Run it with .venv-vllm's Python.
 """
 
 import os
@@ -14,11 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import lmcache_peer
 from benchmarks.common import Bar, scratch, summary
 from kvtier.config import cache_dir
 from tests.launching import Process, disk_toml, node_toml
 from tests.vllm.driver import BLOCK, ROW, Engine, transfer
 
+# vLLM's processes spin for a second after each message (SpinCondition in its shm_broadcast.py), so
+# the engine that was measured before would take the cores from this one.
+SPIN_S = 1.2
+LMCACHE_GB = 1.5  # of its L1: all prompts fit
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -50,11 +56,11 @@ class Sample:
     cached: list[int] = field(default_factory=list)
 
 
-def run(*, tiny: bool) -> dict[str, object]:
+def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
     size = TINY if tiny else FULL
     model = cache_dir() / "smollm2-135m-instruct"
     with scratch() as folder:
-        found = measure(model, folder, size)
+        found = measure(model, folder, size, peers)
     times = {
         name: {"wall": summary(each.wall), "cpu": summary(each.cpu)} for name, each in found.items()
     }
@@ -63,7 +69,7 @@ def run(*, tiny: bool) -> dict[str, object]:
         "prompt_tokens": size.prompt,
         "block_bytes": ROW,
         "cached_tokens": {name: each.cached for name, each in found.items()},
-        "lmcache": "not run",
+        "lmcache": "run" if peers else "not run: no --peers PYTHON that has it",
         "bars": [bar.as_dict() for bar in bars(found)],
     }
 
@@ -73,7 +79,7 @@ def bars(found: dict[str, Sample]) -> list[Bar]:
         pairs = zip(getattr(found[one], what), getattr(found[other], what), strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    return [
+    found_bars = [
         Bar("restored from host / cold, wall", ratio("host", "cold", "wall"), at_most=1 / 12),
         Bar("restored from host / vLLM's CPU tier, CPU s", ratio("host", "own cpu"), at_most=1.3),
         Bar("restored from disk / vLLM's fs, after a restart, CPU s", ratio("disk", "own fs"),
@@ -83,11 +89,20 @@ def bars(found: dict[str, Sample]) -> list[Bar]:
         Bar("throughput on / off, unique prompts, wall", ratio("off", "on", "wall"), at_least=0.97),
         Bar("throughput on / off, unique prompts, CPU s", ratio("off", "on"), at_least=0.97),
     ]  # fmt: skip
+    if "lmcache" in found:
+        found_bars += [
+            Bar("restored from disk / LMCache's fs, after a restart, CPU s",
+                ratio("disk", "lmcache"), at_most=1.0),
+            Bar("restored from disk / LMCache's fs, after a restart, wall",
+                ratio("disk", "lmcache", "wall"), at_most=1.0),
+        ]  # fmt: skip
+    return found_bars
 
 
-def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
+def measure(model: Path, folder: Path, size: Size, peers: str) -> dict[str, Sample]:
     found = {
-        name: Sample(name) for name in ("cold", "host", "own cpu", "disk", "own fs", "off", "on")
+        name: Sample(name)
+        for name in ("cold", "vram", "host", "own cpu", "disk", "own fs", "off", "on")
     }
     rng = random.Random(1)
 
@@ -121,25 +136,47 @@ def measure(model: Path, folder: Path, size: Size) -> dict[str, Sample]:
             engine.generate([prompt(size.unique_tokens)], 1)
         compare_unique(found, off, on, node, size, prompt)
         for each in prompts:
-            timed(found["cold"], off, node, each)
+            timed(found["cold"], off, node.pid, each)
             for engine in (on, own):
                 engine.generate([each], 1)
         for each in prompts:
             on.forget()
-            timed(found["host"], on, node, each)
+            timed(found["host"], on, node.pid, each)
+            timed(found["vram"], on, node.pid, each)
             own.forget(all_of_vllm=False)
-            timed(found["own cpu"], own, node, each)
+            timed(found["own cpu"], own, node.pid, each)
         for engine in (off, on, own):
             engine.close()
         node.terminate()
+        if peers:
+            found["lmcache"] = Sample("lmcache")
+            fill_lmcache(peers, model, folder, settings, prompts)
         node.restart()
         on, own = (stack.enter_context(start(each)) for each in (ours, fs))
-        for engine in (on, own):
+        rows = [("disk", on, node.pid), ("own fs", own, node.pid)]
+        if peers:
+            started = lmcache_peer.engine(peers, model, folder, settings, LMCACHE_GB)
+            engine, server = stack.enter_context(started)
+            rows.append(("lmcache", engine, server.process.pid))
+        for _, engine, _ in rows:
             engine.generate([prompt(size.unique_tokens)], 1)
-        for each in prompts:
-            timed(found["disk"], on, node, each)
-            timed(found["own fs"], own, node, each)
+        for number, each in enumerate(prompts):
+            for name, engine, pid in rows[number % len(rows) :] + rows[: number % len(rows)]:
+                timed(found[name], engine, pid, each)
     return found
+
+
+def fill_lmcache(
+    peers: str, model: Path, folder: Path, settings: dict[str, object], prompts: list[list[int]]
+) -> None:
+    """Have LMCache store the prompts; it and its engine end."""
+    with lmcache_peer.engine(peers, model, folder, settings, LMCACHE_GB) as (engine, server):
+        for each in prompts:
+            engine.generate([each], 1)
+        files = sum(len(each) // lmcache_peer.CHUNK for each in prompts)
+        end = time.monotonic() + 60
+        while server.stored() < files and time.monotonic() < end:
+            time.sleep(0.2)
 
 
 def compare_unique(
@@ -151,20 +188,21 @@ def compare_unique(
         engines = [(off, "off"), (on, "on")]
         for engine, name in engines if number % 2 else reversed(engines):
             some = [prompt(size.unique_tokens) for _ in range(size.unique)]
-            with taken(found[name], engine, node):
+            with taken(found[name], engine, node.pid):
                 engine.generate(some, 4)
 
 
-def timed(sample: Sample, engine: Engine, node: Process, prompt: list[int]) -> None:
-    with taken(sample, engine, node):
+def timed(sample: Sample, engine: Engine, pid: int, prompt: list[int]) -> None:
+    with taken(sample, engine, pid):
         ((_, cached),) = engine.answers([prompt], 1)
     sample.cached.append(cached)
 
 
 @contextmanager
-def taken(sample: Sample, engine: Engine, node: Process) -> Iterator[None]:
-    """Adds the wall and CPU seconds of its context."""
-    pids = [*tree(engine.process.pid), node.pid]
+def taken(sample: Sample, engine: Engine, pid: int) -> Iterator[None]:
+    """Adds the wall and CPU seconds of its context; `pid` is of what serves the engine."""
+    time.sleep(SPIN_S)
+    pids = [*tree(engine.process.pid), *tree(pid)]
     cpu, start = cpu_s(pids), time.perf_counter()
     yield
     sample.wall.append(time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """The command line as a person meets it."""
 
 import argparse
+import importlib.util
 import socket
 import subprocess
 import sys
@@ -159,6 +160,14 @@ def test_the_demo_refuses_a_shared_store_that_it_may_not_write_to() -> None:
         server.call("REPLICAOF", "127.0.0.1", 1)
         with pytest.raises(ConfigError, match=r"^--redis: redis 127.0.0.1:\d+: "):
             check_redis(server.url)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+def test_the_demo_on_vllm_needs_vllm() -> None:
+    done = run("demo", "--engine", "vllm")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kvtier: --engine vllm: vLLM is not installed in this Python")
 
 
 def test_a_server_stops_when_its_parent_goes_away(tmp_path: Path) -> None:

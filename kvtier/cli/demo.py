@@ -12,6 +12,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     text = "run the main job on this machine: two Ray nodes, a real model, every tier"
     demo = commands.add_parser("demo", help=text, description=text)
     demo.add_argument(
+        "--engine", default="transformers", choices=["transformers", "vllm"],
+        help="what computes; vllm: from an environment that has it",
+    )  # fmt: skip
+    demo.add_argument(
         "--model", default="smollm2", metavar="DIR",
         help="a folder of a Transformers causal LM, or smollm2, the built-in one",
     )  # fmt: skip
@@ -41,4 +45,4 @@ def _demo(options: argparse.Namespace) -> int:
 
     logging.getLogger().setLevel(logging.WARNING)
     with supervise.until_input_ends():
-        return run.main(run.Options(options.model, options.redis, options.json))
+        return run.main(run.Options(options.engine, options.model, options.redis, options.json))

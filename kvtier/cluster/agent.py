@@ -63,7 +63,8 @@ class Agent:
         self._address = ""
         self._failure = ""
         self._stopping = False
-        self._loop = asyncio.new_event_loop()
+        # Where uvloop is installed, Ray makes it every process's default. Rooms have asyncio's own.
+        self._loop = asyncio.SelectorEventLoop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._live, name="kvtier-room", daemon=True)
         self._thread.start()

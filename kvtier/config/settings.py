@@ -115,6 +115,7 @@ class WorkerConfig:
     threads: int = field(default=0, metadata=limits(0, 1024))  # 0: torch decides
     tenants: tuple[TenantConfig, ...] = ()  # who shares no block with anybody else
     adapters: tuple[AdapterConfig, ...] = ()  # LoRA adapters, for vllm and vllm-http
+    vllm: str = ""  # JSON: more of vLLM's engine arguments, as {"tensor_parallel_size": 2}
     url: str = ""  # of vLLM's HTTP API; these four are for vllm-http
     events: str = ""  # its --kv-events-config endpoint; empty: nothing is known of its VRAM
     replay: str = ""  # and replay_endpoint

@@ -20,13 +20,15 @@ class Play:
     """Runs the acts one after the other; `records` has every request in order."""
 
     def __init__(
-        self, stage: Stage, text: Text, talks: Sequence[Conversation], say: Say, show: Show
-    ) -> None:
+        self, stage: Stage, text: Text, talks: Sequence[Conversation], say: Say, show: Show,
+        *, logits: bool,
+    ) -> None:  # fmt: skip
         self._stage = stage
         self._text = text
         self._talks = talks
         self._say = say
         self._show = show
+        self._logits = logits  # whether to ask for those of a first token
         self._act = ""
         self.records: list[Record] = []
 
@@ -78,8 +80,9 @@ class Play:
                 killed.append((record.node, pid))
 
         await ask(
-            self._stage.router, record, message, _LONG_ANSWER, at_second_piece, ignore_eos=True
-        )
+            self._stage.router, record, message, _LONG_ANSWER, at_second_piece,
+            ignore_eos=True, logits=self._logits,
+        )  # fmt: skip
         self._keep(record)
         if not killed:
             self._say("the stream ended before it could be cut")
@@ -151,7 +154,8 @@ class Play:
         record, _ = self._record(talk)
         asked = talk.ask()
         message, _ = prompt(self._text, asked)
-        self._keep(await ask(self._stage.router, record, message, ANSWER_TOKENS))
+        stub = self._stage.router
+        self._keep(await ask(stub, record, message, ANSWER_TOKENS, logits=self._logits))
         if not record.error:
             talk.answered(asked, record.text)
 

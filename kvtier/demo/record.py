@@ -64,6 +64,7 @@ async def ask(
     on_text: Callable[[Record], None] | None = None,
     *,
     ignore_eos: bool = False,
+    logits: bool = True,
 ) -> Record:
     """Send one request through the router and fill in `record` from its stream."""
     request = router_pb2.GenerateRequest(
@@ -71,7 +72,7 @@ async def ask(
         prompt=prompt,
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        return_first_logits=True,
+        return_first_logits=logits,
     )
     begin = time.perf_counter()
     try:

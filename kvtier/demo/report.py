@@ -80,20 +80,12 @@ def verdict(records: Sequence[Record], rows: Mapping[str, Mapping[str, float]]) 
 
 
 def show_verdict(
-    console: Console, verdicts: Mapping[str, bool], records: Sequence[Record], seconds: float
+    console: Console, verdicts: Mapping[str, bool], compared: str, seconds: float
 ) -> None:
-    """The promises, and how near the numbers are to the reference's."""
-    answered = [each for each in records if each.identical is not None]
-    exact = sum(each.logits_difference == 0.0 for each in answered)
-    worst = max((each.logits_difference for each in answered), default=0.0)
+    """The promises, and what the answers were compared with."""
     console.print()
     for text, holds in verdicts.items():
         mark = "[green]yes[/green]" if holds else "[red]NO [/red]"
         console.print(f"  {mark}  {text}")
-    console.print(
-        f"       ({len(answered)} answers compared, {exact} with bit-identical logits; "
-        f"largest difference of a logit {worst:.2g})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"       ({compared})", highlight=False, soft_wrap=True)
     console.print(f"\n{seconds:.0f} s in all", highlight=False)

@@ -14,13 +14,12 @@ from typing import NamedTuple
 from rich.console import Console
 
 from kvtier.cluster import launch
-from kvtier.config import Config, WorkerConfig
-from kvtier.demo import identity, report, stage
+from kvtier.config import Config
+from kvtier.demo import report, stage
 from kvtier.demo.acts import Play
+from kvtier.demo.engines import DemoEngine, demo_engine
 from kvtier.demo.record import Record
 from kvtier.demo.workload import Conversation, conversations, prompt
-from kvtier.engine import model as models
-from kvtier.engine.model import LoadedModel
 from kvtier.errors import ConfigError
 from kvtier.router.text import Text
 
@@ -28,6 +27,7 @@ from kvtier.router.text import Text
 class Options(NamedTuple):
     """What the command line gave; empty text means the default."""
 
+    engine: str
     model: str
     redis_url: str
     json_path: str
@@ -52,36 +52,35 @@ def main(options: Options) -> int:
         def progress(text: str) -> None:
             status.update(text)
 
-        model = models.load(WorkerConfig(model=options.model), progress)
-        text = Text(model.tokenizer_files)
-        talks = conversations(text, model.max_tokens)
-        say_model(console, model)
+        engine = demo_engine(options.engine, options.model, progress)
+        text = Text(engine.tokenizer_files)
+        talks = conversations(text, engine.max_tokens)
+        say_model(console, engine)
         folder = stack.enter_context(stage.scratch())
         tokens = max(len(prompt(text, talk.ask())[1]) for talk in talks)
         progress("starting the shared store")
-        conversation = tokens // model.layout.block_tokens * model.layout.nbytes
+        conversation = -(-tokens // engine.block_tokens) * engine.block_nbytes
         url = stack.enter_context(stage.shared_store(options.redis_url, conversation * 12))
-        settings = stage.config(folder, options.model, model.layout, tokens, url)
+        settings = stage.config(folder, options.engine, options.model, conversation, url)
         progress("starting the router")
         router = stack.enter_context(stage.router_process(folder))
         progress("starting Ray with two nodes")
         stack.enter_context(stage.local_ray())
         stack.callback(stop, progress)
         progress("Ray places a daemon and a worker on each node; the workers load the model")
-        records = asyncio.run(play(settings, router, text, talks, console, status.stop))
+        records = asyncio.run(play(settings, router, engine, talks, console, status.stop))
     console.print("computing every answer again, without kvtier, to compare (takes a while)")
     with console.status("computing every answer again, without kvtier") as status:
-        identity.check(
-            model,
+        compared = engine.check(
+            settings.worker,
             records,
-            settings.worker.prefill_tokens,
-            lambda record: status.update(f"computing again, without kvtier: {record.name}"),
+            lambda name: status.update(f"computing again, without kvtier: {name}"),
         )
     rows = report.by_kind(records)
     verdicts = report.verdict(records, rows)
     seconds = time.monotonic() - begin
     report.show_table(console, rows)
-    report.show_verdict(console, verdicts, records, seconds)
+    report.show_verdict(console, verdicts, compared, seconds)
     if json_path is not None:
         result = {
             "seconds": seconds,
@@ -94,13 +93,11 @@ def main(options: Options) -> int:
     return 0 if all(verdicts.values()) else 1
 
 
-def say_model(console: Console, model: LoadedModel) -> None:
+def say_model(console: Console, engine: DemoEngine) -> None:
     """What is served."""
-    layout = model.layout
     console.print(
-        f"model {model.name}, {layout.dtype} on {model.device}: "
-        f"{layout.nbytes_per_token / 1024:g} KiB of KV a token, "
-        f"blocks of {layout.block_tokens} tokens = {layout.nbytes / 2**20:.2f} MiB",
+        f"{engine.line}: {engine.block_nbytes / engine.block_tokens / 1024:g} KiB of KV a token, "
+        f"blocks of {engine.block_tokens} tokens = {engine.block_nbytes / 2**20:.2f} MiB",
         highlight=False,
     )
 
@@ -114,7 +111,7 @@ def stop(progress: Callable[[str], None]) -> None:
 async def play(
     settings: Config,
     router: str,
-    text: Text,
+    engine: DemoEngine,
     talks: list[Conversation],
     console: Console,
     started: Callable[[], None],
@@ -122,7 +119,10 @@ async def play(
     """Place everything, run the acts; every request in order."""
     async with stage.staged(settings, router, lambda line: console.print(line, markup=False)) as on:
         started()
-        acts = Play(on, text, talks, console.print, lambda r: report.show_request(console, r))
+        acts = Play(
+            on, Text(engine.tokenizer_files), talks, console.print,
+            lambda r: report.show_request(console, r), logits=engine.gives_logits,
+        )  # fmt: skip
         report.show_header(console)
         await acts.run()
         return acts.records

@@ -27,7 +27,6 @@ from kvtier.config import (
     RouterConfig,
     WorkerConfig,
 )  # fmt: skip
-from kvtier.core.blocks import BlockLayout
 from kvtier.errors import KVTierError
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.pb import (
@@ -46,14 +45,12 @@ DEADLINE_S: Final = 120.0  # for any one thing to start or come back
 Say = Callable[[str], None]
 
 
-def config(
-    folder: Path, model: str, layout: BlockLayout, conversation_tokens: int, redis_url: str
-) -> Config:
+def config(folder: Path, engine: str, model: str, conversation: int, redis_url: str) -> Config:
     """Budgets so small that conversations push each other out of VRAM and host memory.
 
-    VRAM holds one and a half of them, host memory two and a half, the disk all.
+    VRAM holds one and a half of them, host memory two and a half, the disk all; `conversation` is
+    the bytes of the longest.
     """
-    conversation = -(-conversation_tokens // layout.block_tokens) * layout.nbytes
     return Config(
         node=NodeConfig(socket=str(folder / "{node}.sock"), listen="127.0.0.1:0"),
         # Everything is copied down as soon as it is there: a kill may come at any moment.
@@ -61,6 +58,7 @@ def config(
         disk=DiskConfig(path=str(folder / "disk-{node}"), bytes=conversation * 12, drain_at=0.0),
         redis=RedisConfig(url=redis_url, prefix=f"kvtier-demo-{os.getpid()}", ttl_s=3600),
         worker=WorkerConfig(
+            engine=engine,
             model=model,
             socket=str(folder / "{node}.sock"),
             listen="127.0.0.1:0",

@@ -11,7 +11,7 @@ import pytest
 from kvtier.core.blocks import BlockLayout
 from kvtier.engine.vllm.hub import Hub, Identity
 from kvtier.engine.vllm.namespace import identity, row_layout
-from kvtier.engine.vllm.settings import TierSettings, completed
+from kvtier.engine.vllm.settings import TierSettings, completed, engine_table
 from kvtier.engine.vllm.transfers import Outcome
 from kvtier.errors import ConfigError
 from kvtier.testing.valkey import ValkeyServer
@@ -296,3 +296,21 @@ def test_one_flag_is_enough():
 def test_a_wrong_setting_is_named(table, text):
     with pytest.raises(ConfigError, match=text):
         completed({"kvtier": table})
+
+
+def test_more_of_vllms_arguments_come_as_json():
+    assert engine_table("") == {}
+    assert engine_table('{"tensor_parallel_size": 2}') == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", "worker.vllm is not JSON"),
+        ("[]", "worker.vllm must be a JSON table"),
+        ('{"block_size": 16}', "worker.vllm: block_size is for worker.block_tokens to say"),
+    ],
+)
+def test_arguments_that_the_worker_decides_are_refused(text, line):
+    with pytest.raises(ConfigError, match=line):
+        engine_table(text)

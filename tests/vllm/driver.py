@@ -32,7 +32,10 @@ def transfer(socket: Path | str, *, cpu_blocks: int = 64, **kvtier: object) -> d
 class Engine:
     """One vLLM engine, in a process group of its own. A context manager."""
 
-    def __init__(self, model: Path, folder: Path, config: dict[str, object] | None, **more: object):
+    def __init__(
+        self, model: Path, folder: Path, config: dict[str, object] | None, *,
+        python: str = sys.executable, environment: dict[str, str] | None = None, **more: object,
+    ):  # fmt: skip
         self.log = folder / f"vllm-{time.monotonic_ns()}.log"
         settings: dict[str, object] = {
             "model": str(model), "enforce_eager": True, "block_size": BLOCK, "seed": 0,
@@ -44,13 +47,14 @@ class Engine:
         read, write = os.pipe()
         environment = {
             **os.environ,
+            **(environment or {}),
             "PYTHONPATH": str(ROOT),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
         # The answers' pipe becomes fd 3: vLLM itself writes to stdout.
-        shell = f"exec 3>&{write}; exec {sys.executable} {Path(__file__).parent}/engine_main.py"
+        shell = f"exec 3>&{write}; exec {python} {Path(__file__).parent}/engine_main.py"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 ["bash", "-c", shell], stdin=subprocess.PIPE, stdout=log, stderr=log,

@@ -183,8 +183,9 @@ def test_a_soak(engine, node, prompts, expected):
         rounds += 1
         seen.append((sum(map(open_files, pids)), sum(map(memory, pids))))
     wait_for("leases to end", lambda: not busy(node))
-    # By the first third every buffer has its size.
-    third = len(seen) // 3
+    third = max(1, len(seen) // 3)
+    # In minutes every page of vLLM's 1 GiB of KV has been touched; until then it grows by that.
+    room = 64 << 20 if seconds >= 300 else 1 << 30
     early, late = (
         [statistics.median(each) for each in zip(*part, strict=True)]
         for part in (seen[third : 2 * third], seen[-third:])
@@ -194,7 +195,7 @@ def test_a_soak(engine, node, prompts, expected):
         f"open files {early[0]:.0f} -> {late[0]:.0f}, bytes {early[1]:.0f} -> {late[1]:.0f}"
     )
     assert late[0] <= early[0] + 8, "open files"
-    assert late[1] <= early[1] + (64 << 20), "bytes"
+    assert late[1] <= early[1] + room, "bytes"
 
 
 def tree(pid: int) -> list[int]:

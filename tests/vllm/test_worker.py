@@ -83,6 +83,7 @@ class Plain:
         config = transfer(
             folder / "n" / "node.sock", announce=str(self.who), load_s=30.0, lookup_s=30.0
         )
+        del config["kv_connector_module_path"]  # the package's entry point is enough
         events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": self.events,
                   "replay_endpoint": self.replay}  # fmt: skip
         command = [
@@ -131,15 +132,21 @@ class Plain:
 def test_a_router_in_front_of_a_plain_vllm(model, tmp_path, prompts):
     plain = Plain(model, tmp_path)
     service = None
+    (tmp_path / "red").write_text("the secret of red, long enough")
     try:
         wait_for("vLLM to serve", plain.up, 240)
         more = (
             f'url = "http://127.0.0.1:{plain.port}"\nevents = "{plain.events}"\n'
             f'replay = "{plain.replay}"\nannounced = "{plain.who}"\n'
+            f'tenants = [{{ name = "red", secret_file = "{tmp_path}/red" }}]\n'
         )
         service = Service(tmp_path, {"n": lambda _: worker_toml("vllm-http", model, more)})
         restored_again(service, prompts[0], told=False)
         assert plain.loaded(), "restored, says vLLM's own metrics page"
+        service.ask(prompts[2], tenant="red")
+        wait_for("the tenant's VRAM", lambda: service.warm(prompts[2], tenant="red").get(VRAM))
+        assert not service.warm(prompts[2]), "nobody else's"
+        assert not service.warm(prompts[0], tenant="red")
         plain.kill()
         # A dead engine holds nothing, and takes nothing.
         with pytest.raises(grpc.RpcError) as raised:

@@ -17,6 +17,7 @@ from kvtier.engine.answers import to_wire
 from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
 from kvtier.engine.vllm.events import Changes, Residency
 from kvtier.engine.vllm.spaces import Spaces
+from kvtier.engine.vllm.speeds import Speeds
 from kvtier.engine.vllm.subscriber import Subscriber
 from kvtier.errors import (
     InvalidRequest,
@@ -32,8 +33,6 @@ from kvtier.wire.rpc import Server, refuse
 DRAIN_S: Final = 30.0
 MAX_REQUEST_ID: Final = 128  # characters
 PROBE_S: Final = 1.0  # between two looks whether the engine lives
-RATE_SHARE: Final = 0.2  # of the newest measurement in the mean
-LEAST_TOKENS: Final = 64  # fewer computed tokens say nothing about speed
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +103,8 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self._limit = config.worker.max_running + config.worker.max_waiting
         self._http = http_address(config.worker.url) if config.worker.url else ""
         self._waiting_tokens = 0
-        self._prefill = 0.0  # tokens a second
         served = backend.served
+        self._speeds = Speeds(served.kv_bytes_per_token)
         self.residency = Residency(
             served.none_hash, served.root, served.block_tokens, served.spaces.adapters
         )
@@ -168,7 +167,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
                     if isinstance(event, Started):
                         self._waiting_tokens -= tokens
                         tokens = 0
-                        self._measure(event)
+                        self._speeds.measure(event)
                     yield to_wire(event)
         except RequestError as error:
             await refuse(context, error)
@@ -208,18 +207,16 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         wanted.check(served.vocab_size, served.max_tokens)
         return wanted
 
-    def _measure(self, started: Started) -> None:
-        if started.computed_tokens >= LEAST_TOKENS and started.prefill_s > 0:
-            rate = started.computed_tokens / started.prefill_s
-            self._prefill += (rate - self._prefill) * (RATE_SHARE if self._prefill else 1.0)
-
     def _heartbeat(self) -> feed_pb2.Heartbeat:
         return feed_pb2.Heartbeat(
             draining=self.draining or not self.alive,  # routers take it last
             load=feed_pb2.WorkerLoad(
                 running=len(self.running),
                 waiting_tokens=self._waiting_tokens,
-                prefill_tokens_per_s=self._prefill,
+                prefill_tokens_per_s=self._speeds.prefill,
+                host_bytes_per_s=self._speeds.restore(Tier.HOST),
+                disk_bytes_per_s=self._speeds.restore(Tier.DISK),
+                shared_bytes_per_s=self._speeds.restore(Tier.SHARED),
             ),
         )
 

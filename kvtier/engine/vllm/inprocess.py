@@ -14,6 +14,7 @@ from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -26,6 +27,7 @@ from kvtier.engine.vllm.announced import HASH, read_announced
 from kvtier.engine.vllm.gateway import Answer
 from kvtier.engine.vllm.owner import Owner, Restored
 from kvtier.engine.vllm.served import alone, describe
+from kvtier.engine.vllm.settings import engine_table
 from kvtier.engine.vllm.spaces import adapters_revision, spaces_of
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
 
@@ -137,7 +139,11 @@ def _arguments(worker: WorkerConfig, model: Path, scratch: Path) -> AsyncEngineA
 
 
 def engine_arguments(worker: WorkerConfig, model: Path, **more: object) -> AsyncEngineArgs:
-    """What decides how an engine computes; `more` adds to it, or replaces."""
+    """What decides how an engine computes; `more` adds to it, or replaces.
+
+    Raises:
+        ConfigError: `worker.vllm` makes no sense.
+    """
     settings: dict[str, object] = {
         "model": str(model),
         "served_model_name": worker.name or model.name,
@@ -145,7 +151,7 @@ def engine_arguments(worker: WorkerConfig, model: Path, **more: object) -> Async
         "block_size": worker.block_tokens,
         "prefix_caching_hash_algo": HASH,
         "enable_prefix_caching": True,
-        "enforce_eager": True,
+        "enforce_eager": current_platform.is_cpu(),
         "kv_cache_memory_bytes": worker.vram_bytes,
         "max_num_seqs": worker.max_running,
         "max_model_len": -1,  # what the model has, or what VRAM holds
@@ -153,7 +159,10 @@ def engine_arguments(worker: WorkerConfig, model: Path, **more: object) -> Async
     }
     if worker.adapters:
         settings |= {"enable_lora": True, "max_loras": len(worker.adapters)}
-    return AsyncEngineArgs(**(settings | more))
+    try:
+        return AsyncEngineArgs(**(settings | engine_table(worker.vllm) | more))
+    except TypeError as error:
+        raise ConfigError(f"worker.vllm: {error}") from None
 
 
 async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:

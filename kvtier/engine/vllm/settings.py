@@ -1,5 +1,6 @@
 """What `kv_connector_extra_config` may say about kvtier."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
@@ -7,6 +8,15 @@ from typing import Final
 from kvtier.errors import ConfigError
 
 MODULE: Final = "kvtier.engine.vllm"
+# Engine arguments that the worker sets, and by which of its settings.
+DECIDED: Final = {
+    "model": "worker.model", "served_model_name": "worker.name", "dtype": "worker.dtype",
+    "block_size": "worker.block_tokens", "kv_cache_memory_bytes": "worker.vram_bytes",
+    "max_num_seqs": "worker.max_running", "enable_lora": "worker.adapters",
+    "max_loras": "worker.adapters", "prefix_caching_hash_algo": "the worker",
+    "enable_prefix_caching": "the worker", "kv_transfer_config": "worker.socket",
+    "kv_events_config": "the worker",
+}  # fmt: skip
 CPU_BYTES: Final = 1 << 30  # of vLLM's own region, where none is given
 
 
@@ -52,6 +62,23 @@ class TierSettings:
         if strange := sorted(set(table) - known):
             raise ConfigError(f"kvtier: no setting {strange[0]!r}; known: {', '.join(known)}")
         return cls(**table)  # type: ignore[arg-type]  # checked just above, and by the class
+
+
+def engine_table(text: str) -> dict[str, object]:
+    """What `worker.vllm` says: arguments for vLLM's engine besides those that the worker sets.
+
+    Raises:
+        ConfigError: It is no JSON table, or has a key that the worker's other settings decide.
+    """
+    try:
+        table = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"worker.vllm is not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError("worker.vllm must be a JSON table of vLLM's engine arguments")
+    if ours := sorted(set(table) & set(DECIDED)):
+        raise ConfigError(f"worker.vllm: {ours[0]} is for {DECIDED[ours[0]]} to say")
+    return table
 
 
 def completed(extra: Mapping[str, object]) -> dict[str, object]:
