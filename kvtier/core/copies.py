@@ -8,7 +8,7 @@ from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.effects import Move
 from kvtier.core.policy import Use
 from kvtier.core.shards import KeyMap, Line
-from kvtier.core.tiers import TierSpec
+from kvtier.core.tiers import Tier, TierSpec
 
 
 class Phase(IntEnum):
@@ -35,7 +35,8 @@ class Copies:
     def __init__(self, spec: TierSpec, block_nbytes: int) -> None:
         self.spec = spec
         self.policy = spec.policy()
-        self.sizes = KeyMap[int]()  # bytes of each
+        # Of each the bytes. Frames in lower tiers may be much smaller than blocks.
+        self.sizes = KeyMap[int](spec.capacity // block_nbytes if spec.tier is Tier.HOST else None)
         self.nbytes = 0
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far

@@ -28,7 +28,7 @@ class Residency:
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
-        self._blocks = KeyMap[Block]()
+        self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
         self._moves = 0

@@ -19,7 +19,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int) -> None:
-        self.of = KeyMap[Slot]()
+        self.of = KeyMap[Slot](slots)
         self.pins = array("i", bytes(4 * slots))
         self._key_at: list[BlockKey | None] = [None] * slots
 
