@@ -2,8 +2,8 @@
 
 Two nodes on this machine (daemon, disk, worker each) and one shared store. Each prompt in turn:
 cold on node a; again with an empty VRAM (host); again after the daemon of node a was killed and
-started anew (disk); then on node b, which never saw it (Redis). Times are a client's, over gRPC,
-to the first token.
+started anew, and has seen what of its disk the shared store has (disk); then on node b, which
+never saw it (Redis). Times are a client's, over gRPC, to the first token.
 """
 
 import time
@@ -135,6 +135,7 @@ def _measure(nodes: list[_Node], rounds: int, tokens: int) -> dict[str, object]:
         steps["host"] = a.first_token_s(prompt)
         a.clear_vram()
         a.restart_daemon()
+        a.wait_for_blocks(Tier.DISK, blocks)
         steps["disk"] = a.first_token_s(prompt)
         b.clear_vram()
         steps["shared"] = b.first_token_s(prompt)

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from typing import Final
 
 from kvtier.core.blocks import Slot
@@ -18,7 +19,7 @@ from kvtier.errors import ConfigError, RemoteProtocolError
 
 ALIGNMENT: Final = 4096  # slots start on pages, as direct I/O and CUDA registration want it
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_POPULATE_NBYTES: Final = 16 << 20
+_POPULATE_NBYTES: Final = 4 << 20  # some 1 ms
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python 3.11 has no name for it
 _MAP_FIXED: Final = 16
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
@@ -96,9 +97,12 @@ class Arena:
             raise
         return cls(fd, memory, slot_nbytes, slots)
 
-    def populate(self) -> None:
-        """Map every page now, so that no first use pays for it; safe beside other uses."""
-        _populate(self._memory)
+    def populate(self, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Map every page now, so that no first use pays for it; safe beside other uses.
+
+        `go_on` is asked before each piece of it, and may wait; False ends it.
+        """
+        _populate(self._memory, go_on)
 
     def slot(self, slot: Slot) -> memoryview:
         """The writable bytes of one slot; valid for as long as the caller's lease on it."""
@@ -159,10 +163,12 @@ def _memory_calls() -> ctypes.CDLL:
     return libc
 
 
-def _populate(memory: mmap.mmap) -> None:
+def _populate(memory: mmap.mmap, go_on: Callable[[], bool] = lambda: True) -> None:
     # In pieces, since Python holds its lock during each: an engine's other threads go on between.
     # An older kernel takes the pages at first use instead: slower once, never wrong.
     with contextlib.suppress(OSError):
         for start in range(0, len(memory), _POPULATE_NBYTES):
+            if not go_on():
+                return
             size = min(_POPULATE_NBYTES, len(memory) - start)
             memory.madvise(_MADV_POPULATE_WRITE, start, size)

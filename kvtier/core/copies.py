@@ -8,7 +8,7 @@ from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.effects import Move
 from kvtier.core.policy import Use
 from kvtier.core.shards import KeyMap, Line
-from kvtier.core.tiers import TierSpec
+from kvtier.core.tiers import Tier, TierSpec
 
 
 class Phase(IntEnum):
@@ -36,7 +36,8 @@ class Copies:
     def __init__(self, spec: TierSpec, block_nbytes: int) -> None:
         self.spec = spec
         self.policy = spec.policy()
-        self.sizes = KeyMap[int]()  # bytes of each
+        # Of each the bytes. Frames in lower tiers may be much smaller than blocks.
+        self.sizes = KeyMap[int](spec.capacity // block_nbytes if spec.tier is Tier.HOST else None)
         self.nbytes = 0
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
@@ -53,10 +54,24 @@ class Copies:
         self.sizes[key] = nbytes
         self.nbytes += nbytes
 
+    def add_all(self, keys: Sequence[BlockKey], nbytes: int) -> None:
+        """`add` for each of `keys`, none of which was here, with `nbytes` each."""
+        shards = self.sizes.shards
+        for key in keys:
+            shards[key[-1]][key] = nbytes
+        self.nbytes += nbytes * len(keys)
+
     def remove(self, key: BlockKey) -> None:
         """The copy is gone; its place in the undrained order is the caller's to give back."""
         self.nbytes -= self.sizes.pop(key)
         self.policy.remove(key)
+
+    def remove_all(self, keys: Sequence[BlockKey]) -> None:
+        """`remove` for each of `keys`."""
+        shards, remove = self.sizes.shards, self.policy.remove
+        for key in keys:
+            self.nbytes -= shards[key[-1]].pop(key)
+            remove(key)
 
     def add_undrained(self, key: BlockKey) -> None:
         """Nothing further down has `key`: it is the last in line to be copied there."""
@@ -74,17 +89,6 @@ class Copies:
         here = [key for key in path if key in shards[key[-1]]]
         if here:
             self.policy.touch(here, use)
-
-    def saved(self, path: Sequence[BlockKey]) -> None:
-        """`path` has just come in: its deep end goes down first, as it is dropped first.
-
-        Later uses change nothing about that order: what is old is copied down also while it is
-        hot, once, and uses, on every engine's path, have less to do.
-        """
-        for key in reversed(path):
-            nbytes = self.undrained.remove(key)
-            if nbytes is not None:
-                self.undrained.put(key, nbytes)
 
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more stay within the capacity, with all that is coming."""

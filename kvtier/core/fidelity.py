@@ -43,8 +43,6 @@ class Lineage:
     def written(self, path: Sequence[BlockKey], new: Iterable[BlockKey]) -> None:
         """An engine has computed `new`, each on what comes before it in `path`, its whole path."""
         if not self._ever:  # the common case, on every engine's path
-            for key in new:
-                self._here.pop(key, None)
             return
         full = len(self._ever) >= MOST_INEXACT
         first = next((i for i, key in enumerate(path) if key in self._ever), len(path))

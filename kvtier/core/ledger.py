@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.cascade import Cascade
 from kvtier.core.copies import Block, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
 from kvtier.core.lease import Lease, Match
 from kvtier.core.policy import NO_USE, Use
-from kvtier.core.residency import Residency
 from kvtier.core.tiers import TierSpec
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Ledger(Residency):
+class Ledger(Cascade):
     """The blocks of one layout on one node, and the leases on them.
 
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
@@ -132,28 +132,33 @@ class Ledger(Residency):
         """
         lease = self._open(client, keys, use, writing=True)
         self._touch(lease)
-        only_here = [key for key in keys if self._warmest(key, HOST + 1) is None]
+        absent = self._absent(keys, first)
+        here = [key for key in keys if key in self._blocks]
+        only_here = [key for key in here if self._warmest(key, HOST + 1) is None]
         pinned = self._pin(only_here)  # or room for a block is made by losing the one before
+        # In order, so that neighbours in the path are neighbours in the arena, and copied as one.
+        lease.slots = sorted(self._take_slots(len(absent)))
+        self._unpin(pinned)
+        lease.keys = [*absent][: len(lease.slots)]
+        lease.indexes = [*absent.values()]
+        if refused := lease.indexes[len(lease.slots) :]:
+            lease.refused = len(keys) - refused[0]
+            del lease.indexes[len(lease.slots) :]
+        for key, slot, index in zip(lease.keys, lease.slots, lease.indexes, strict=True):
+            block = self._known(key)
+            block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
+            block.before = keys[index - 1] if index else None
+        return lease
+
+    def _absent(self, keys: Sequence[BlockKey], first: int) -> dict[BlockKey, int]:
+        """Where in the path are the blocks of keys[first:] that nothing has and nobody fills."""
+        absent: dict[BlockKey, int] = {}
         for index, key in enumerate(keys[first:], first):
             block = self._blocks.get(key)
             if block is not None and (block.slot is not None or self._warmest(key) is not None):
                 continue
-            slot = self._take_slot()
-            if slot is None:
-                lease.refused = len(keys) - index
-                break
-            block = self._known(key)
-            block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
-            block.before = keys[index - 1] if index else None
-            lease.keys.append(key)
-            lease.slots.append(slot)
-            lease.indexes.append(index)
-        # In order, so that neighbours in the path are neighbours in the arena, and copied as one.
-        lease.slots.sort()
-        for key, slot in zip(lease.keys, lease.slots, strict=True):
-            self._blocks[key].slot = slot
-        self._unpin(pinned)
-        return lease
+            absent.setdefault(key, index)
+        return absent
 
     def commit(self, lease_id: int, filled: int | None = None) -> None:
         """The first `filled` blocks of a write lease, or all, hold what belongs there.
@@ -171,13 +176,7 @@ class Ledger(Residency):
         if not 0 <= filled <= granted:
             raise ValueError(f"lease {lease_id} has {granted} blocks, so {filled} are not filled")
         self._close(lease)
-        for key in lease.keys[:filled]:
-            block = self._blocks[key]
-            assert block.slot is not None
-            block.phase = Phase.STABLE
-            self._pins[block.slot] -= 1
-            self._place(key, HOST, self.block_nbytes, touch=False)
-        self._tiers[HOST].saved(lease.keys[:filled])
+        self._filled(lease.keys[:filled], lease.slots[:filled])
         self._undo(lease.keys[filled:])
         self._touch(lease)
         self._drain()
@@ -356,15 +355,16 @@ class Ledger(Residency):
 
         Making room can start a move of this very block, or drop its last copy; then it is a miss.
         """
-        slot = self._take_slot()
-        while slot is None and pinned:
+        taken = self._take_slots(1)
+        while not taken and pinned:
             deepest = pinned.pop()
             self._unpin([deepest])
             if self._may_go(deepest, HOST):
                 self._drop(deepest, HOST)
-                slot = self._free.pop()
-        if slot is None:
+                taken = self._take_slots(1)
+        if not taken:
             return False
+        (slot,) = taken
         source = self._warmest(key)
         if source is not None:
             block = self._blocks[key]

@@ -1,42 +1,21 @@
-"""Which copies of which blocks there are, and the one cascade rule that keeps them in bounds.
+"""Which copies of which blocks there are: the books of one layout on one node.
 
-Every tier but the last obeys one rule: when the blocks that have no copy further down exceed
-`drain_at` bytes, the coldest of them are copied one tier down, from the warmest tier that has
-them. A block that has a lower copy can be dropped at no cost. So room is made ahead of need, and
-a write never waits for a copy: it gets a slot now or it is refused.
-
-What may be dropped to make room, coldest first and at most `LOOK` candidates deep:
-
-    host       a block with a lower copy; any, if there is no tier below or the next is paused
-    in between a block with a lower copy; else one that lies nowhere warmer, if the next tier is
-               paused or its queue is full
-    last       a block that lies nowhere warmer
-
-Where none may go and the tier below refused the newest copy (its store is full, or may write no
-more today), the coldest that lies nowhere warmer goes all the same: a tier that takes nothing must
-not stop those above it.
-
-Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
-well: dropping it would only have it copied down again, and so on in a circle. A candidate that
-could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
+`Cascade` adds what is copied down and dropped, `Ledger` the leases.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
-from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
-from kvtier.core.policy import NO_USE, Keep, Learning
+from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, TierUsage
+from kvtier.core.policy import NO_USE, Learning
 from kvtier.core.shards import KeyMap
 from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
-LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
-
 
 class Residency:
-    """The copies of all blocks of one layout on one node. `Ledger` adds the leases."""
+    """The copies of all blocks of one layout on one node, by tier and by slot."""
 
     def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
         kinds = [spec.tier for spec in tiers]
@@ -49,7 +28,7 @@ class Residency:
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
-        self._blocks = KeyMap[Block]()
+        self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
         self._moves = 0
@@ -63,74 +42,13 @@ class Residency:
         effects, self._effects = self._effects, []
         return effects
 
-    def found(self, tier: int, held: Iterable[tuple[BlockKey, int]]) -> None:
-        """The store of a lower `tier` has these keys, with their frames' bytes, oldest first.
-
-        Beyond the tier's capacity the coldest leave, and what finds no room does not enter.
-        """
-        self._assert_lower(tier)
-        copies = self._tiers[tier]
-        for key, size in held:
-            nbytes = size or self.block_nbytes
-            known = self._blocks.get(key)
-            coming = known is not None and known.move is not None and known.move.target == tier
-            if key in copies or coming:
-                continue
-            if self._make_room(tier, nbytes):
-                self._known(key)
-                self._place(key, tier, nbytes)
-            elif not copies.spec.shared:
-                self._effects.append(Forget(key, tier))
-        self._drain()
-
-    def lost(self, tier: int, keys: Iterable[BlockKey]) -> None:
-        """The store of a lower `tier` does not have these keys; those being read are left."""
-        self._assert_lower(tier)
-        for key in keys:
-            if key not in self._tiers[tier]:
-                continue
-            move = self._blocks[key].move
-            if move is None or move.source != tier:
-                self._leave(key, tier, forget=False, gone=True)
-        self._drain()
-
-    def pause(self, tier: int) -> None:
-        """A lower `tier` gives no answer: until `resume` nothing is copied into or out of it.
-
-        Report it before the failed moves that showed it: a load that failed in a paused tier says
-        nothing about the copy, which is kept.
-        """
-        self._assert_lower(tier)
-        self._tiers[tier].paused = True
-
-    def resume(self, tier: int) -> None:
-        """The tier answers again."""
-        self._assert_lower(tier)
-        self._tiers[tier].paused = False
-        self._drain()
-
     def paused(self, tier: int) -> bool:
         """Whether `pause` was the last word on this tier."""
         return self._tiers[tier].paused
 
-    def clear(self, tier: int) -> int:
-        """Drop every copy in `tier` that is neither leased nor moving; the number dropped.
-
-        In a shared tier only this node's knowledge goes. O(copies in the tier).
-        """
-        going = [key for key in self._tiers[tier].sizes if self._idle(key, tier)]
-        for key in going:
-            self._drop(key, tier)
-        return len(going)
-
     def undrained(self) -> int:
         """Blocks that some tier but the last has, and no tier below it; those moving included."""
         return sum(len(copies.undrained) + copies.coming for copies in self._tiers)
-
-    def drain_all(self, *, on: bool) -> None:
-        """While `on`, copy down whatever has no lower copy: every `drain_at` counts as 0."""
-        self._draining_all = on
-        self._drain()
 
     def held(self) -> list[list[BlockKey]]:
         """The blocks of each tier."""
@@ -177,6 +95,21 @@ class Residency:
         self._effects.append(Held(key, tier))
         self._sort(key)
 
+    def _filled(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
+        """An engine has put `keys`, deep end last, into `slots`; the caller touches their path.
+
+        Their deep end goes down first, as it is dropped first. Later uses change nothing about
+        that order: what is old is copied down also while it is hot, once, and uses, on every
+        engine's path, have less to do.
+        """
+        self._tiers[HOST].add_all(keys, self.block_nbytes)
+        self._in_host.enter_all(keys, slots)
+        self._effects += [Held(key, HOST) for key in keys]
+        for key, slot in zip(reversed(keys), reversed(slots), strict=True):
+            self._blocks[key].phase = Phase.STABLE
+            self._pins[slot] -= 1
+            self._sort(key)
+
     def _leave(self, key: BlockKey, tier: int, *, forget: bool, gone: bool) -> None:
         """`tier` no longer has `key`; a block that no tier has is forgotten."""
         self._tiers[tier].remove(key)
@@ -193,6 +126,21 @@ class Residency:
         """Give up a copy to make room. What a shared store has, it keeps."""
         owned = not self._tiers[tier].spec.shared
         self._leave(key, tier, forget=owned and tier != HOST, gone=owned)
+
+    def _drop_all(self, keys: Sequence[BlockKey], tier: int) -> None:
+        """`_drop` for each of `keys`."""
+        if tier != HOST:
+            for key in keys:
+                self._drop(key, tier)
+            return
+        self._tiers[HOST].remove_all(keys)
+        slots = self._in_host.leave_all(keys)
+        assert not any(self._pins[slot] for slot in slots)
+        self._free += slots
+        self._effects += [Gone(key, HOST) for key in keys]
+        for key in keys:
+            self._blocks[key].slot = None
+            self._sort(key)
 
     def _free_slot(self, block: Block) -> None:
         assert block.slot is not None
@@ -222,135 +170,6 @@ class Residency:
         if wanted is not None:
             self._tiers[wanted].add_undrained(key)
         block.undrained_in = wanted
-
-    # --- room, and the cascade --------------------------------------------------------
-
-    def _take_slot(self) -> Slot | None:
-        """A free slot, by dropping the coldest host block that may go if need be."""
-        if not self._free and not self._evict(HOST):
-            return None
-        return self._free.pop()
-
-    def _make_room(self, tier: int, nbytes: int) -> bool:
-        """Whether `nbytes` more fit into a lower `tier`, after dropping what may go."""
-        copies = self._tiers[tier]
-        if nbytes > copies.spec.capacity:
-            return False
-        while not copies.fits(nbytes):
-            if not self._evict(tier):
-                return False
-        return True
-
-    def _evict(self, tier: int) -> bool:
-        """Drop the coldest copy that may go, and copy down the colder ones that may not yet."""
-        victim, overdue = self._coldest(tier)
-        if victim is not None:
-            self._drop(victim, tier)
-        for key in overdue:
-            if not self._copy_down(key, tier):
-                break
-        return victim is not None
-
-    def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
-        """The coldest copy that may go, and those before it that first want a lower copy."""
-        found = self._search(tier, self._pinned) if tier == HOST else (None, [])
-        # A block that somebody else pins hides those above it; they go if nothing else can.
-        return found if found[0] is not None else self._search(tier, None)
-
-    def _search(self, tier: int, keep: Keep | None) -> tuple[BlockKey | None, list[BlockKey]]:
-        overdue: list[BlockKey] = []
-        last_resort: BlockKey | None = None
-        refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
-        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK):
-            if self._may_go(key, tier):
-                return key, overdue
-            warmer = any(key in copies for copies in self._tiers[:tier])
-            if refused and last_resort is None and self._idle(key, tier) and not warmer:
-                last_resort = key
-            elif key in self._tiers[tier].undrained:
-                overdue.append(key)
-        return last_resort, overdue
-
-    def _pinned(self, key: BlockKey) -> bool:
-        return self._pins[self._in_host.of[key]] > 0
-
-    def _idle(self, key: BlockKey, tier: int) -> bool:
-        if self._blocks[key].move is not None:
-            return False
-        return tier != HOST or self._pins[self._in_host.of[key]] == 0
-
-    def _may_go(self, key: BlockKey, tier: int) -> bool:
-        """Whether the copy in `tier` may be dropped for room: the table of this module."""
-        if not self._idle(key, tier):
-            return False
-        if any(key in copies for copies in self._tiers[tier + 1 :]):
-            return True
-        below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
-        if tier == HOST:
-            return below is None or below.paused
-        if any(key in copies for copies in self._tiers[:tier]):
-            return False
-        return below is None or not below.takes_copies
-
-    def _drain(self) -> None:
-        """The cascade rule, for every tier that has one below it."""
-        for tier, copies in enumerate(self._tiers[:-1]):
-            limit = 0 if self._draining_all else copies.spec.drain_at
-            while copies.undrained_nbytes > limit:
-                key = self._coldest_undrained(tier)
-                if key is None or not self._copy_down(key, tier):
-                    break
-
-    def _coldest_undrained(self, tier: int) -> BlockKey | None:
-        for key in islice(self._tiers[tier].undrained, LOOK):
-            if self._blocks[key].move is None and self._warmest(key) is not None:
-                return key
-        return None
-
-    def _copy_down(self, key: BlockKey, tier: int) -> bool:
-        """Start copying `key` from its warmest tier to the one below `tier`, if that has room."""
-        block, target = self._blocks[key], self._tiers[tier + 1]
-        source = self._warmest(key)
-        if block.move is not None or source is None or not target.takes_copies:
-            return False
-        if not self._make_room(tier + 1, target.frame_nbytes):
-            return False
-        target.coming += 1
-        self._start(block, Move(key, source, tier + 1, block.slot if source == HOST else None))
-        self._sort(key)
-        return True
-
-    def _start(self, block: Block, move: Move) -> None:
-        block.move = move
-        self._moves += 1
-        self._effects.append(move)
-
-    def _copied(self, block: Block, move: Move, ok: bool, nbytes: int) -> None:
-        """A copy down has ended.
-
-        After a failure nothing is started until something else happens, and then this block comes
-        last: a store that refuses one block is not asked for it in a loop. A store of ours that
-        refuses is full for reasons that we cannot see, so it gives up its coldest block.
-        """
-        target = self._tiers[move.target]
-        target.coming -= 1
-        target.refusing = not ok
-        if not ok:
-            if not target.paused and not target.spec.shared:
-                victim, _ = self._coldest(move.target)
-                if victim is not None:
-                    self._drop(victim, move.target)
-            self._sort(move.key)
-            return
-        target.frame_nbytes = max(target.frame_nbytes, nbytes)
-        self._place(move.key, move.target, nbytes)
-        if not self._make_room(move.target, 0):  # the frame is larger than what was reserved
-            self._drop(move.key, move.target)
-        self._drain()
-
-    def _assert_lower(self, tier: int) -> None:
-        if not 0 < tier < len(self._tiers):
-            raise ValueError(f"tier {tier} is no lower tier; there are 1 to {len(self._tiers) - 1}")
 
     def check(self) -> None:
         """Assert every invariant; for tests and `kvtier check`: O(blocks)."""

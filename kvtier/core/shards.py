@@ -13,18 +13,25 @@ from typing import Final, Generic, TypeVar
 from kvtier.core.blocks import BlockKey
 
 SHARDS: Final = 256
+FEW: Final = 16_384  # keys, of which a dict is built anew in 0.2 ms
 _BUNDLE: Final = 512  # keys of a `Line` that are kept together
 
 V = TypeVar("V")
 
 
 class KeyMap(Generic[V]):
-    """A dict by key. `shards[key[-1]]` is the part that has a key, for whoever is in a hurry."""
+    """A dict by key. `shards[key[-1]]` is the part that has a key, for whoever is in a hurry.
 
-    __slots__ = ("shards",)
+    `most` is how many keys there can be, where that is known. Few lie in one dict: in many, each
+    would be a place of its own in memory, which costs more than to build that dict anew.
+    """
 
-    def __init__(self) -> None:
-        self.shards: list[dict[BlockKey, V]] = [{} for _ in range(SHARDS)]
+    __slots__ = ("_parts", "shards")
+
+    def __init__(self, most: int | None = None) -> None:
+        parts = SHARDS if most is None or most > FEW else 1
+        self._parts: list[dict[BlockKey, V]] = [{} for _ in range(parts)]
+        self.shards = self._parts * (SHARDS // parts)
 
     def get(self, key: BlockKey) -> V | None:
         """See `dict.get`."""
@@ -48,17 +55,17 @@ class KeyMap(Generic[V]):
 
     def __iter__(self) -> Iterator[BlockKey]:
         """Every key, in no order; ends at the next change."""
-        for shard in self.shards:
-            yield from shard
+        for part in self._parts:
+            yield from part
 
     def __len__(self) -> int:
         """O(SHARDS)."""
-        return sum(map(len, self.shards))
+        return sum(map(len, self._parts))
 
     def items(self) -> Iterator[tuple[BlockKey, V]]:
         """Every key with its value, in no order; ends at the next change."""
-        for shard in self.shards:
-            yield from shard.items()
+        for part in self._parts:
+            yield from part.items()
 
 
 class Line:

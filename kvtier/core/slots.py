@@ -19,7 +19,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int) -> None:
-        self.of = KeyMap[Slot]()
+        self.of = KeyMap[Slot](slots)
         self.pins = array("i", bytes(4 * slots))
         self._key_at: list[BlockKey | None] = [None] * slots
 
@@ -28,9 +28,23 @@ class SlotTable:
         self.of[key] = slot
         self._key_at[slot] = key
 
+    def enter_all(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
+        """`enter` for each of `keys` and its slot."""
+        shards = self.of.shards
+        for key, slot in zip(keys, slots, strict=True):
+            shards[key[-1]][key] = slot
+            self._key_at[slot] = key
+
     def leave(self, key: BlockKey) -> None:
         """`key` is given up."""
         self._key_at[self.of.pop(key)] = None
+
+    def leave_all(self, keys: Sequence[BlockKey]) -> list[Slot]:
+        """`leave` for each of `keys`; the slots that they were in."""
+        slots = [*map(self.of.pop, keys)]
+        for slot in slots:
+            self._key_at[slot] = None
+        return slots
 
     def leading(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """The slots of `keys` from the first one on, up to the first that is not there.

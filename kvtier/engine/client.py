@@ -1,6 +1,7 @@
 """One engine's connection to its node daemon: synchronous, one socket, leases as contexts."""
 
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,22 @@ class WriteLease:
     filled: int = 0
 
 
+class HangUp:
+    """The end of a connection, for one thread to wait for; takes over the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def wait(self) -> None:
+        """Return once one side has hung up. To be called once."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLRDHUP)
+        try:
+            poll.poll()
+        finally:
+            os.close(self._fd)
+
+
 class TierClient:
     """A node's tiers for one engine. Not thread-safe: one thread, one client.
 
@@ -74,16 +91,18 @@ class TierClient:
         self._received = memoryview(bytearray(RECEIVE_NBYTES))
         self._timeout_s = 0.0
         self._wait_s = 0.0  # of the newest read
+        self._notes = -1
+        self._ended = select.poll()
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(CONNECT_S)
             self._socket.connect(path)
             self._hello(name or f"pid {os.getpid()}")
         except OSError as error:
-            self._socket.close()
+            self._close_connection()
             raise ConfigError(f"no node daemon at {path}: {error.strerror or error}") from None
         except BaseException:
-            self._socket.close()
+            self._close_connection()
             raise
 
     def _hello(self, name: str) -> None:
@@ -91,7 +110,7 @@ class TierClient:
         self._socket.sendall(request)
         # A first layout makes the daemon take its memory and scan its disk: this can last.
         self._socket.settimeout(120.0)
-        data, fds, _, _ = socket.recv_fds(self._socket, 65536, 1)
+        data, fds, _, _ = socket.recv_fds(self._socket, 65536, 2)
         try:
             messages = self._decoder.feed(data)
             while not messages:
@@ -102,8 +121,8 @@ class TierClient:
             ok, *values = messages[0]
             if not ok:
                 raise ConfigError(f"the node daemon refuses this engine: {values[0]!s}")
-            if len(fds) != 1:
-                raise RemoteProtocolError("the daemon's HELLO came without an arena")
+            if len(fds) != 2:
+                raise RemoteProtocolError("the daemon's HELLO came without an arena and a pipe")
             node, epoch, slot_nbytes, slots, tiers = values
             assert isinstance(slots, int)
             assert isinstance(tiers, list)
@@ -122,7 +141,9 @@ class TierClient:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_by)
         self.node, self.epoch = str(node), epoch
         self.tiers = [Tier(tier) for tier in tiers]
+        self._notes = fds[1]
         self.arena = Arena.attach(fds[0], self.layout.nbytes, slots)
+        self._ended.register(self._socket, select.POLLRDHUP)
 
     def match(self, keys: Sequence[BlockKey]) -> TierMatch:
         """What the node knows to hold of a prompt; one round trip, no I/O, nothing changes."""
@@ -168,7 +189,7 @@ class TierClient:
         finally:
             # Where the daemon is lost, so is the lease; the caller hears of it at the next call.
             with suppress(ArenaLost):
-                self._tell(Op.RELEASE, lease)
+                self._note(Op.RELEASE, lease)
 
     def more(self, lease: ReadLease) -> None:
         """Wait until more of a lease's blocks have arrived, or those that will not are cut off.
@@ -205,24 +226,31 @@ class TierClient:
             yield granted
         except BaseException:
             with suppress(ArenaLost):
-                self._tell(Op.RELEASE, lease)
+                self._note(Op.RELEASE, lease)
             raise
-        self._tell(Op.COMMIT, lease, granted.filled)
+        self._note(Op.COMMIT, lease, granted.filled)
 
     @property
     def alive(self) -> bool:
-        """Whether the daemon has not hung up; asks the kernel, not the daemon."""
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        """Whether no side has hung up; asks the kernel, not the daemon."""
+        return not self._ended.poll(0)
+
+    def hang_up(self) -> HangUp:
+        """What another thread can wait for: that this connection ends, by whichever side."""
+        return HangUp(os.dup(self._socket.fileno()))
 
     def close(self) -> None:
         """Hang up; the daemon ends every lease. Idempotent."""
-        self._socket.close()
+        with suppress(OSError):  # the daemon has hung up before, or we have
+            self._socket.shutdown(socket.SHUT_RDWR)  # also for whoever waits for it
+        self._close_connection()
         self.arena.close()
+
+    def _close_connection(self) -> None:
+        self._socket.close()
+        if self._notes >= 0:
+            notes, self._notes = self._notes, -1
+            os.close(notes)
 
     def _slots(self, raw: bytes) -> list[Slot]:
         return [Slot(each) for each in local.unpack_numbers(raw)]
@@ -237,6 +265,16 @@ class TierClient:
         except BaseException:  # half a message may be on its way
             self.close()
             raise
+
+    def _note(self, op: Op, *arguments: Value) -> None:
+        """A request without an answer that wakes nobody; in order with all that is asked later."""
+        message = local.encode(op, *arguments)
+        try:
+            os.write(self._notes, message)  # as a whole or not at all: it is short
+        except BlockingIOError:  # so many of them
+            self._tell(op, *arguments)
+        except OSError as error:
+            raise self._lost(f"the node daemon hears no {op.name}: {error}") from None
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""

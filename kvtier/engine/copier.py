@@ -1,8 +1,7 @@
 """Copies between VRAM and the arena: on a side stream where VRAM is a GPU's."""
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Final
+from typing import Final, overload
 
 import torch
 
@@ -55,15 +54,33 @@ class BlockTensor:
 
     def gather(self, block_ids: Sequence[int], out: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.gather`."""
-        return self._copy(*_merged(self._rows(block_ids), [each.view(self._unit) for each in out]))
+        pairs = self._pairs(block_ids, out)
+        return self._copy([here for here, _ in pairs], [there for _, there in pairs])
 
     def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.scatter`."""
-        wide = [each.view(self._unit) for each in source]
-        return self._copy(*_merged(wide, self._rows(block_ids)))
+        pairs = self._pairs(block_ids, source)
+        return self._copy([there for _, there in pairs], [here for here, _ in pairs])
 
-    def _rows(self, block_ids: Sequence[int]) -> list[torch.Tensor]:
-        return [self._storage[block] for block in block_ids]
+    def _pairs(
+        self, block_ids: Sequence[int], host: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of blocks, and of where they lie in host memory; neighbours on both sides as one.
+
+        Fewer and larger copies, and found by number: a view of each row costs more than the rest
+        of a save does.
+        """
+        if not isinstance(host, ArenaRows):
+            rows = zip(block_ids, host, strict=True)
+            return [(self._storage[block], row.view(self._unit)) for block, row in rows]
+        if not host.dense:
+            there = (row.view(self._unit) for row in host)
+            return [(self._storage[b], row) for b, row in zip(block_ids, there, strict=True)]
+        wide, pool = host.table.view(self._unit), self._storage
+        return [
+            (pool.narrow(0, block, count), wide.narrow(0, slot, count))
+            for block, slot, count in _runs(block_ids, host.slots)
+        ]
 
     def _copy(
         self, source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
@@ -80,29 +97,48 @@ class BlockTensor:
         return _OnStream(self._stream)
 
 
-def _merged(
-    source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The same copies with neighbours on both sides taken together: fewer, larger ones."""
-    starts: list[int] = []  # of runs: positions in `source`
-    ends = (0, 0)
-    for at, (here, there) in enumerate(zip(source, target, strict=True)):
-        begins = here.data_ptr(), there.data_ptr()
-        if begins != ends:
-            starts.append(at)
-        ends = begins[0] + here.nbytes, begins[1] + there.nbytes
-    runs = list(pairwise([*starts, len(source)]))
-    return (
-        [_run(source[start], end - start) for start, end in runs],
-        [_run(target[start], end - start) for start, end in runs],
-    )
+def _runs(blocks: Sequence[int], slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First block, first slot and length of each run that goes up by one on both sides."""
+    runs: list[tuple[int, int, int]] = []
+    first_block = first_slot = length = 0
+    for block, slot in zip(blocks, slots, strict=True):
+        if length and block == first_block + length and slot == first_slot + length:
+            length += 1
+            continue
+        if length:
+            runs.append((first_block, first_slot, length))
+        first_block, first_slot, length = block, slot, 1
+    if length:
+        runs.append((first_block, first_slot, length))
+    return runs
 
 
-def _run(first: torch.Tensor, count: int) -> torch.Tensor:
-    """A view of `count` neighbours of one size in the same memory, from `first` on."""
-    if count == 1:
-        return first
-    return first.as_strided((first.numel() * count,), (1,), first.storage_offset())
+class ArenaRows(Sequence[torch.Tensor]):
+    """Some slots of an arena: uint8 tensors of the blocks' bytes, made when they are asked for.
+
+    `table` has all slots of the arena as its rows; `dense`: without gaps between them.
+    """
+
+    def __init__(self, table: torch.Tensor, slots: Sequence[Slot]) -> None:
+        self.table = table
+        self.slots = slots
+
+    @property
+    def dense(self) -> bool:
+        """Whether neighbouring slots are neighbours in memory, to the byte."""
+        return self.table.is_contiguous()
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ArenaRows": ...
+    def __getitem__(self, index: int | slice) -> "torch.Tensor | ArenaRows":
+        if isinstance(index, slice):
+            return ArenaRows(self.table, self.slots[index])
+        return self.table[self.slots[index]]
 
 
 class ArenaTensor:
@@ -117,9 +153,9 @@ class ArenaTensor:
         self._flat = flat
         self.pinned = pin and self._register()
 
-    def rows(self, slots: Sequence[Slot]) -> list[torch.Tensor]:
+    def rows(self, slots: Sequence[Slot]) -> ArenaRows:
         """One uint8 tensor of the block's bytes for each slot; views of the arena."""
-        return [self._rows[slot] for slot in slots]
+        return ArenaRows(self._rows, slots)
 
     def close(self) -> None:
         """Unlock the pages. Idempotent."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from statistics import median
 from typing import Final, TypeVar
@@ -15,12 +16,15 @@ from kvtier.core.blocks import BlockKey, Namespace, block_keys
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
-from kvtier.engine.client import ReadLease, TierClient
+from kvtier.engine.client import HangUp, ReadLease, TierClient
 from kvtier.engine.copier import ArenaTensor
 from kvtier.engine.paged import Done, PagedKV
 from kvtier.wire.local import MAX_KEYS
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
+SOON_S: Final = 0.05  # the same, beside the calls, shortly after it went
+SOON_TIMES: Final = 200
+REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
 SAVE_BLOCKS: Final = 32  # leased at once
@@ -35,8 +39,9 @@ class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
 
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
-    thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that is
-    away is tried again, at most every RECONNECT_S, by whichever call comes next.
+    thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that went
+    is attached to again, beside the calls, as soon as it is back; one that never was there, or that
+    failed, is tried again at most every RECONNECT_S by whichever call comes next.
     """
 
     def __init__(
@@ -57,6 +62,9 @@ class EngineTier:
         self._pin = pin
         self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
+        self._turn = threading.Lock()  # a call, or `_watch`
+        self._busy = False  # a call is under way
+        self._closed = threading.Event()
         self._client: TierClient | None = None
         self._arena: ArenaTensor | None = None
         self._retry_at = 0.0
@@ -136,31 +144,54 @@ class EngineTier:
 
     def close(self) -> None:
         """Hang up. Idempotent."""
-        if self._attaching is not None:
-            self._attaching.add_done_callback(_hang_up)
-            self._attaching = None
-        if self._arena is not None:
-            self._arena.close()
-        if self._client is not None:
-            self._client.close()
-        self._arena = self._client = None
+        self._closed.set()
+        with self._turn:
+            self._hang_up()
 
     # --- inside -----------------------------------------------------------------------
 
     def _shielded(self, what: str, miss: T, work: Callable[[TierClient], T]) -> T:
         """The result of `work`, or `miss` if anything of ours fails."""
-        try:
-            client = self._connected()
-            return miss if client is None else work(client)
-        except Exception as error:
-            # The promise "never in the way" is kept here and nowhere else.
-            metrics.TIER_FAILURES.labels(what).inc()
-            self._retry_at = self._clock() + RECONNECT_S
-            if not self._away:
-                log.warning("kvtier is away (%s: %s); going on without it", what, error)
-            self._away = True
-            self.close()
-            return miss
+        with self._turn:
+            self._busy = True
+            try:
+                client = self._connected()
+                return miss if client is None else work(client)
+            except Exception as error:
+                # The promise "never in the way" is kept here and nowhere else.
+                metrics.TIER_FAILURES.labels(what).inc()
+                self._retry_at = self._clock() + RECONNECT_S
+                if not self._away:
+                    log.warning("kvtier is away (%s: %s); going on without it", what, error)
+                self._away = True
+                self._hang_up()
+                return miss
+            finally:
+                self._busy = False
+
+    def _hang_up(self) -> None:
+        if self._attaching is not None:
+            self._attaching.add_done_callback(_hang_up)
+            self._attaching = None
+        if self._client is not None:
+            assert self._arena is not None
+            self._arena.close()
+            self._client.close()
+            # The last of an arena's mappings gives its memory back, 0.2 s a GiB: not here.
+            mapped = [self._client, self._arena]
+            self._client = self._arena = None
+            threading.Thread(target=mapped.clear, name="kvtier-unmap", daemon=True).start()
+
+    def _watch(self, gone: HangUp) -> None:
+        """On a thread: when the daemon goes, attach to the next one before a call needs it."""
+        gone.wait()
+        times = 0
+        while not self._closed.is_set():
+            with self._turn, suppress(Exception):  # tried again; what calls see is counted there
+                if self._connected() is not None:
+                    return
+            times += 1
+            self._closed.wait(SOON_S if times < SOON_TIMES else RECONNECT_S)
 
     def _connected(self) -> TierClient | None:
         """The client, attached anew if need be; None while there is none.
@@ -170,7 +201,7 @@ class EngineTier:
         """
         if self._client is not None and not self._client.alive:
             # Restarted since the last call, most likely: this call need not pay for that.
-            self.close()
+            self._hang_up()
         if self._client is not None:
             return self._client
         now = self._clock()
@@ -198,13 +229,25 @@ class EngineTier:
         if self._away:
             log.warning("kvtier is back")
         self._away = False
+        watch = partial(self._watch, self._client.hang_up())
+        threading.Thread(target=watch, name="kvtier-watch", daemon=True).start()
         return self._client
 
     def _attach(self) -> tuple[TierClient, ArenaTensor]:
         client = TierClient(self._socket, self._layout)
         arena = ArenaTensor(client.arena, pin=self._pin)
-        threading.Thread(target=client.arena.populate, name="kvtier-map", daemon=True).start()
+        populate = partial(client.arena.populate, partial(self._idle, client))
+        threading.Thread(target=populate, name="kvtier-map", daemon=True).start()
         return client, arena
+
+    def _idle(self, client: TierClient) -> bool:
+        """Wait, at least for the end of the call under way; False once the arena has no more use.
+
+        Python's lock is held while pages are mapped, and the engine wants it too.
+        """
+        while not self._closed.wait(REST_S) and self._busy:
+            pass
+        return client.alive and not self._closed.is_set()
 
     def _restore(
         self,
@@ -242,9 +285,11 @@ class EngineTier:
 
     def _measure(self, lease: ReadLease, seconds: float) -> None:
         """Learn a tier's speed from a read that came from it alone."""
-        if len(lease.sources) < 2 or len(set(lease.sources)) != 1 or seconds <= 0:
+        if len(lease.sources) < 2 or seconds <= 0:
             return
         tier = lease.sources[0]
+        if lease.sources.count(tier) < len(lease.sources):
+            return
         speeds = self._speeds.setdefault(tier, deque(maxlen=_RATES))
         speeds.append(len(lease.sources) * self._layout.nbytes / seconds)
         # Not the mean: other work on the machine makes a few restores very slow.

@@ -41,6 +41,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
     ) -> node_pb2.NodeStatus:
         """See node.proto."""
         daemon = self._daemon
+        daemon.local.hear()
         return node_pb2.NodeStatus(
             node=daemon.name,
             epoch=daemon.epoch,
@@ -59,6 +60,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "tiers must be HOST, DISK or both"
             )
+        self._daemon.local.hear()
         dropped = sum(
             manager.clear(_FROM_WIRE[tier])
             for manager in self._daemon.layouts.values()
@@ -78,6 +80,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             )
         if not request.stay:
             self._daemon.draining = True
+        self._daemon.local.hear()
         left = [await each.drain(deadline_s) for each in [*self._daemon.layouts.values()]]
         return node_pb2.NodeDrainResponse(undrained_blocks=sum(left))
 

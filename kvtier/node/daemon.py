@@ -229,6 +229,7 @@ class NodeDaemon:
     async def close(self, drain_s: float) -> None:
         """Copy down what can be saved, then hang up and close everything."""
         self.draining = True
+        self.local.hear()
         for manager in [*self.layouts.values()]:
             if left := await manager.drain(drain_s):
                 log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)

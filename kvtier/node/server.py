@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey, BlockLayout
@@ -18,6 +18,7 @@ from kvtier.core.ledger import Lease
 from kvtier.core.policy import Use
 from kvtier.errors import ConfigError, KVTierError, RemoteProtocolError
 from kvtier.node.manager import TierManager
+from kvtier.node.notes import Hearing, Notes
 from kvtier.node.reading import Reading
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
@@ -31,6 +32,7 @@ LINGER_S: Final = 1.0  # for a refused engine to read why
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _client_ids = itertools.count(1)
 
 
@@ -61,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._hello_due: asyncio.TimerHandle
         self._leases: set[int] = set()
         self._writes: set[int] = set()
+        self._notes: Notes | None = None  # from HELLO on
         self._refused = False
         self.name = "?"
 
@@ -83,19 +86,41 @@ class Connection(asyncio.Protocol):
         self._gate.leave(self)
         if self._task is not None:
             self._task.cancel()
+        self.hear()  # what it had ended before it went, it has ended
+        self._gate.hearing.end(self)
         if self.manager is not None:
             self.manager.disconnect(self._client)
+        if self._notes is not None:
+            self._notes.close()
         self._socket.close()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
-        if self._refused or self._transport.is_closing():
-            return
+        self._gate.hearing.now()  # of any engine: a block that is committed is there for all
+        if not self._refused and not self._transport.is_closing():
+            self._guarded(self._take_requests, data)
+
+    def hear(self) -> None:
+        """Act on what the engine has noted."""
+        if self._notes is not None and not self._refused:
+            self._guarded(self._take_notes, self._notes)
+
+    def _take_requests(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            if self._task is not None and not self._task.done():
+                raise RemoteProtocolError("a second request before the first was answered")
+            self._handle(*local.parse_request(message))
+
+    def _take_notes(self, notes: Notes) -> None:
+        for message in notes.read():
+            op, arguments = local.parse_request(message)
+            if op not in local.NOTED:
+                raise RemoteProtocolError(f"{op.name} has an answer, so it is no note")
+            self._handle(op, arguments)
+
+    def _guarded(self, take: Callable[[T], None], what: T) -> None:
         try:
-            for message in self._decoder.feed(data):
-                if self._task is not None and not self._task.done():
-                    raise RemoteProtocolError("a second request before the first was answered")
-                self._handle(*local.parse_request(message))
+            take(what)
         except RemoteProtocolError as error:
             metrics.PROTOCOL_ERRORS.inc()
             self._refuse(str(error))
@@ -158,13 +183,12 @@ class Connection(asyncio.Protocol):
             case Op.COMMIT, [int(lease), int(filled)]:
                 if lease not in self._writes:
                     raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
-                self._writes.discard(lease)
+                self._ended_lease(lease)
                 self.manager.commit(lease, filled)
             case Op.RELEASE, [int(lease)]:
-                if lease not in self._leases | self._writes:
+                if lease not in self._leases and lease not in self._writes:
                     raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
-                self._leases.discard(lease)
-                self._writes.discard(lease)
+                self._ended_lease(lease)
                 self.manager.release(lease)
 
     async def _hello(self, *arguments: Value) -> None:
@@ -187,7 +211,11 @@ class Connection(asyncio.Protocol):
             [int(spec.tier) for spec in manager.specs],
         )  # fmt: skip
         # The first bytes on a new connection: they fit, so this neither waits nor splits.
-        socket.send_fds(self._socket, [reply], [manager.arena.fd])
+        self._notes = Notes()
+        try:
+            socket.send_fds(self._socket, [reply], [manager.arena.fd, self._notes.write_fd])
+        finally:
+            self._notes.given()
 
     def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
         first, wanted, wait_ms, block_us, growth_ns, request, output = (
@@ -222,12 +250,19 @@ class Connection(asyncio.Protocol):
         else:
             self._later(later(result))
 
+    def _ended_lease(self, lease: int) -> None:
+        self._leases.discard(lease)
+        self._writes.discard(lease)
+        if not self._leases and not self._writes:
+            self._gate.hearing.end(self)
+
     def _room_for_lease(self) -> None:
         if len(self._leases) + len(self._writes) >= MAX_LEASES:
             raise RemoteProtocolError(f"{MAX_LEASES} leases not ended, which is the limit")
 
     def _reply_read(self, lease: Lease) -> None:
         self._leases.add(lease.id)
+        self._gate.hearing.begin(self)
         slots = local.pack_numbers(lease.slots)
         self._reply(lease.id, slots, bytes(lease.sources), lease.arrived())
 
@@ -240,6 +275,7 @@ class Connection(asyncio.Protocol):
         self._room_for_lease()
         lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
+        self._gate.hearing.begin(self)
         self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
@@ -272,6 +308,7 @@ class Gate:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.inside: set[Connection] = set()
+        self.hearing = Hearing()
 
     def enter(self, connection: Connection) -> bool:
         """Count a connection in; False when it is one too many."""
@@ -303,6 +340,10 @@ class LocalServer:
     def clients(self) -> int:
         """Engines attached now."""
         return len(self._gate.inside)
+
+    def hear(self) -> None:
+        """Act on what engines have told up to here: before whatever it matters to."""
+        self._gate.hearing.now()
 
     def attached(self, manager: TierManager) -> bool:
         """Whether any engine uses these tiers."""

@@ -6,7 +6,10 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
 COMMIT and RELEASE have no reply (a refused one is told, as the last words before hanging up, to
 whatever is asked next); of all others an engine has one under way at a time. HELLO comes first; its
-reply carries the arena's descriptor (SCM_RIGHTS). Leases end with the connection. Keys travel as
+reply carries two descriptors (SCM_RIGHTS): the arena, and the writing end of a pipe for requests
+without a reply. Their messages, of at most MAX_NOTE bytes, wake nobody: they are read before any
+engine's next request is, and at the latest after some milliseconds. Where the pipe is full they go
+to the socket. Leases end with the connection. Keys travel as
 one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as one byte each.
 """
 
@@ -22,9 +25,10 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
+MAX_NOTE: Final = 512  # the least that any system writes to a pipe as a whole or not at all
 MAX_REQUEST: Final = 2**64 - 1
 MAX_OUTPUT: Final = 2**31 - 1  # tokens
 
@@ -52,6 +56,8 @@ class Op(IntEnum):
     RELEASE = 6  # lease; no reply
     AWAIT = 7  # lease, have -> arrived, blocks that the lease has now
 
+
+NOTED: Final = frozenset({Op.COMMIT, Op.RELEASE})  # may come by the pipe
 
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.HELLO: (int, str, str),

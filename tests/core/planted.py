@@ -15,6 +15,7 @@ MODULES = (
     "lease",
     "slots",
     "residency",
+    "cascade",
     "ledger",
 )  # in the order in which they import each other
 

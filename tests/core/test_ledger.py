@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.cascade import LOOK
 from kvtier.core.ledger import HOST, Forget, Gone, Held, Ledger, Move, Settled, TierUsage
 from kvtier.core.policy import LRU, NO_USE, Use
-from kvtier.core.residency import LOOK
 from kvtier.core.tiers import Tier, TierSpec
 from tests.core.driver import (
     DISK,

@@ -14,8 +14,9 @@ def key(n: int) -> BlockKey:
     return BlockKey(n.to_bytes(16, "big"))
 
 
-def test_a_map_is_a_dict():
-    rng, ours, theirs = Random(1), KeyMap[int](), {}
+@pytest.mark.parametrize("most", [None, 3000, 1 << 20])
+def test_a_map_is_a_dict(most):
+    rng, ours, theirs = Random(1), KeyMap[int](most), {}
     for n in range(20_000):
         each = key(rng.randrange(3000))
         assert (each in ours) == (each in theirs)

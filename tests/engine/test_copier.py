@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.arena import Arena
@@ -16,6 +16,7 @@ orders = st.lists(st.integers(0, POOL - 1), unique=True, max_size=POOL)
 
 
 @pytest.mark.parametrize("layout", [PAGES, GAPS], ids=["pages", "gaps"])
+@settings(deadline=None)
 @given(blocks=orders, slots=orders)
 def test_every_block_goes_to_its_own_place(
     layout: BlockLayout, blocks: list[int], slots: list[int]
@@ -37,4 +38,23 @@ def test_every_block_goes_to_its_own_place(
         assert torch.equal(
             back[block], pool[block] if block in blocks else torch.zeros_like(back[0])
         )
+    arena.close()
+
+
+def test_host_memory_need_not_be_an_arena() -> None:
+    pool = torch.randint(0, 256, (3, PAGES.nbytes), dtype=torch.uint8)
+    rows = [torch.zeros(PAGES.nbytes, dtype=torch.uint8) for _ in range(2)]
+    BlockTensor(PAGES, pool).gather([2, 0], rows).wait()
+    assert torch.equal(torch.stack(rows), pool[[2, 0]])
+    back = torch.zeros_like(pool)
+    BlockTensor(PAGES, back).scatter([1, 2], rows).wait()
+    assert torch.equal(back, torch.stack([torch.zeros_like(rows[0]), *rows]))
+
+
+def test_some_rows_of_an_arena_are_rows_of_it() -> None:
+    arena = Arena.create(PAGES.nbytes, 3, prefault=False)
+    arena.slot(Slot(2))[:] = bytes([7]) * PAGES.nbytes
+    rows = ArenaTensor(arena, pin=False).rows([Slot(0), Slot(2), Slot(1)])
+    assert len(rows) == 3
+    assert [int(row[0]) for row in rows[1:]] == [7, 0]
     arena.close()

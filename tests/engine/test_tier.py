@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -156,6 +157,46 @@ def test_a_restarted_daemon_is_found_again_without_a_failure(tmp_path: Path) -> 
         before = failures("restore")
         wait_for("the disk tier", lambda: engine.restore(tokens) == [Tier.DISK] * 8)
         assert failures("restore") == before
+
+
+def test_a_daemon_that_is_back_is_attached_to_before_any_call(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        engine = attach(tmp_path)
+        for end in (node.terminate, node.kill):
+            wait_for("the tier", lambda: engine.save(prompt(9, 2)) == 2)
+            mapped = arenas()
+            end()
+            wait_for("the old arena to be given back", lambda mapped=mapped: arenas() < mapped)
+            node.restart()
+            wait_for("the engine, unasked", lambda: status(node).clients == 1)
+        before = failures("match")
+        assert engine.tier.match(engine.tier.keys(prompt(9, 2))) == 0, "a new arena"
+        assert failures("match") == before
+
+
+def test_what_is_closed_leaves_no_thread_and_no_mapping(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        engine = attach(tmp_path)
+        assert engine.save(prompt(10, 2)) == 2
+        mapped = arenas()
+        engine.tier.close()
+        wait_for("the mapping", lambda: arenas() < mapped)
+        wait_for("the threads", lambda: not threads())
+        wait_for("the daemon to see it", lambda: status(node).clients == 0)
+    late = attach(tmp_path)  # nobody is there, and nobody comes
+    assert late.save(prompt(10, 2)) == 0
+    late.tier.close()
+    wait_for("the threads", lambda: not threads())
+
+
+def arenas() -> set[str]:
+    """The arenas that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line for line in lines if "memfd:kvtier-arena" in line}
+
+
+def threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("kvtier-")]
 
 
 def test_a_load_that_is_slower_than_computing_is_declined(tmp_path: Path) -> None:

@@ -1,0 +1,240 @@
+"""The one cascade rule that keeps the copies of blocks in bounds, and what makes room.
+
+Every tier but the last obeys one rule: when the blocks that have no copy further down exceed
+`drain_at` bytes, the coldest of them are copied one tier down, from the warmest tier that has
+them. A block that has a lower copy can be dropped at no cost. So room is made ahead of need, and
+a write never waits for a copy: it gets a slot now or it is refused.
+
+What may be dropped to make room, coldest first and at most `LOOK` candidates deep:
+
+    host       a block with a lower copy; any, if there is no tier below or the next is paused
+    in between a block with a lower copy; else one that lies nowhere warmer, if the next tier is
+               paused or its queue is full
+    last       a block that lies nowhere warmer
+
+Where none may go and the tier below refused the newest copy (its store is full, or may write no
+more today), the coldest that lies nowhere warmer goes all the same: a tier that takes nothing must
+not stop those above it.
+
+Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
+well: dropping it would only have it copied down again, and so on in a circle. A candidate that
+could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.copies import Block
+from kvtier.core.effects import HOST, Forget, Move
+from kvtier.core.policy import Keep
+from kvtier.core.residency import Residency
+
+LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
+
+
+class Cascade(Residency):
+    """What is copied down and dropped, of all blocks of one layout on one node."""
+
+    # --- told by the manager ----------------------------------------------------------
+
+    def found(self, tier: int, held: Iterable[tuple[BlockKey, int]]) -> None:
+        """The store of a lower `tier` has these keys, with their frames' bytes, oldest first.
+
+        Beyond the tier's capacity the coldest leave, and what finds no room does not enter.
+        """
+        self._assert_lower(tier)
+        copies = self._tiers[tier]
+        for key, size in held:
+            nbytes = size or self.block_nbytes
+            known = self._blocks.get(key)
+            coming = known is not None and known.move is not None and known.move.target == tier
+            if key in copies or coming:
+                continue
+            if self._make_room(tier, nbytes):
+                self._known(key)
+                self._place(key, tier, nbytes)
+            elif not copies.spec.shared:
+                self._effects.append(Forget(key, tier))
+        self._drain()
+
+    def lost(self, tier: int, keys: Iterable[BlockKey]) -> None:
+        """The store of a lower `tier` does not have these keys; those being read are left."""
+        self._assert_lower(tier)
+        for key in keys:
+            if key not in self._tiers[tier]:
+                continue
+            move = self._blocks[key].move
+            if move is None or move.source != tier:
+                self._leave(key, tier, forget=False, gone=True)
+        self._drain()
+
+    def pause(self, tier: int) -> None:
+        """A lower `tier` gives no answer: until `resume` nothing is copied into or out of it.
+
+        Report it before the failed moves that showed it: a load that failed in a paused tier says
+        nothing about the copy, which is kept.
+        """
+        self._assert_lower(tier)
+        self._tiers[tier].paused = True
+
+    def resume(self, tier: int) -> None:
+        """The tier answers again."""
+        self._assert_lower(tier)
+        self._tiers[tier].paused = False
+        self._drain()
+
+    def drain_all(self, *, on: bool) -> None:
+        """While `on`, copy down whatever has no lower copy: every `drain_at` counts as 0."""
+        self._draining_all = on
+        self._drain()
+
+    def clear(self, tier: int) -> int:
+        """Drop every copy in `tier` that is neither leased nor moving; the number dropped.
+
+        In a shared tier only this node's knowledge goes. O(copies in the tier).
+        """
+        going = [key for key in self._tiers[tier].sizes if self._idle(key, tier)]
+        for key in going:
+            self._drop(key, tier)
+        return len(going)
+
+    # --- room, and the cascade --------------------------------------------------------
+
+    def _take_slots(self, wanted: int) -> list[Slot]:
+        """Up to `wanted` free slots, by dropping the coldest host blocks that may go if need be."""
+        if wanted > len(self._free):
+            self._evict(HOST, wanted - len(self._free))
+        start = max(0, len(self._free) - wanted)
+        taken = self._free[start:]
+        del self._free[start:]
+        return taken
+
+    def _make_room(self, tier: int, nbytes: int) -> bool:
+        """Whether `nbytes` more fit into a lower `tier`, after dropping what may go."""
+        copies = self._tiers[tier]
+        if nbytes > copies.spec.capacity:
+            return False
+        while not copies.fits(nbytes):
+            if not self._evict(tier):
+                return False
+        return True
+
+    def _evict(self, tier: int, wanted: int = 1) -> int:
+        """Drop the coldest copies that may go, and copy down the colder ones that may not yet.
+
+        How many were dropped, `wanted` at most.
+        """
+        dropped, overdue = 0, list[BlockKey]()
+        # A block that somebody else pins hides those above it; they go if nothing else can.
+        for keep in (self._pinned, None) if tier == HOST else (None,):
+            victims, overdue = self._search(tier, keep, wanted - dropped)
+            self._drop_all(victims, tier)
+            dropped += len(victims)
+            if dropped == wanted:
+                break
+        for key in overdue:
+            if not self._copy_down(key, tier):
+                break
+        return dropped
+
+    def _search(
+        self, tier: int, keep: Keep | None, wanted: int
+    ) -> tuple[list[BlockKey], list[BlockKey]]:
+        """The coldest copies that may go, and those before them that first want a lower copy."""
+        victims: list[BlockKey] = []
+        overdue: list[BlockKey] = []
+        last_resort: list[BlockKey] = []
+        refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
+        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1):
+            if self._may_go(key, tier):
+                victims.append(key)
+                if len(victims) == wanted:
+                    return victims, overdue
+                continue
+            warmer = any(key in copies for copies in self._tiers[:tier])
+            if refused and len(last_resort) < wanted and self._idle(key, tier) and not warmer:
+                last_resort.append(key)
+            elif key in self._tiers[tier].undrained:
+                overdue.append(key)
+        return [*victims, *last_resort][:wanted], overdue
+
+    def _pinned(self, key: BlockKey) -> bool:
+        return self._pins[self._in_host.of[key]] > 0
+
+    def _idle(self, key: BlockKey, tier: int) -> bool:
+        if self._blocks[key].move is not None:
+            return False
+        return tier != HOST or self._pins[self._in_host.of[key]] == 0
+
+    def _may_go(self, key: BlockKey, tier: int) -> bool:
+        """Whether the copy in `tier` may be dropped for room: the table of this module."""
+        if not self._idle(key, tier):
+            return False
+        if len(self._tiers) == 1 or any(key in copies for copies in self._tiers[tier + 1 :]):
+            return True
+        below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
+        if tier == HOST:
+            return below is None or below.paused
+        if any(key in copies for copies in self._tiers[:tier]):
+            return False
+        return below is None or not below.takes_copies
+
+    def _drain(self) -> None:
+        """The cascade rule, for every tier that has one below it."""
+        for tier, copies in enumerate(self._tiers[:-1]):
+            limit = 0 if self._draining_all else copies.spec.drain_at
+            while copies.undrained_nbytes > limit:
+                key = self._coldest_undrained(tier)
+                if key is None or not self._copy_down(key, tier):
+                    break
+
+    def _coldest_undrained(self, tier: int) -> BlockKey | None:
+        for key in islice(self._tiers[tier].undrained, LOOK):
+            if self._blocks[key].move is None and self._warmest(key) is not None:
+                return key
+        return None
+
+    def _copy_down(self, key: BlockKey, tier: int) -> bool:
+        """Start copying `key` from its warmest tier to the one below `tier`, if that has room."""
+        block, target = self._blocks[key], self._tiers[tier + 1]
+        source = self._warmest(key)
+        if block.move is not None or source is None or not target.takes_copies:
+            return False
+        if not self._make_room(tier + 1, target.frame_nbytes):
+            return False
+        target.coming += 1
+        self._start(block, Move(key, source, tier + 1, block.slot if source == HOST else None))
+        self._sort(key)
+        return True
+
+    def _start(self, block: Block, move: Move) -> None:
+        block.move = move
+        self._moves += 1
+        self._effects.append(move)
+
+    def _copied(self, block: Block, move: Move, ok: bool, nbytes: int) -> None:
+        """A copy down has ended.
+
+        After a failure nothing is started until something else happens, and then this block comes
+        last: a store that refuses one block is not asked for it in a loop. A store of ours that
+        refuses is full for reasons that we cannot see, so it gives up its coldest block.
+        """
+        target = self._tiers[move.target]
+        target.coming -= 1
+        target.refusing = not ok
+        if not ok:
+            if not target.paused and not target.spec.shared:
+                for victim in self._search(move.target, None, 1)[0]:
+                    self._drop(victim, move.target)
+            self._sort(move.key)
+            return
+        target.frame_nbytes = max(target.frame_nbytes, nbytes)
+        self._place(move.key, move.target, nbytes)
+        if not self._make_room(move.target, 0):  # the frame is larger than what was reserved
+            self._drop(move.key, move.target)
+        self._drain()
+
+    def _assert_lower(self, tier: int) -> None:
+        if not 0 < tier < len(self._tiers):
+            raise ValueError(f"tier {tier} is no lower tier; there are 1 to {len(self._tiers) - 1}")
