@@ -150,6 +150,24 @@ def decode(
     return info
 
 
+def decode_in_place(
+    key: BlockKey, head: bytes, block: memoryview, layout: BlockLayout
+) -> FrameInfo:
+    """As `decode`, of a raw frame whose payload lies in `block` already, behind `head`.
+
+    Raises:
+        CorruptFrame: A check failed; `block` is then of no use.
+    """
+    block = block.cast("B")
+    assert block.nbytes == layout.nbytes, (block.nbytes, layout.nbytes)
+    info = _proven(key, memoryview(head), block, layout.id)
+    if info.codec_id != RAW.id or info.raw_nbytes != layout.nbytes:
+        raise CorruptFrame(
+            f"frame check raw length: {info.raw_nbytes} bytes of codec {info.codec_id} as they are"
+        )
+    return info
+
+
 def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = None) -> FrameInfo:
     """What `frame` is, once all of it is proven whole and to be `key`'s.
 
@@ -160,10 +178,16 @@ def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = Non
         CorruptFrame: A check failed; the message names it.
     """
     view = memoryview(frame).cast("B")
-    header = _read_header(view)
-    if header.payload_nbytes != view.nbytes - HEADER_NBYTES:
+    return _proven(key, view[:HEADER_NBYTES], view[HEADER_NBYTES:], layout_id)
+
+
+def _proven(
+    key: BlockKey, head: memoryview, payload: memoryview, layout_id: str | None
+) -> FrameInfo:
+    header = _read_header(head)
+    if header.payload_nbytes != payload.nbytes:
         raise CorruptFrame(
-            f"frame check length: a payload of {view.nbytes - HEADER_NBYTES} bytes, "
+            f"frame check length: a payload of {payload.nbytes} bytes, "
             f"the header says {header.payload_nbytes}"
         )
     if header.key != key:
@@ -172,7 +196,7 @@ def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = Non
         raise CorruptFrame(f"frame check layout: {header.layout.hex()}, must be {layout_id}")
     if header.fidelity > _MOST_FIDELITY:
         raise CorruptFrame(f"frame check fidelity: {header.fidelity} is above {_MOST_FIDELITY:d}")
-    if xxh3_64_intdigest(view[HEADER_NBYTES:]) != header.payload_check:
+    if xxh3_64_intdigest(payload) != header.payload_check:
         raise CorruptFrame("frame check payload checksum: the payload was changed")
     return FrameInfo(
         header.codec_id,
@@ -194,8 +218,8 @@ def max_frame_nbytes(layout: BlockLayout) -> int:
 
 
 def _read_header(view: memoryview) -> _Header:
-    if view.nbytes < HEADER_NBYTES:
-        raise CorruptFrame(f"frame check length: {view.nbytes} bytes, less than its header")
+    if view.nbytes != HEADER_NBYTES:
+        raise CorruptFrame(f"frame check length: {view.nbytes} bytes are no header")
     header = _Header(*_FIELDS.unpack_from(view))
     if header.magic != MAGIC:
         raise CorruptFrame(f"frame check magic: {header.magic!r}, must be {MAGIC!r}")

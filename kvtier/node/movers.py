@@ -19,7 +19,7 @@ from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.node.backlog import After, Backlog
 from kvtier.node.tuner import Tuner
-from kvtier.stores.base import Parts, Store
+from kvtier.stores.base import Parts, Placed, PlacingStore, Store
 
 # Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
 # that their first blocks arrive early; of demotions one piece is encoded while another is written.
@@ -203,12 +203,14 @@ class Movers:
     def _load(self, batch: list[Move]) -> list[Moved]:
         source = self._tiers[batch[0].source - 1]
         moved: list[Moved] = []
-        for move, raw in zip(batch, self._read(batch), strict=True):
+        for move, raw, slot in zip(batch, *self._read_into_slots(batch), strict=True):
             ok = corrupt = False
             if raw is not None:
-                assert move.slot is not None
                 try:
-                    info = frame.decode(move.key, raw, self._arena.slot(move.slot), self._layout)
+                    if isinstance(raw, Placed):
+                        info = frame.decode_in_place(move.key, raw.head, slot, self._layout)
+                    else:
+                        info = frame.decode(move.key, raw, slot, self._layout)
                     ok = self._lossy or not info.fidelity
                     if ok:
                         self._lineage.loaded(move.key, info.fidelity)
@@ -220,6 +222,19 @@ class Movers:
                     metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
             moved.append(Moved(move, ok, self._layout.nbytes if ok else 0, source_lost=corrupt))
         return moved
+
+    def _read_into_slots(
+        self, batch: list[Move]
+    ) -> tuple[Sequence[bytes | memoryview | Placed | None], list[memoryview]]:
+        """What the store has of each, and the slot that each is for: nobody else's by now."""
+        store = self._tiers[batch[0].source - 1].store
+        slots = [self._arena.slot(move.slot) for move in batch if move.slot is not None]
+        if not isinstance(store, PlacingStore):
+            return self._read(batch), slots
+        try:
+            return store.read_into([move.key for move in batch], slots), slots
+        except StoreUnavailable:
+            raise _NoAnswer(batch[0].source) from None
 
     def _read(self, batch: list[Move]) -> list[bytes | memoryview | None]:
         source = batch[0].source

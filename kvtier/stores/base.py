@@ -1,7 +1,7 @@
 """The one seam between a node and its lower tiers."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
 
@@ -46,4 +46,24 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back files, locks and connections. Idempotent."""
+        ...
+
+
+class Placed(NamedTuple):
+    """A frame whose last bytes lie in the place that was offered; `head` has those before."""
+
+    head: bytes
+
+
+@runtime_checkable
+class PlacingStore(Store, Protocol):
+    """A store that can read into the very memory where a block belongs."""
+
+    def read_into(
+        self, keys: Sequence[BlockKey], places: Sequence[memoryview]
+    ) -> list[bytes | memoryview | Placed | None]:
+        """As `read`; of a frame that allows it, what fits its place exactly may be put there.
+
+        A place may hold anything unless its frame is `Placed` and then proves whole.
+        """
         ...

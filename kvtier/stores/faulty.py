@@ -6,7 +6,7 @@ from enum import StrEnum
 from kvtier.codec.frame import frame_nbytes
 from kvtier.core.blocks import BlockKey
 from kvtier.errors import StoreUnavailable
-from kvtier.stores.base import Parts, Store
+from kvtier.stores.base import Parts, Placed, PlacingStore, Store
 
 
 class Fault(StrEnum):
@@ -61,6 +61,17 @@ class FaultyStore:
         """See `Store.read`."""
         return [self._read(key) for key in keys]
 
+    def read_into(
+        self, keys: Sequence[BlockKey], places: Sequence[memoryview]
+    ) -> list[bytes | memoryview | Placed | None]:
+        """See `PlacingStore.read_into`; as `read` where `inner` is none."""
+        if not isinstance(self._inner, PlacingStore):
+            return [*self.read(keys)]
+        return [
+            self._read_into(self._inner, key, place)
+            for key, place in zip(keys, places, strict=True)
+        ]
+
     def count(self, keys: Sequence[BlockKey]) -> int:
         """See `Store.count`."""
         self._fault("count")
@@ -84,7 +95,29 @@ class FaultyStore:
         fault = self._fault("read")
         if fault is Fault.LOSE:
             self._inner.delete([key])
-        frame = self._inner.read([key])[0]
+        return self._damaged(self._inner.read([key])[0], fault)
+
+    def _read_into(
+        self, inner: PlacingStore, key: BlockKey, place: memoryview
+    ) -> bytes | memoryview | Placed | None:
+        fault = self._fault("read")
+        if fault is Fault.LOSE:
+            inner.delete([key])
+        frame = inner.read_into([key], [place])[0]
+        if not isinstance(frame, Placed):
+            return self._damaged(frame, fault)
+        whole = frame.head + place.tobytes()
+        damaged = self._damaged(whole, fault)
+        assert damaged is not None
+        start = len(frame.head)
+        here = max(0, len(damaged) - start)
+        place[:here] = damaged[start:]
+        place[here:] = bytes(place.nbytes - here)
+        return Placed(bytes(damaged[:start]))
+
+    def _damaged(
+        self, frame: bytes | memoryview | None, fault: Fault | None
+    ) -> bytes | memoryview | None:
         if frame is None or fault not in (Fault.CORRUPT, Fault.TORN):
             return frame
         nbytes = frame_nbytes([frame])

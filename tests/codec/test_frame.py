@@ -12,6 +12,7 @@ from kvtier.codec.frame import (
     HEADER_NBYTES,
     FrameInfo,
     decode,
+    decode_in_place,
     encode,
     frame_nbytes,
     max_frame_nbytes,
@@ -39,7 +40,11 @@ def frame_of(block: bytes, codec: Codec, layout: BlockLayout = LAYOUT) -> bytes:
 
 def decoded(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> bytes:
     out = bytearray(layout.nbytes)
-    decode(of, frame, memoryview(out), layout)
+    info = decode(of, frame, memoryview(out), layout)
+    if info.codec_id == RAW.id:  # the same, where the payload was read to where it belongs
+        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
+        assert decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout) == info
+        assert in_place == out
     return bytes(out)
 
 
@@ -49,6 +54,10 @@ def refused(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> s
     with pytest.raises(CorruptFrame) as caught:
         decode(of, frame, memoryview(out), layout)
     assert out == b"\x5a" * layout.nbytes
+    if len(frame) == HEADER_NBYTES + layout.nbytes:
+        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
+        with pytest.raises(CorruptFrame):
+            decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout)
     return str(caught.value)
 
 

@@ -1,6 +1,7 @@
 """What the tests of the disk store share."""
 
 import contextlib
+import mmap
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvtier.codec.codecs import RAW
-from kvtier.codec.frame import decode, encode
+from kvtier.codec.frame import decode, decode_in_place, encode
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.errors import CorruptFrame
-from kvtier.stores.base import Parts
+from kvtier.stores.base import Parts, Placed, PlacingStore
 from kvtier.stores.disk import DiskStore
 from kvtier.testing.stores import content, key
 
@@ -72,12 +73,37 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def slot_of_arena(data: bytes) -> memoryview:
+    """Bytes as an arena holds them: on pages of their own."""
+    view = memoryview(mmap.mmap(-1, len(data)))
+    view[:] = data
+    return view
+
+
 def blocks(names: Sequence[object]) -> list[tuple[BlockKey, Parts]]:
-    """Real frames, of blocks of LAYOUT."""
+    """Real frames, of blocks of LAYOUT in an arena."""
     return [
-        (key(name), encode(key(name), memoryview(content(name, LAYOUT.nbytes)), LAYOUT, RAW))
+        (key(name), encode(key(name), slot_of_arena(content(name, LAYOUT.nbytes)), LAYOUT, RAW))
         for name in names
     ]
+
+
+def loaded(store: PlacingStore, names: Sequence[object]) -> list[bytes | None]:
+    """The blocks, as a node loads them into its arena: None where there is none, or a bad one."""
+    slots = [slot_of_arena(b"x" * LAYOUT.nbytes) for _ in names]
+    found: list[bytes | None] = []
+    frames = store.read_into([key(name) for name in names], slots)
+    for name, frame, slot in zip(names, frames, slots, strict=True):
+        if not isinstance(frame, Placed):
+            found.append(decoded(name, frame))
+            continue
+        try:
+            decode_in_place(key(name), frame.head, slot, LAYOUT)
+        except CorruptFrame:
+            found.append(None)
+        else:
+            found.append(bytes(slot))
+    return found
 
 
 def decoded(name: object, frame: bytes | memoryview | None) -> bytes | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError, StoreUnavailable
-from kvtier.stores.base import Store
+from kvtier.stores.base import Placed, Store
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.disk.buffers import BufferPool, aligned
+from kvtier.stores.disk.transfer import at_once
 from kvtier.testing.stores import StoreTests, content, frames, key
-from tests.stores.disk_support import PAGE, ROOM, bytes_on_disk, files, opened
+from tests.stores.disk_support import (
+    LAYOUT,
+    PAGE,
+    ROOM,
+    blocks,
+    bytes_on_disk,
+    decoded,
+    files,
+    opened,
+    slot_of_arena,
+)
 
 
 class TestDiskStore(StoreTests):
@@ -116,6 +128,7 @@ import sys, threading
 from pathlib import Path
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.disk.buffers import BufferPool, aligned
+from kvtier.stores.disk.transfer import at_once
 from kvtier.testing.stores import frames, key
 
 store = DiskStore(Path(sys.argv[1]), 64 * 2**20)
@@ -379,6 +392,26 @@ def test_a_budget_below_one_frame_an_hour_lets_one_through_in_its_time(tmp_path:
 # Memory
 
 
+def test_a_block_is_read_into_the_place_it_is_for_and_nothing_else_is(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        names = ["a", "b", "small", "c", "none"]
+        assert store.write([*blocks(["a", "b", "c"]), *frames(["small"], 1000)]) == [True] * 4
+        slots = [slot_of_arena(b"x" * LAYOUT.nbytes) for _ in names]
+        shifted = memoryview(mmap.mmap(-1, 2 * LAYOUT.nbytes))[64 : 64 + LAYOUT.nbytes]
+        offered = [slots[0], shifted, slots[2], slots[3][PAGE:], slots[4]]
+        found = store.read_into([key(name) for name in names], offered)
+        head = bytes(blocks(["a"])[0][1][0])
+        assert found[0] == Placed(head)
+        assert slots[0] == content("a", LAYOUT.nbytes)
+        # A place off the pages or of another size is left alone, and the frame comes as it is.
+        assert decoded("b", found[1]) == content("b", LAYOUT.nbytes)
+        assert found[2] == content("small", 1000)
+        assert decoded("c", found[3]) == content("c", LAYOUT.nbytes)
+        assert found[4] is None
+        assert not any(shifted)
+        assert all(each == b"x" * LAYOUT.nbytes for each in slots[2:])
+
+
 def test_a_buffer_is_used_again_once_nobody_looks_at_it() -> None:
     pool = BufferPool()
     buffer = pool.take(2 * 2**20 + PAGE)
@@ -392,6 +425,24 @@ def test_a_buffer_is_used_again_once_nobody_looks_at_it() -> None:
     assert bytes(part) == b"i"
     del part
     assert pool.take(2 * 2**20 + PAGE) is buffer
+
+
+def test_no_read_goes_on_once_one_of_its_batch_has_raised() -> None:
+    slow = threading.Event()
+    ended: list[int] = []
+
+    def work(item: int) -> int:
+        if item == 0:
+            raise MemoryError
+        slow.wait(60)
+        ended.append(item)
+        return item
+
+    with ThreadPoolExecutor(3) as pool:
+        threading.Timer(0.05, slow.set).start()
+        with pytest.raises(MemoryError):
+            at_once(pool, work, [0, 1, 2, 3, 4])
+        assert sorted(ended) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("nbytes", [PAGE, 70_000, 2**20 + PAGE, 2 * 2**20 + PAGE, 5 * 2**20])

@@ -25,6 +25,7 @@ from tests.stores.disk_support import (
     bytes_on_disk,
     decoded,
     files,
+    loaded,
     opened,
     overwrite,
     small_disk,
@@ -41,9 +42,9 @@ class FaultyFile(SegmentFile):
         super().__init__(inner.path, inner.shape, inner._fd)
         self.fault = fault
 
-    def read(self, slot: int, buffer: memoryview) -> int:
+    def read(self, slot: int, *buffers: memoryview) -> int:
         self.fault("read", slot)
-        return super().read(slot, buffer)
+        return super().read(slot, *buffers)
 
     def write(self, slot: int, buffers: Buffers) -> None:
         self.fault("write", slot)
@@ -189,6 +190,8 @@ def test_a_disk_that_takes_a_little_at_a_time(
     with opened(tmp_path) as store:
         assert store.write(frames(["a", "b"], 50_000)) == [True, True]
         assert store.read([key("a"), key("b")]) == [content("a", 50_000), content("b", 50_000)]
+        assert store.write(blocks(["c"])) == [True]
+        assert loaded(store, ["c", "none"]) == [content("c", LAYOUT.nbytes), None]
 
 
 def test_a_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
@@ -302,14 +305,18 @@ def test_cut_and_garbled_files_cost_what_was_hit_and_nothing_wrong_is_returned(
         handle.truncate(rng.randrange(cut.stat().st_size))
     spared = {name for name in names if name not in hit and where[name][0] != cut}
     with opened(tmp_path, 60 * slot) as store:
-        for name, frame in zip(names, store.read([key(n) for n in names]), strict=True):
-            assert decoded(name, frame) in (
-                [right[name]] if name in spared else [None, right[name]]
-            )
+        copied = [
+            decoded(name, frame)
+            for name, frame in zip(names, store.read([key(n) for n in names]), strict=True)
+        ]
+        assert loaded(store, names) == copied
+        for name, block in zip(names, copied, strict=True):
+            assert block in ([right[name]] if name in spared else [None, right[name]])
         later = [*range(100, 160)]
         written = store.write(blocks(later))
         for name, frame in zip(later, store.read([key(n) for n in later]), strict=True):
             assert decoded(name, frame) == (right[name] if written[name - 100] else None)
+        assert loaded(store, later) == [right[n] if written[n - 100] else None for n in later]
         for name in spared:
             assert decoded(name, store.read([key(name)])[0]) == right[name]
         assert store.nbytes == bytes_on_disk(tmp_path) <= 60 * slot

@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import pytest
 
@@ -6,10 +7,12 @@ from kvtier.codec.codecs import by_name
 from kvtier.codec.frame import decode, encode
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.errors import CorruptFrame, StoreUnavailable
-from kvtier.stores.base import Store
+from kvtier.stores.base import Placed, Store
 from kvtier.stores.faulty import Fault, FaultyStore
 from kvtier.stores.memory import MemoryStore
 from kvtier.testing.stores import StoreTests, content, frames, key
+from tests.stores.disk_support import LAYOUT as DISK
+from tests.stores.disk_support import blocks, loaded, opened, slot_of_arena
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "bfloat16")
 
@@ -94,3 +97,18 @@ def test_damage_is_what_the_frame_check_finds_wherever_it_is() -> None:
         assert len(seen) > 50
         assert whole not in seen
     assert inner.read([key("a")]) == [whole]
+
+
+def test_damage_in_the_place_that_was_read_into_is_found_too(tmp_path: Path) -> None:
+    pick = random.Random(7).randrange
+    with opened(tmp_path) as inner:
+        inner.write(blocks(["a"]))
+        assert loaded(FaultyStore(inner, lambda _: None), ["a"]) == [content("a", DISK.nbytes)]
+        for fault in (Fault.CORRUPT, Fault.TORN):
+            store = FaultyStore(inner, lambda _, fault=fault: fault, pick=pick)
+            for _ in range(100):
+                slot = slot_of_arena(bytes(DISK.nbytes))
+                assert isinstance(store.read_into([key("a")], [slot])[0], Placed)
+                assert loaded(store, ["a"]) == [None]
+        assert loaded(FaultyStore(inner, lambda _: Fault.LOSE), ["a"]) == [None]
+        assert inner.read([key("a")]) == [None]

@@ -55,30 +55,32 @@ class SegmentFile:
         self.shape = shape
         self._fd = fd
 
-    def read(self, slot: int, buffer: memoryview) -> int:
-        """Fill `buffer` from the start of a slot on; fewer bytes only where the file ends."""
+    def read(self, slot: int, *buffers: memoryview) -> int:
+        """Fill all buffers, one after the other, from the start of a slot on.
+
+        Gives the bytes that were read; fewer than there is room for only where the file ends.
+        """
         at = slot * self.shape.slot_nbytes
+        left = _after(buffers, 0)
         done = 0
-        while done < buffer.nbytes:
-            got = os.preadv(self._fd, [buffer[done:]], at + done)
+        while left:
+            got = os.preadv(self._fd, left, at + done)
             done += got
             if got == 0 or done % PAGE:  # an end that is cut can't be read on, aligned
                 break
+            left = _after(left, got)
         return done
 
     def write(self, slot: int, buffers: Buffers) -> None:
         """Write all buffers, one after the other, from the start of a slot on."""
         at = slot * self.shape.slot_nbytes
-        views = [memoryview(buffer) for buffer in buffers]
-        while views:
-            done = os.pwritev(self._fd, views, at)
+        left = _after([memoryview(buffer) for buffer in buffers], 0)
+        while left:
+            done = os.pwritev(self._fd, left, at)
             if done == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             at += done
-            while views and done >= views[0].nbytes:
-                done -= views.pop(0).nbytes
-            if views:
-                views[0] = views[0][done:]
+            left = _after(left, done)
 
     def erase(self, slot: int) -> None:
         """Overwrite a record's header, so that no restart finds it."""
@@ -198,6 +200,16 @@ def lock(path: Path) -> int:
             raise ConfigError(f"disk.path {path}: another kvtier process uses it") from None
         raise ConfigError(f"disk.path {path}: cannot be locked: {error.strerror}") from None
     return fd
+
+
+def _after(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of `views` once their first `nbytes` are done."""
+    left: list[memoryview] = []
+    for view in views:
+        if nbytes < view.nbytes:
+            left.append(view[nbytes:])
+        nbytes = max(0, nbytes - view.nbytes)
+    return left
 
 
 def _preallocate(fd: int, nbytes: int) -> None:

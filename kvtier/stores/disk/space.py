@@ -44,6 +44,10 @@ class Segment:
         """Slots that hold a record or are about to."""
         return self.shape.slots - self.bad - len(self.free)
 
+    def last_written(self) -> int:
+        """The sequence of its newest record; 0 where there is none."""
+        return max((each.header.sequence for each in self.records.values()), default=0)
+
 
 class Place(NamedTuple):
     """A slot that belongs to its holder until it is given back."""

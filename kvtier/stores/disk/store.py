@@ -13,7 +13,7 @@ from typing import Final
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey
 from kvtier.errors import ConfigError, StoreUnavailable
-from kvtier.stores.base import Parts
+from kvtier.stores.base import Parts, Placed
 from kvtier.stores.disk.budget import WriteBudget
 from kvtier.stores.disk.files import Folder
 from kvtier.stores.disk.record import PAGE, record_nbytes
@@ -68,15 +68,14 @@ class DiskStore:
         self._space = Space(capacity)
         self._index: dict[BlockKey, Record] = {}  # oldest first
         self._budget = WriteBudget(write_bytes_per_day, clock())
-        self._sequence = self._frames = self._accepted = self._written = self._moved = 0
-        self._calls = 0
+        self._sequence = self._frames = self._accepted = self._written = 0
+        self._moved = self._calls = 0
         self._closed = False
         self._folder = open_folder(path)
         self._transfer = Transfer()
         self._room = Room(self._folder, self._space, self._state, self._move_all)
         self._read_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-read")
         self._write_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-write")
-        # A page written takes half as long as a block does, where many blocks are under way.
         self._erase_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-erase")
         try:
             self._load()
@@ -102,15 +101,8 @@ class DiskStore:
     def usage(self) -> Usage:
         """What is held, and what was written for it."""
         with self._state:
-            return Usage(
-                blocks=len(self._index),
-                frames=self._frames,
-                files=self._space.nbytes,
-                capacity=self.capacity,
-                accepted=self._accepted,
-                written=self._written,
-                moved=self._moved,
-            )
+            held = Usage(len(self._index), self._frames, self._space.nbytes, self.capacity)
+            return held._replace(accepted=self._accepted, written=self._written, moved=self._moved)
 
     def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
         """See `Store.write`. A block is copied only where it is not aligned as the disk wants it.
@@ -133,22 +125,14 @@ class DiskStore:
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
         """See `Store.read`. The memory is page-aligned and used again once it is let go."""
-        with self._call():
-            with self._state:
-                records = [self._index.get(key) for key in keys]
-                for record in records:
-                    if record is not None:
-                        record.readers += 1
-            found: list[bytes | memoryview | None] = []
-            failed: OSError | None = None
-            for each in at_once(self._read_pool, self._get, records):
-                if isinstance(each, OSError):
-                    failed = each
-                else:
-                    found.append(each)
-            if failed:
-                raise self._unavailable(failed) from failed
-            return found
+        frames = self._read([(key, None) for key in keys])
+        return [each for each in frames if not isinstance(each, Placed)]
+
+    def read_into(
+        self, keys: Sequence[BlockKey], places: Sequence[memoryview]
+    ) -> list[bytes | memoryview | Placed | None]:
+        """See `PlacingStore.read_into`; without a copy what `write` took without one."""
+        return [*self._read(list(zip(keys, places, strict=True)))]
 
     def count(self, keys: Sequence[BlockKey]) -> int:
         """See `Store.count`; asks the index only."""
@@ -331,7 +315,23 @@ class DiskStore:
 
     # --- reading ----------------------------------------------------------------------
 
-    def _get(self, record: Record | None, *, keep: bool = False) -> memoryview | OSError | None:
+    def _read(
+        self, wanted: Sequence[tuple[BlockKey, memoryview | None]]
+    ) -> list[memoryview | Placed | None]:
+        with self._call():
+            with self._state:
+                records = [(self._index.get(key), place) for key, place in wanted]
+                for record, _ in records:
+                    if record is not None:
+                        record.readers += 1
+            found = at_once(self._read_pool, lambda one: self._get(*one), records)
+            if failed := [each for each in found if isinstance(each, OSError)]:
+                raise self._unavailable(failed[0]) from failed[0]
+            return [each for each in found if not isinstance(each, OSError)]
+
+    def _get(
+        self, record: Record | None, place: memoryview | None = None, *, keep: bool = False
+    ) -> memoryview | Placed | OSError | None:
         """The frame of a record that the caller was made a reader of, whole, or None.
 
         The caller is no reader any more, unless `keep`.
@@ -339,7 +339,7 @@ class DiskStore:
         if record is None:
             return None
         try:
-            frame = self._transfer.fetch(record)
+            frame = self._transfer.fetch(record, place)
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 return error
@@ -386,11 +386,7 @@ class DiskStore:
 
     def _shrink(self) -> None:
         """Where `capacity` is smaller than before: the segments written longest ago go."""
-
-        def last_written(segment: Segment) -> int:
-            return max((each.header.sequence for each in segment.records.values()), default=0)
-
-        for segment in sorted(self._space.segments.values(), key=last_written):
+        for segment in sorted(self._space.segments.values(), key=Segment.last_written):
             if self._space.nbytes <= self.capacity:
                 return
             for record in segment.records.values():

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey
+from kvtier.stores.base import Placed
 from kvtier.stores.disk.buffers import BufferPool, aligned
 from kvtier.stores.disk.files import Buffers
 from kvtier.stores.disk.record import (
@@ -26,10 +27,19 @@ B = TypeVar("B")
 
 
 def at_once(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """`work` on all items, as many at once as `pool` has threads; it must not raise."""
+    """`work` on all items, as many at once as `pool` has threads.
+
+    All have ended when it returns, also where one raises: none writes to memory that the caller
+    has given to somebody else by then.
+    """
     if len(items) < 2:
         return [work(item) for item in items]
-    return list(pool.map(work, items))
+    begun = [pool.submit(work, item) for item in items]
+    try:
+        return [each.result() for each in begun]
+    finally:
+        for each in begun:
+            each.exception()
 
 
 class Write(NamedTuple):
@@ -87,29 +97,35 @@ class Transfer:
         metrics.DISK_WRITTEN_BYTES.inc(total)
         return Record(header, write.place)
 
-    def fetch(self, record: Record) -> memoryview | None:
+    def fetch(self, record: Record, place: memoryview | None) -> memoryview | Placed | None:
         """The frame of a record; None where its first page is not what was written.
 
-        The memory is the caller's until the last view on it is gone.
+        The memory is the caller's until the last view on it is gone. Where all that follows the
+        first page fits `place` exactly, it is read to there.
 
         Raises:
             OSError: As the system says it.
         """
         segment, slot = record.place
         start, end = record.header.start, record.header.start + record.header.nbytes
-        buffer = self._buffers.take(pages(end))
-        view = buffer[: pages(end)]
+        placed = place is not None and end - PAGE == place.nbytes and aligned(place)
+        buffer = self._buffers.take(PAGE if placed else pages(end))
         try:
-            whole = segment.file.read(slot, view) >= end
+            if placed and place is not None:
+                got = segment.file.read(slot, buffer[:PAGE], place)
+            else:
+                got = segment.file.read(slot, buffer[: pages(end)])
         except OSError:
             self._buffers.give(buffer)
             raise
-        found = unpack(view, segment.shape.number, slot, segment.shape.slot_nbytes)
-        whole = whole and found == record.header
-        if whole and head_check(view[start : min(PAGE, end)]) == record.header.check:
+        found = unpack(buffer, segment.shape.number, slot, segment.shape.slot_nbytes)
+        whole = got >= end and found == record.header
+        whole = whole and head_check(buffer[start : min(PAGE, end)]) == record.header.check
+        if whole and not placed:
             return self._buffers.lend(buffer, start, end)
+        head = bytes(buffer[start:PAGE])
         self._buffers.give(buffer)
-        return None
+        return Placed(head) if whole else None
 
     def headers(self, segment: Segment) -> list[Record]:
         """The records of a segment by their headers; one that cannot be read is left out."""

@@ -10,9 +10,9 @@ class Usage(NamedTuple):
     frames: int  # of all frames held
     files: int  # of all segments, free slots too
     capacity: int
-    accepted: int  # of frames that were written
-    written: int  # to the disk for them: headers, padding, erasures and moved records too
-    moved: int  # of `written`: records that made room
+    accepted: int = 0  # of frames that were written
+    written: int = 0  # to the disk for them: headers, padding, erasures and moved records too
+    moved: int = 0  # of `written`: records that made room
 
     @property
     def write_amplification(self) -> float:
