@@ -11,6 +11,7 @@ blocks took is given back by `tidy`, in steps too.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from kvtier.core.audience import OWNED, Audience, Warmth
@@ -296,5 +297,6 @@ def _all(steps: Steps) -> None:
         pass
 
 
+@lru_cache(maxsize=4096)  # one int for all strips of a holder: it takes as much as 60 bytes
 def _bit(slot: int, tier: Tier) -> int:
     return _SHARED if tier is Tier.SHARED else 2 << (len(OWNED) * slot + tier)

@@ -351,6 +351,29 @@ def test_a_delta_half_taken_in_when_its_source_goes_adds_nothing_more():
     assert directory.blocks == 0
 
 
+def test_a_delta_whose_source_goes_while_blocks_are_taken_from_it_adds_none():
+    directory = Directory()
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, PATH)])
+    delta = directory.delta("node", 1, 1, [told(Tier.DISK, PATH)], [told(Tier.HOST, PATH)])
+    next(delta)
+    directory.remove("node")
+    assert steps_of(delta) == 0
+    tidy(directory)
+    assert directory.blocks == 0
+
+
+def test_who_is_asked_for_and_unknown_is_not_taken_for_one_who_begins():
+    directory = Directory()
+    assert warmth(directory, PATH, "unknown") == Warmth()
+    assert warmth(directory, PATH, "another") == Warmth()  # `unknown` is asked for no more
+    filling = directory.begin("node", 1, 0)
+    for _ in directory.fill(filling, [told(Tier.HOST, PATH)]):
+        assert warmth(directory, PATH, "unknown") == Warmth()
+        assert warmth(directory, PATH, "another") == Warmth()
+    directory.finish(filling)
+    assert warmth(directory, PATH, "node") == Warmth(host=len(PATH))
+
+
 def test_who_is_gone_counts_for_nothing_before_its_room_is_given_back():
     directory = Directory()
     for name in ("a", "b"):
@@ -381,6 +404,7 @@ def test_fleets_that_are_asked_for_in_turn_do_not_mix():
         directory.remove(f"source 3 {turn}")
         directory.snapshot("source 3 0", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
         directory.check()
+        assert len(directory._audiences) <= 8
 
 
 # --- against a naive model ----------------------------------------------------------------
