@@ -93,7 +93,7 @@ class Directory:
 
     def fill(self, filling: Filling, held: Iterable[Told]) -> Steps:
         """More of a snapshot."""
-        return self._add(filling, held)
+        return self._add(filling, filling.slot, held)
 
     def finish(self, filling: Filling) -> None:
         """The snapshot is whole, and takes the place of whatever its source said before."""
@@ -137,7 +137,7 @@ class Directory:
         if seq <= known.seq:
             return iter(())
         known.seq = seq
-        return self._change(known, added, removed)
+        return self._change(known, known.slot, added, removed)
 
     def apply(
         self,
@@ -266,19 +266,18 @@ class Directory:
         source.slot = slot
         self._audiences.clear()
 
-    def _change(self, known: _Source, added: Iterable[Told], removed: Iterable[Told]) -> Steps:
-        slot = known.slot
+    def _change(
+        self, known: _Source, slot: int, added: Iterable[Told], removed: Iterable[Told]
+    ) -> Steps:
         for tier, packed, *_ in removed:
             for at in range(0, len(packed), STEP * KEY_NBYTES):
                 if known.slot != slot:  # gone meanwhile
                     return
                 self._strips.discard(packed[at : at + STEP * KEY_NBYTES], _bit(slot, tier))
                 yield
-        if known.slot == slot:
-            yield from self._add(known, added)
+        yield from self._add(known, slot, added)
 
-    def _add(self, to: _Source | Filling, held: Iterable[Told]) -> Steps:
-        slot = to.slot
+    def _add(self, to: _Source | Filling, slot: int, held: Iterable[Told]) -> Steps:
         for tier, packed, ordered, told_before in held:
             before, holder = told_before, _bit(slot, tier)
             for at in range(0, len(packed), STEP * KEY_NBYTES):
