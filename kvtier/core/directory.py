@@ -11,6 +11,7 @@ blocks took is given back by `tidy`, in steps too.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from kvtier.core.audience import OWNED, Audience, Warmth
@@ -92,7 +93,7 @@ class Directory:
 
     def fill(self, filling: Filling, held: Iterable[Told]) -> Steps:
         """More of a snapshot."""
-        return self._add(filling, held)
+        return self._add(filling, filling.slot, held)
 
     def finish(self, filling: Filling) -> None:
         """The snapshot is whole, and takes the place of whatever its source said before."""
@@ -136,7 +137,7 @@ class Directory:
         if seq <= known.seq:
             return iter(())
         known.seq = seq
-        return self._change(known, added, removed)
+        return self._change(known, known.slot, added, removed)
 
     def apply(
         self,
@@ -265,19 +266,18 @@ class Directory:
         source.slot = slot
         self._audiences.clear()
 
-    def _change(self, known: _Source, added: Iterable[Told], removed: Iterable[Told]) -> Steps:
-        slot = known.slot
+    def _change(
+        self, known: _Source, slot: int, added: Iterable[Told], removed: Iterable[Told]
+    ) -> Steps:
         for tier, packed, *_ in removed:
             for at in range(0, len(packed), STEP * KEY_NBYTES):
                 if known.slot != slot:  # gone meanwhile
                     return
                 self._strips.discard(packed[at : at + STEP * KEY_NBYTES], _bit(slot, tier))
                 yield
-        if known.slot == slot:
-            yield from self._add(known, added)
+        yield from self._add(known, slot, added)
 
-    def _add(self, to: _Source | Filling, held: Iterable[Told]) -> Steps:
-        slot = to.slot
+    def _add(self, to: _Source | Filling, slot: int, held: Iterable[Told]) -> Steps:
         for tier, packed, ordered, told_before in held:
             before, holder = told_before, _bit(slot, tier)
             for at in range(0, len(packed), STEP * KEY_NBYTES):
@@ -296,5 +296,6 @@ def _all(steps: Steps) -> None:
         pass
 
 
+@lru_cache(maxsize=4096)  # one int for all strips of a holder: it takes as much as 60 bytes
 def _bit(slot: int, tier: Tier) -> int:
     return _SHARED if tier is Tier.SHARED else 2 << (len(OWNED) * slot + tier)

@@ -23,6 +23,7 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 
 SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
 MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
+EXPIRED_AT_ONCE: Final = 4  # prompts
 
 _ON_WIRE: Final = tuple(TO_WIRE[tier] for tier in Tier)
 FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
@@ -140,26 +141,28 @@ class Speculation:
         self._order.append((now + SPECULATIVE_S, worker, keys))
         self._blocks += len(keys)
         self._until[worker].update(dict.fromkeys(keys, now + SPECULATIVE_S))
-        self._expire(now)
+        for _ in range(EXPIRED_AT_ONCE):  # the rest is for the next: a crowd may end in a moment
+            if self._order[0][0] <= now:
+                self._forget_oldest()
+        while self._blocks > MAX_SPECULATED:
+            self._forget_oldest()
 
     def blocks(self, worker: str, keys: Sequence[BlockKey], now: float) -> int:
         """How many leading `keys` the worker was sent within the last SPECULATIVE_S."""
-        self._expire(now)
         until = self._until.get(worker)
         if until is None:
             return 0
-        return next((i for i, key in enumerate(keys) if key not in until), len(keys))
+        return next((i for i, key in enumerate(keys) if until.get(key, now) <= now), len(keys))
 
-    def _expire(self, now: float) -> None:
-        while self._order and (self._order[0][0] <= now or self._blocks > MAX_SPECULATED):
-            expires, worker, keys = self._order.popleft()
-            self._blocks -= len(keys)
-            until = self._until[worker]
-            for key in keys:
-                if until.get(key) == expires:  # not sent again since
-                    del until[key]
-            if not until:
-                del self._until[worker]
+    def _forget_oldest(self) -> None:
+        expires, worker, keys = self._order.popleft()
+        self._blocks -= len(keys)
+        until = self._until[worker]
+        for key in keys:
+            if until.get(key) == expires:  # not sent again since
+                del until[key]
+        if not until:
+            del self._until[worker]
 
 
 class Load:

@@ -17,7 +17,7 @@ from kvtier.wire.rpc import KEYS_PER_MESSAGE
 
 FLUSH_S: Final = 0.02  # changes are gathered for so long
 HEARTBEAT_S: Final = 0.5
-MAX_BEHIND: Final = 256  # messages that a slow watcher may be behind
+MAX_BEHIND: Final = 1024  # messages that a slow watcher may be behind: 20 s of them
 MAX_RECENT_NBYTES: Final = 4 << 20  # of the last messages, kept for watchers that missed some
 MAX_WATCHERS: Final = 64
 

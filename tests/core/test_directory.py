@@ -33,7 +33,7 @@ def tidy(directory: Directory) -> None:
 
 
 def warmth(directory: Directory, keys: list[BlockKey], *sources: str) -> Warmth:
-    return directory.warmth(keys, {"candidate": sources})["candidate"]
+    return directory.warmth(keys, {"candidate": list(sources)})["candidate"]
 
 
 def test_blocks_count_in_the_warmest_tier_of_any_source_of_the_candidate():
@@ -351,6 +351,36 @@ def test_a_delta_half_taken_in_when_its_source_goes_adds_nothing_more():
     assert directory.blocks == 0
 
 
+@pytest.mark.parametrize("taken", range(7))
+def test_whoever_goes_at_whatever_step_of_its_word_leaves_nothing(taken):
+    directory = Directory()
+    path = PATH[: 3 * STEP]
+    directory.snapshot("node", 1, 0, [told(Tier.HOST, path)])
+    delta = directory.delta("node", 1, 1, [told(Tier.DISK, path)], [told(Tier.HOST, path)])
+    filling = directory.begin("other", 1, 0)
+    fill = directory.fill(filling, [told(Tier.HOST, path)])
+    for _ in range(taken):
+        next(delta)
+        next(fill, None)
+    directory.remove("node")
+    directory.abandon(filling)
+    tidy(directory)
+    assert steps_of(delta) == steps_of(fill) == 0
+    assert directory.blocks == 0
+    directory.check()
+
+
+def test_who_is_asked_for_and_unknown_is_not_taken_for_one_who_begins():
+    directory = Directory()
+    assert warmth(directory, PATH, "unknown") == Warmth()
+    assert directory.warmth(PATH, {}) == {}  # of nobody, and `unknown` may still be asked for
+    filling = directory.begin("node", 1, 0)
+    for _ in directory.fill(filling, [told(Tier.HOST, PATH)]):
+        assert warmth(directory, PATH, "unknown") == Warmth()
+    directory.finish(filling)
+    assert warmth(directory, PATH, "node") == Warmth(host=len(PATH))
+
+
 def test_who_is_gone_counts_for_nothing_before_its_room_is_given_back():
     directory = Directory()
     for name in ("a", "b"):
@@ -381,6 +411,7 @@ def test_fleets_that_are_asked_for_in_turn_do_not_mix():
         directory.remove(f"source 3 {turn}")
         directory.snapshot("source 3 0", turn + 2, 0, [told(Tier.HOST, PATH[:4])])
         directory.check()
+        assert len(directory._audiences) <= 8
 
 
 # --- against a naive model ----------------------------------------------------------------

@@ -39,6 +39,17 @@ def test_expectations_are_bounded(monkeypatch):
     assert speculation.blocks("c", [*KEYS, *OTHER], now=0.2) == 12
 
 
+def test_a_crowd_that_is_over_is_forgotten_by_and_by():
+    speculation = Speculation()
+    for n in range(50):
+        speculation.add("a", [KEYS[n % 10]], now=0.0)
+    assert speculation.blocks("a", KEYS, now=SPECULATIVE_S) == 0
+    for n in range(20):
+        speculation.add("b", [], now=SPECULATIVE_S + n)
+    assert not speculation._until
+    assert len(speculation._order) <= 3
+
+
 def test_load_counts_until_it_is_told_or_time_is_up():
     load = Load()
     first = load.send("a", 100, expires=None)
