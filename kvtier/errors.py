@@ -11,6 +11,7 @@ KVTierError
 └── RequestError              a request that cannot be served; carries the gRPC status name
     ├── InvalidRequest        the caller's fault: INVALID_ARGUMENT
     ├── UnknownModel          no worker serves that model: NOT_FOUND
+    ├── Unauthenticated       no token, or a wrong one: UNAUTHENTICATED
     ├── UnknownTenant         no worker knows that tenant: PERMISSION_DENIED
     ├── Overloaded            a queue is full: RESOURCE_EXHAUSTED, try again later
     ├── DeadlinePassed        it was not finished in time: DEADLINE_EXCEEDED
@@ -74,6 +75,12 @@ class UnknownTenant(RequestError):
     """No worker knows the tenant that the request names; who else is known is nobody's business."""
 
     grpc_status = "PERMISSION_DENIED"
+
+
+class Unauthenticated(RequestError):
+    """The caller shows no token, or one that is not accepted."""
+
+    grpc_status = "UNAUTHENTICATED"
 
 
 class Overloaded(RequestError):

@@ -1,10 +1,18 @@
 """Every counter and gauge of kvtier, with its unit and meaning. Served by `serve`."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from typing import cast
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from kvtier.errors import ConfigError
 
 REGISTRY = CollectorRegistry()
+Start = Callable[[str, list[tuple[str, str]]], object]  # WSGI's start_response
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
@@ -59,18 +67,57 @@ RETRIES = _counter("retries", "Requests sent to another worker after one was los
 ROUTED_BY_LOAD = _counter("routed_by_load", "Rankings by load alone, as the budget was over")
 FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
 RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")
+UNAUTHENTICATED = _counter("unauthenticated", "Calls refused for their token", "why")
 MEMBERS = _gauge("members", "Workers known, by state", "state")
 
 
-def serve(port: int, name: str) -> None:
+def serve(
+    port: int,
+    name: str,
+    tls: ssl.SSLContext | None = None,
+    allowed: Callable[[str], bool] | None = None,
+) -> None:
     """Serve the metrics page on all interfaces at `port`; 0 means don't.
+
+    Args:
+        port: Where.
+        name: The setting that says so.
+        tls: For HTTPS.
+        allowed: Whether the header `authorization` of a request opens the page; None: all may.
 
     Raises:
         ConfigError: The port cannot be had; the message begins with `name`.
     """
     if not port:
         return
+    page = make_wsgi_app(REGISTRY)
+
+    def app(request: dict[str, object], start: Start) -> Iterable[bytes]:
+        if allowed is not None and not allowed(str(request.get("HTTP_AUTHORIZATION", ""))):
+            start("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+            return [b"no bearer token that is accepted here\n"]
+        return cast("Iterable[bytes]", page(request, start))
+
     try:
-        start_http_server(port, registry=REGISTRY)
+        server = make_server("0.0.0.0", port, app, _Server, handler_class=_Silent)  # noqa: S104
     except OSError as error:
         raise ConfigError(f"{name} is {port}: {error.strerror}") from None
+    if tls is not None:
+        server.socket = tls.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
+    threading.Thread(target=server.serve_forever, name="kvtier-metrics", daemon=True).start()
+
+
+class _Server(ThreadingWSGIServer):
+    """A failed handshake or a client that hangs up is not worth a stack trace."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing."""
+
+
+class _Silent(WSGIRequestHandler):
+    """Each scrape would be a line of the log."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its base's name
+        """Nothing."""

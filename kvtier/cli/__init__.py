@@ -13,11 +13,23 @@ from collections.abc import Sequence
 from typing import cast
 
 import kvtier
-from kvtier.cli import bench, check, cluster, demo, inspect, plan, purge, serve, simulate, trace
+from kvtier.cli import (
+    bench,
+    check,
+    cluster,
+    demo,
+    drain,
+    inspect,
+    plan,
+    purge,
+    serve,
+    simulate,
+    trace,
+)
 from kvtier.cli.parser import EXIT_CODES, Parser
 from kvtier.errors import KVTierError
 
-_COMMANDS = (serve, cluster, demo, bench, inspect, check, plan, purge, simulate, trace)
+_COMMANDS = (serve, cluster, demo, bench, inspect, drain, check, plan, purge, simulate, trace)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
            "starlette": "http", "uvicorn": "http", "matplotlib": "plot"}  # fmt: skip
 

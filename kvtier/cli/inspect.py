@@ -5,6 +5,8 @@ import asyncio
 from pathlib import Path
 
 from kvtier import config as configuration
+from kvtier.cli.parser import ACCESS_HELP
+from kvtier.config import Config
 from kvtier.errors import ConfigError
 
 
@@ -15,6 +17,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "address", metavar="HOST:PORT|DIR", help="the daemon's gRPC address, or its disk.path"
     )
+    command.add_argument("--config", metavar="FILE", help=ACCESS_HELP)
     command.set_defaults(run=_inspect)
 
 
@@ -23,7 +26,7 @@ def _inspect(options: argparse.Namespace) -> int:
         _print_folder(Path(options.address))
         return 0
     configuration.parse_address(options.address, "address")
-    asyncio.run(_print_status(options.address))
+    asyncio.run(_print_status(options.address, configuration.load(options.config)))
     return 0
 
 
@@ -44,17 +47,21 @@ def _print_folder(path: Path) -> None:
         print(f"  {len(files)} segments {sum(files.values()) / 2**20:.1f} MiB")
 
 
-async def _print_status(address: str) -> None:
+async def _print_status(address: str, config: Config) -> None:
     import grpc
 
+    from kvtier.wire.access import Access
     from kvtier.wire.pb import feed_pb2, node_pb2, node_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address) as channel:
+    access = Access(config, serving=False)
+    access.preflight(address)
+    async with access.channel(address) as channel:
         try:
             request = node_pb2.NodeStatusRequest()
             status = await node_pb2_grpc.NodeStub(channel).Status(request, timeout=10)
         except grpc.aio.AioRpcError as error:
-            raise ConfigError(f"no node daemon at {address}: {error.details()}") from None
+            why = await access.why(address, error) or error.details()
+            raise ConfigError(f"no node daemon at {address}: {why}") from None
     state = "draining" if status.draining else "serving"
     print(f"node {status.node}, {state}, {status.clients} engines attached")
     for layout in status.layouts:

@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 CONFIG_HELP = "a TOML file of settings, see docs/config.md (default: none, so all defaults)"
+ACCESS_HELP = "a TOML file whose [tls] and [auth] say how to connect (default: none, plain)"
 JSON_HELP = "write every figure there (default: none)"
 PLOT_HELP = "draw the figures there; needs the extra `plot` (default: none)"
 EXIT_CODES = """exit status:

@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from kvtier import config as configuration
+from kvtier.cli.parser import ACCESS_HELP
 from kvtier.errors import ConfigError
 from kvtier.sim.record import Numbering
 from kvtier.sim.trace import Request, write_trace
@@ -49,6 +50,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         metavar="N",
         help="tokens a block (default: 0, as the workers)",
     )
+    record.add_argument("--config", metavar="FILE", help=ACCESS_HELP)
     record.set_defaults(run=_run)
 
 
@@ -111,10 +113,13 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
     """
     import grpc
 
+    from kvtier.wire.access import Access
     from kvtier.wire.pb import router_pb2, router_pb2_grpc
 
+    access = Access(configuration.load(options.config), serving=False)
+    access.preflight(options.router)
     numbering, count = Numbering(options.block_tokens), 0
-    with grpc.insecure_channel(options.router) as channel:
+    with access.blocking_channel(options.router) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         call = stub.Record(router_pb2.RecordRequest(), timeout=options.seconds or None)
 
@@ -137,7 +142,8 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
                 if count == options.requests:
                     return
         except grpc.RpcError as error:
-            _ended(options.router, error.code(), error.details(), count)
+            told = access.explain(options.router, error) or error.details()
+            _ended(options.router, error.code(), told, count)
         finally:
             told.put(None)
             stopping.join()

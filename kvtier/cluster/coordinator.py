@@ -33,6 +33,7 @@ from kvtier.cluster.plan import (
 from kvtier.cluster.settings import ClusterSettings, digest
 from kvtier.config import Config
 from kvtier.errors import ConfigError
+from kvtier.wire.access import Access
 
 _LOG = logging.getLogger(__name__)
 _ROUND_S: Final = 1.0
@@ -110,7 +111,8 @@ class Coordinator:
         self._asking: dict[AgentId, asyncio.Task[Report | ActorDiedError | None]] = {}
         self._retiring: dict[AgentId, asyncio.Task[None]] = {}
         self._drains: dict[str, asyncio.Task[str]] = {}
-        self._routers = members.Routers()
+        self._access = Access(config, serving=False)
+        self._routers = members.Routers(self._access)
         self._placed: tuple[Placed, ...] = ()
         self._version = 0
         self._born = time.monotonic()
@@ -264,7 +266,7 @@ class Coordinator:
         for node_id in draining - self._drains.keys():
             daemon = daemons[node_id]
             if daemon and daemon.condition == "ready" and daemon.report:
-                work = members.drain(daemon.report.address, _DRAIN_S)
+                work = members.drain(daemon.report.address, _DRAIN_S, self._access)
                 self._drains[node_id] = asyncio.create_task(work)
 
     def _drain_text(self, node_id: str) -> str:

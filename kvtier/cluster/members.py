@@ -11,6 +11,7 @@ import grpc
 
 from kvtier.cluster.plan import Placed
 from kvtier.config import parse_address
+from kvtier.wire.access import Access
 from kvtier.wire.pb import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 
 _ANSWER_S: Final = 2.0
@@ -56,7 +57,8 @@ class _Router:
 class Routers:
     """Tells routers their members, each name on its own, so that a slow one delays no other."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._routers: dict[str, dict[str, _Router]] = {}  # by name, then by address
         self._telling: dict[str, asyncio.Task[None]] = {}
 
@@ -108,8 +110,12 @@ class Routers:
         routers = self._routers.get(name, {})
         for address in addresses:
             if address not in routers:
-                routers[address] = _Router(grpc.aio.insecure_channel(address))
+                routers[address] = _Router(self._access.channel(address))
         await asyncio.gather(*(_tell_one(r, members) for r in routers.values()))
+        for address, router in routers.items():
+            if router.error and self._access.secure:  # its certificates may be renewed by now
+                failed, router.channel = router.channel, self._access.channel(address)
+                await failed.close()
 
 
 async def _tell_one(router: _Router, members: router_pb2.Members) -> None:
@@ -123,12 +129,12 @@ async def _tell_one(router: _Router, members: router_pb2.Members) -> None:
         router.error = f"{error.code().name}: {error.details()}"
 
 
-async def drain(daemon: str, deadline_s: float) -> str:
+async def drain(daemon: str, deadline_s: float, access: Access) -> str:
     """Have a node daemon copy down what only it holds; what came of it, in one line.
 
     The daemon stays: until its node is taken away its blocks can still be read.
     """
-    async with grpc.aio.insecure_channel(daemon) as channel:
+    async with access.channel(daemon) as channel:
         request = node_pb2.NodeDrainRequest(deadline_s=deadline_s, stay=True)
         try:
             stub = node_pb2_grpc.NodeStub(channel)

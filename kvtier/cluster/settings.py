@@ -4,10 +4,9 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Final, Literal
 
-from kvtier.config import Config, parse_address
+from kvtier.config import Config, is_loopback, parse_address
 from kvtier.errors import ConfigError
 
 Kind = Literal["node", "worker", "router"]
@@ -108,16 +107,6 @@ def config_for(config: Config, place: Place) -> Config:
             config.router, listen=listen(config.router.listen, "router.listen")
         ),
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ line that names the key, the value and the limit.
 import tomllib
 from pathlib import Path
 
+from kvtier.config.credentials import Tokens, Watched, check_tls
 from kvtier.config.host import (
     cache_dir,
     cores_available,
@@ -20,6 +21,7 @@ from kvtier.config.host import (
 )
 from kvtier.config.settings import (
     AdapterConfig,
+    AuthConfig,
     Config,
     DiskConfig,
     HostConfig,
@@ -28,13 +30,23 @@ from kvtier.config.settings import (
     RedisConfig,
     RouterConfig,
     TenantConfig,
+    TlsConfig,
     WorkerConfig,
 )
-from kvtier.config.values import Size, build, limits, one_of, parse_address, parse_size
+from kvtier.config.values import (
+    Size,
+    build,
+    is_loopback,
+    limits,
+    one_of,
+    parse_address,
+    parse_size,
+)
 from kvtier.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
+    "AuthConfig",
     "Config",
     "DiskConfig",
     "HostConfig",
@@ -44,10 +56,15 @@ __all__ = [
     "RouterConfig",
     "Size",
     "TenantConfig",
+    "TlsConfig",
+    "Tokens",
+    "Watched",
     "WorkerConfig",
     "cache_dir",
+    "check_tls",
     "cores_available",
     "from_dict",
+    "is_loopback",
     "limits",
     "load",
     "memory_available",

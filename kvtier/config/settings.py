@@ -153,6 +153,25 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """`[tls]`: certificates, for every TCP listener and every gRPC connection of this process."""
+
+    cert_file: str = ""  # PEM, with the chain; what this process shows to those that connect
+    key_file: str = ""
+    ca_file: str = ""  # who signs the certificates of those it connects to; empty: gRPC's own list
+    client_ca_file: str = ""  # gRPC callers must have a certificate of these; empty: they need none
+    server_name: str = ""  # in the others' certificates; empty: the host of their address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthConfig:
+    """`[auth]`: the bearer token that callers show."""
+
+    token_file: str
+    open_metrics: bool = True  # metrics pages need no token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole file."""
 
@@ -162,3 +181,5 @@ class Config:
     redis: RedisConfig | None = None
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    tls: TlsConfig | None = None
+    auth: AuthConfig | None = None

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import types
 import typing
+from ipaddress import ip_address
 from typing import TypeVar, get_args, get_origin
 
 from kvtier.errors import ConfigError
@@ -50,6 +51,16 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{name} is {text!r}, must be host:port with a port of 0 to 65535")
     return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 T = TypeVar("T")

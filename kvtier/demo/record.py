@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import grpc
 
 from kvtier.core.tiers import Tier
 from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2
+
+ANSWER_S: Final = 300.0  # for one answer; seconds, unless the machine is very busy
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ async def ask(
     )
     begin = time.perf_counter()
     try:
-        async for response in stub.Generate(request, timeout=120):
+        async for response in stub.Generate(request, timeout=ANSWER_S):
             match response.WhichOneof("body"):
                 case "routed":
                     _routed(record, response.routed)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -41,7 +42,7 @@ from kvtier.wire.pb import (
 from kvtier.wire.rpc import MAX_MESSAGE
 
 NODES: Final = ("a", "b")
-DEADLINE_S: Final = 120.0  # for any one thing to start or come back
+DEADLINE_S: Final = 300.0  # for any one thing to start, come back or be answered
 Say = Callable[[str], None]
 
 
@@ -93,9 +94,13 @@ def router_process(folder: Path) -> Iterator[str]:
         )
     try:
         assert process.stdout is not None
+        watchdog = threading.Timer(DEADLINE_S, process.kill)
+        watchdog.start()
         line = process.stdout.readline()
+        watchdog.cancel()
         if "ready at" not in line:
-            raise KVTierError(f"the router did not start: {(folder / 'router.log').read_text()}")
+            log = (folder / "router.log").read_text().strip() or f"silent for {DEADLINE_S:g} s"
+            raise KVTierError(f"the router did not start: {log}")
         yield line.rsplit(" ", 1)[1].strip()
     finally:
         assert process.stdin is not None
@@ -170,13 +175,14 @@ class Stage:
         if feed_pb2.TIER_VRAM in tiers:
             async with self._channel(agents[node, "worker"][1]) as channel:
                 stub = worker_pb2_grpc.WorkerStub(channel)
-                await stub.Clear(worker_pb2.ClearRequest(), timeout=30)
+                with _naming(f"emptying VRAM of node {node}"):
+                    await stub.Clear(worker_pb2.ClearRequest(), timeout=DEADLINE_S)
         owned = [tier for tier in tiers if tier != feed_pb2.TIER_VRAM]
         if owned:
             async with self._channel(agents[node, "node"][1]) as channel:
-                await node_pb2_grpc.NodeStub(channel).Clear(
-                    node_pb2.NodeClearRequest(tiers=owned), timeout=30
-                )
+                request = node_pb2.NodeClearRequest(tiers=owned)
+                with _naming(f"emptying tiers of node {node}"):
+                    await node_pb2_grpc.NodeStub(channel).Clear(request, timeout=DEADLINE_S)
 
     async def settled(self) -> None:
         """Wait until no copy is under way on any node."""
@@ -205,7 +211,9 @@ class Stage:
         _, address = (await self.agents())[node, "node"]
         async with self._channel(address) as channel:
             stub = node_pb2_grpc.NodeStub(channel)
-            await stub.Drain(node_pb2.NodeDrainRequest(deadline_s=30), timeout=60)
+            with _naming(f"draining node {node}"):
+                request = node_pb2.NodeDrainRequest(deadline_s=DEADLINE_S / 2)
+                await stub.Drain(request, timeout=DEADLINE_S)
 
     async def explain(self, prompt: router_pb2.Prompt) -> router_pb2.ExplainResponse:
         """What the router thinks of every node for this prompt."""
@@ -216,6 +224,15 @@ class Stage:
     @staticmethod
     def _channel(address: str) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """A failed call says what it was for."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise KVTierError(f"{what}: {error.code().name}: {error.details()}") from None
 
 
 def _running(seen: Status | None) -> dict[tuple[str, str], tuple[int, str]]:

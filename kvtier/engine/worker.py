@@ -22,6 +22,7 @@ from kvtier.engine.sequence import (
 )
 from kvtier.engine.transformers import STOPPING, Engine, Handle, MakeTiers
 from kvtier.errors import InvalidRequest, RequestError, UnknownModel, WorkerLost
+from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
@@ -194,7 +195,8 @@ async def serve(
         Exception: Whatever bug ended the engine's thread; the worker is of no more use then.
     """
     loop = asyncio.get_running_loop()
-    server = Server(config.worker.listen, "worker.listen", ["kvtier.v1.Worker", "kvtier.v1.Feed"])
+    services = ["kvtier.v1.Worker", "kvtier.v1.Feed"]
+    server = Server(config.worker.listen, "worker.listen", services, access=Access(config))
     loaded = await asyncio.to_thread(load, config.worker, log.info)
     servicer = await asyncio.to_thread(WorkerServicer, config, loaded, make_tier, loop)
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server.grpc)

@@ -26,6 +26,7 @@ from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.redis import RedisStore
+from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2_grpc
 from kvtier.wire.rpc import Server
@@ -283,10 +284,12 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         ConfigError: An address or path is taken or unusable, or the memory is not there.
     """
     daemon = NodeDaemon(config)
-    server = Server(config.node.listen, "node.listen", ["kvtier.v1.Node", "kvtier.v1.Feed"])
+    access = Access(config)
+    services = ["kvtier.v1.Node", "kvtier.v1.Feed"]
+    server = Server(config.node.listen, "node.listen", services, access=access)
     node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)
     feed_pb2_grpc.add_FeedServicer_to_server(daemon.feed, server.grpc)
-    metrics.serve(config.node.metrics_port, "node.metrics_port")
+    access.serve_metrics(config.node.metrics_port, "node.metrics_port")
     try:
         await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()

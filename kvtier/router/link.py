@@ -22,6 +22,7 @@ from kvtier.errors import RemoteProtocolError
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
+from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 DESCRIBE_S: Final = 5.0
@@ -33,6 +34,7 @@ MAX_SPACES: Final = 4096  # of one worker
 KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
+_REFUSED: Final = grpc.StatusCode.UNAUTHENTICATED
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 << 20),  # tokenizer files are large
     ("grpc.max_send_message_length", 64 << 20),
@@ -69,6 +71,7 @@ class Context:
     rng: random.Random
     pace: Pace
     changed: Callable[[], None]  # called at every change of a state
+    access: Access
 
 
 _TIERS: Final = {
@@ -101,6 +104,7 @@ class Link:
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
         self._tries = 0  # in vain, in a row
+        self._blamed = ""  # what a person was told to change
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
@@ -132,7 +136,7 @@ class Link:
         while True:
             try:
                 if self.channel is None:
-                    self.channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+                    self.channel = self._context.access.channel(self.address, OPTIONS)
                 if self.serves is Serves.WORKER:
                     await self._describe(self.channel)
                 await self._watch(self.channel)
@@ -143,6 +147,7 @@ class Link:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 log.info("%s at %s: %s", self.serves, self.address, _line(error))
+                await self._blame(error)
                 silent = isinstance(error, TimeoutError)
                 self._end_life(0 if silent else self._context.config.timeout_s)
                 self._settle()
@@ -150,6 +155,21 @@ class Link:
             pause = min(last, first * 2**self._tries)
             self._tries = min(self._tries + 1, 16)
             await asyncio.sleep(pause * self._context.rng.uniform(0.5, 1.0))
+
+    async def _blame(self, error: Exception) -> None:
+        """Say once what a person must change for this connection to come about.
+
+        At the second failure in a row only: somebody who is being started is nobody's mistake.
+        """
+        access = self._context.access
+        refused = isinstance(error, grpc.RpcError) and error.code() is _REFUSED
+        if not refused and not (access.secure and self._tries == 1):
+            return
+        why = await access.why(self.address, error)
+        if why != self._blamed:
+            self._blamed = why
+            if why:
+                log.warning("%s at %s: %s", self.serves, self.address, why)
 
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)

@@ -13,6 +13,7 @@ from kvtier.errors import ConfigError, InvalidRequest
 from kvtier.router.link import Context, Link, Serves, State
 from kvtier.router.pace import Pace
 from kvtier.router.text import TextPool
+from kvtier.wire.access import Access
 from kvtier.wire.pb import router_pb2
 
 MAX_MEMBERS: Final = 4096
@@ -36,12 +37,13 @@ class Members:
     """
 
     def __init__(
-        self, config: RouterConfig, directory: Directory, texts: TextPool, rng: random.Random
-    ) -> None:
+        self, config: RouterConfig, directory: Directory, texts: TextPool, rng: random.Random,
+        access: Access,
+    ) -> None:  # fmt: skip
         self.version = 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         pace = Pace()
-        self._context = Context(config, directory, texts, rng, pace, self._changed)
+        self._context = Context(config, directory, texts, rng, pace, self._changed, access)
         self._tidying = asyncio.get_running_loop().create_task(pace.tidy(directory))
         self._tidying.add_done_callback(self._ended)
         self._fixed = tuple(Member(m.node, m.daemon, m.worker) for m in config.members)

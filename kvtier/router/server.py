@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from kvtier import metrics
 from kvtier.config import Config, RouterConfig
 from kvtier.core.directory import Directory
 from kvtier.router.epp.pick import Picker
@@ -17,6 +16,7 @@ from kvtier.router.placement import Placement
 from kvtier.router.prompts import Prompts
 from kvtier.router.service import RouterService
 from kvtier.router.text import TextPool
+from kvtier.wire.access import Access
 from kvtier.wire.pb import router_pb2_grpc
 from kvtier.wire.rpc import Server
 
@@ -61,17 +61,18 @@ async def serve(
     loop = asyncio.get_running_loop()
     rng = random.Random()  # noqa: S311 - for ties and pauses, not for secrets
     directory, texts = Directory(), TextPool()
-    server = Server(settings.listen, "router.listen", [SERVICE])
-    members = Members(settings, directory, texts, rng)
+    access = Access(config)
+    server = Server(settings.listen, "router.listen", [SERVICE], access=access)
+    members = Members(settings, directory, texts, rng, access)
     sides: list[_Side] = []
     try:
         placement = Placement(settings, members, directory, loop.time)
         prompts = Prompts(members, placement, texts)
         front = Front(settings, placement, prompts, rng, loop.time)
         picker = Picker(settings, prompts, placement, rng.random)
-        sides += _sides(settings, front, picker, members, rng)
+        sides += _sides(settings, front, picker, members, rng, access)
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(front, members), server.grpc)
-        metrics.serve(settings.metrics_port, "router.metrics_port")
+        access.serve_metrics(settings.metrics_port, "router.metrics_port")
         await server.healthy(False)
         address = await server.start()
         for side in sides:
@@ -87,16 +88,17 @@ async def serve(
 
 
 def _sides(
-    settings: RouterConfig, front: Front, picker: Picker, members: Members, rng: random.Random
-) -> list[_Side]:
+    settings: RouterConfig, front: Front, picker: Picker, members: Members, rng: random.Random,
+    access: Access,
+) -> list[_Side]:  # fmt: skip
     """The servers beside the gRPC service, those that are configured."""
     sides: list[_Side] = []
     if settings.http:
         from kvtier.router.http.server import HttpServer  # needs the extra `http`
 
-        sides.append(HttpServer(settings.http, front, members, rng))
+        sides.append(HttpServer(settings.http, front, members, rng, access))
     if settings.epp:
-        sides.append(EndpointPicker(settings, front, picker))
+        sides.append(EndpointPicker(settings, front, picker, access))
     return sides
 
 

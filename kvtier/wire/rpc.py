@@ -9,8 +9,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from kvtier.config import parse_address
+from kvtier.config import Config, parse_address
 from kvtier.errors import ConfigError, Overloaded, RequestError
+from kvtier.wire.access import Access
 
 MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
 KEYS_PER_MESSAGE: Final = 2048  # one takes a few ms to make, and holds the loop up for so long
@@ -25,6 +26,7 @@ OPTIONS: Final = (
 class Server:
     """A grpc.aio server with health (of "" and of each service) and reflection.
 
+    Who may call it is up to `access`; health is for everybody. Without it all may, in plain text.
     The names in `alive` serve as soon as it runs, whatever `healthy` says of the others.
 
     Raises:
@@ -33,13 +35,15 @@ class Server:
     """
 
     def __init__(
-        self, listen: str, name: str, services: Iterable[str], alive: Iterable[str] = ()
-    ) -> None:
+        self, listen: str, name: str, services: Iterable[str], alive: Iterable[str] = (),
+        *, access: Access | None = None,
+    ) -> None:  # fmt: skip
         self._host, self._port = parse_address(listen, name)
         self.address = listen
         self._name = name
         self._probe()
-        self.grpc = grpc.aio.server(options=OPTIONS)
+        self._access = access or Access(Config())
+        self.grpc = grpc.aio.server(options=OPTIONS, interceptors=self._access.interceptors)
         self._services = ["", *services]
         self._alive = list(alive)
         self._health = health_aio.HealthServicer()
@@ -54,12 +58,16 @@ class Server:
             ConfigError: The address was taken since.
         """
         try:
-            bound = self.grpc.add_insecure_port(self.address)
+            if credentials := self._access.server_credentials():
+                bound = self.grpc.add_secure_port(self.address, credentials)
+            else:
+                bound = self.grpc.add_insecure_port(self.address)
         except RuntimeError:
             bound = 0
         if not bound or (self._port and bound != self._port):
             raise ConfigError(f"{self._name}: cannot listen on {self.address}: in use, or not ours")
         self.address = f"{self._host}:{bound}"
+        self._access.warn_if_open(self._name, self.address)
         await self.grpc.start()
         for service in self._alive:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)

@@ -1,6 +1,7 @@
 """The Kubernetes manifests are valid, agree with each other, and say what the code does."""
 
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -18,14 +19,17 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvtier import config
+from kvtier.cli import _parser
 from kvtier.cluster import job
 from kvtier.cluster.settings import RESOURCE
+from kvtier.node.daemon import DRAIN_S
+from kvtier.router.server import GRACE_S
 from tests.deploy.schemas import Refused, check, templates
 from tests.launching import Process, wait_for
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
-VARIANTS = ["base", "overlays/dev", "overlays/gpu"]
+VARIANTS = ["base", "overlays/dev", "overlays/gpu", "overlays/secure"]
 UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "kb": 2**10, "mb": 2**20, "gb": 2**30, "": 1}
 
 pytestmark = pytest.mark.skipif(
@@ -172,6 +176,9 @@ def test_every_mount_has_its_volume_and_every_volume_its_source(manifests):
                 assert volume["configMap"]["name"] in manifests.of("ConfigMap")
             if "secret" in volume:
                 assert volume["secret"]["secretName"] == "kvtier-redis"
+            if "projected" in volume:
+                sources = [each["secret"]["name"] for each in volume["projected"]["sources"]]
+                assert sources == ["kvtier-tls", "kvtier-token"]
 
 
 def test_services_and_policies_select_pods_that_exist(manifests):
@@ -196,6 +203,8 @@ def test_ports_and_probes_refer_to_what_is_there(manifests):
                     assert how["tcpSocket"]["port"] in ports
                 if "grpc" in how:
                     assert how["grpc"]["port"] in ports.values()
+                if "httpGet" in how:
+                    assert how["httpGet"]["port"] in ports
     for service in manifests.of("Service").values():
         selector = service["spec"]["selector"]
         (pod,) = (
@@ -231,6 +240,30 @@ def test_the_configuration_fits_the_pods(manifests, tmp_path):
         assert any(settings.worker.model.startswith(path) for path in mounts)
 
 
+def test_the_secure_overlay_is_the_base_with_credentials_everywhere(tmp_path):
+    secure, base = Manifests("overlays/secure"), Manifests("base")
+    settings = secure.config(tmp_path)
+    assert dataclasses.replace(settings, tls=None, auth=None) == base.config(tmp_path)
+    files = [settings.tls.cert_file, settings.tls.key_file, settings.tls.ca_file]
+    files.append(settings.auth.token_file)
+    for name, template in secure.pods().items():
+        if name == "valkey":
+            continue
+        pod = template["spec"]
+        mounts = {m["mountPath"]: m["name"] for c in pod["containers"] for m in c["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        for file in files:
+            assert "projected" in volumes[mounts[str(Path(file).parent)]], name
+        # Files that only their group may read are of the group that the pod runs with.
+        assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    router = secure.container("router")
+    assert router["readinessProbe"]["httpGet"] == {
+        "path": "/health", "port": "http", "scheme": "HTTPS",
+    }  # fmt: skip
+    (grpc_port, _) = secure.of("Service")["kvtier-router"]["spec"]["ports"]
+    assert "appProtocol" not in grpc_port
+
+
 def test_what_is_promised_to_tiers_is_within_the_limits_of_their_pods(manifests, tmp_path):
     settings = manifests.config(tmp_path)
     for name in ("ray-head", "ray-worker"):
@@ -249,6 +282,26 @@ def test_what_is_promised_to_tiers_is_within_the_limits_of_their_pods(manifests,
     limit = size(manifests.container("valkey")["resources"]["limits"]["memory"])
     assert size(kept) <= 0.75 * limit
     assert settings.redis.bytes <= size(kept)
+
+
+def test_a_node_that_is_deleted_drains_in_the_time_that_its_pod_has(manifests):
+    pod = manifests.pods()["ray-worker"]["spec"]
+    (container,) = pod["containers"]
+    shell, flag, line = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    exec_, program, *arguments = shlex.split(line.replace("$(hostname -i)", "10.0.0.1"))
+    assert (exec_, program) == ("exec", "kvtier")
+    options = _parser().parse_args(arguments)
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    assert options.address == f"10.0.0.1:{ports['node']}"
+    spare = 5
+    assert options.seconds + DRAIN_S + spare <= pod["terminationGracePeriodSeconds"]
+    mounts = {m["mountPath"] for m in container["volumeMounts"]}
+    assert options.config is None or str(Path(options.config).parent) in mounts
+    router = manifests.pods()["router"]["spec"]
+    (sleep, seconds) = router["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert sleep == "sleep"
+    assert int(seconds) + GRACE_S + spare <= router["terminationGracePeriodSeconds"]
 
 
 def test_the_job_is_one_that_the_code_and_kuberay_accept(manifests):

@@ -26,6 +26,7 @@ from kvtier.errors import (
     UnknownModel,
     WorkerLost,
 )
+from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
@@ -229,7 +230,8 @@ async def serve(
     Raises:
         ConfigError: The address is taken, or one of ZMQ's is wrong.
     """
-    server = Server(config.worker.listen, "worker.listen", ["kvtier.v1.Worker", "kvtier.v1.Feed"])
+    services = ["kvtier.v1.Worker", "kvtier.v1.Feed"]
+    server = Server(config.worker.listen, "worker.listen", services, access=Access(config))
     servicer = GatewayServicer(config, backend)
     served = backend.served
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server.grpc)

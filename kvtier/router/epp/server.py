@@ -23,6 +23,7 @@ from kvtier.router.http.openai import (
     status_of,
     tenant_of,
 )
+from kvtier.wire.access import Access
 from kvtier.wire.pb import ext_proc_pb2 as pb
 from kvtier.wire.rpc import MAX_MESSAGE, Server
 
@@ -46,11 +47,13 @@ class EndpointPicker:
 
     name = "epp"
 
-    def __init__(self, config: RouterConfig, front: Front, picker: Picker) -> None:
+    def __init__(self, config: RouterConfig, front: Front, picker: Picker, access: Access) -> None:
         check_endpoints(config)
         self._front = front
         self._picker = picker
-        self._server = Server(config.epp, "router.epp", ["readiness", SERVICE], ["liveness"])
+        self._server = Server(
+            config.epp, "router.epp", ["readiness", SERVICE], ["liveness"], access=access
+        )
         self.address = config.epp
         # Under Envoy's name, but with messages of our own, so not by the generated code.
         handler = grpc.stream_stream_rpc_method_handler(

@@ -21,10 +21,10 @@ _U32: Final = 2**32 - 1
 
 _HTTP: Final = {
     "INVALID_ARGUMENT": 400, "OUT_OF_RANGE": 400, "FAILED_PRECONDITION": 400,
-    "PERMISSION_DENIED": 403, "NOT_FOUND": 404,
+    "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429, "UNIMPLEMENTED": 501, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504,
 }  # fmt: skip
-_TYPES: Final = {400: "invalid_request_error", 403: "permission_error",
+_TYPES: Final = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
                  404: "invalid_request_error", 413: "invalid_request_error",
                  429: "rate_limit_error"}  # fmt: skip
 # What is taken only at the value that changes nothing.

@@ -13,7 +13,9 @@ from kvtier.config import parse_address
 from kvtier.errors import ConfigError
 from kvtier.router.front import Front
 from kvtier.router.http.app import make_app
+from kvtier.router.http.guard import guarded
 from kvtier.router.members import Members
+from kvtier.wire.access import Access
 
 
 class _Server(uvicorn.Server):
@@ -33,7 +35,9 @@ class HttpServer:
 
     name = "http"
 
-    def __init__(self, listen: str, front: Front, members: Members, rng: random.Random) -> None:
+    def __init__(
+        self, listen: str, front: Front, members: Members, rng: random.Random, access: Access
+    ) -> None:
         host, port = parse_address(listen, "router.http")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Named as TCP: only then asyncio turns Nagle's algorithm off, which costs 40 ms an answer.
@@ -47,9 +51,12 @@ class HttpServer:
             raise ConfigError(f"router.http: cannot listen on {listen}: {error.strerror}") from None
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
-            make_app(front, members, rng), lifespan="off", log_config=None, log_level="warning",
-            access_log=False, server_header=False,
+            guarded(make_app(front, members, rng), access), lifespan="off", log_config=None,
+            log_level="warning", access_log=False, server_header=False,
         )  # fmt: skip
+        access.warn_if_open("router.http", self.address)
+        config.load()
+        config.ssl = access.tls_context()
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 
