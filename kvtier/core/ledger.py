@@ -129,15 +129,16 @@ class Ledger(Residency):
         self._touch(lease)
         only_here = [key for key in keys if self._warmest(key, HOST + 1) is None]
         pinned = self._pin(only_here)  # or room for a block is made by losing the one before
+        enough = self._free_slots(sum(key not in self._blocks for key in keys[first:]))
         for index, key in enumerate(keys[first:], first):
             block = self._blocks.get(key)
             if block is not None and (block.slot is not None or self._warmest(key) is not None):
                 continue
-            slot = self._take_slot()
+            slot = self._take_slot() if enough or self._free else None
             if slot is None:
                 lease.refused = len(keys) - index
                 break
-            block = self._known(key)
+            block = self._blocks.setdefault(key, Block())
             block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
             lease.keys.append(key)
             lease.slots.append(slot)
@@ -329,6 +330,7 @@ class Ledger(Residency):
             return
         self._touch(lease)
         pinned = self._pin(held)  # or room for a block is made by dropping the next
+        self._free_slots(len(held) - len(pinned))
         for key in held:
             if pinned and pinned[0] == key:
                 pinned.popleft()

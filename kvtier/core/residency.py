@@ -33,6 +33,7 @@ from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
 LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
+_Found = tuple[list[BlockKey], list[BlockKey]]
 
 
 class Residency:
@@ -77,7 +78,7 @@ class Residency:
             if key in copies or coming:
                 continue
             if self._make_room(tier, nbytes):
-                self._known(key)
+                self._blocks.setdefault(key, Block())
                 self._place(key, tier, nbytes)
             elif not copies.spec.shared:
                 self._effects.append(Forget(key, tier))
@@ -154,12 +155,6 @@ class Residency:
         """Moves under way."""
         return self._moves
 
-    # --- copies -----------------------------------------------------------------------
-
-    def _known(self, key: BlockKey) -> Block:
-        """What is known of `key`, from now on if nothing was."""
-        return self._blocks.shards[key[-1]].setdefault(key, Block())
-
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
         """The warmest tier from `start` down that has `key` and answers."""
         for tier, copies in enumerate(self._tiers[start:], start):
@@ -206,10 +201,8 @@ class Residency:
     def _sort(self, key: BlockKey) -> None:
         """Put `key` at the warm end of the undrained order that it now belongs to, if any."""
         block = self._blocks[key]
-        lowest = None
-        for tier, copies in enumerate(self._tiers):
-            if key in copies.sizes:
-                lowest = tier
+        held = [tier for tier, copies in enumerate(self._tiers) if key in copies]
+        lowest = held[-1] if held else None
         if lowest is None and block.slot is None:
             assert block.move is None
             wanted = None
@@ -227,6 +220,12 @@ class Residency:
 
     # --- room, and the cascade --------------------------------------------------------
 
+    def _free_slots(self, count: int) -> bool:
+        """Have `count` slots free, by one search for host blocks that may go; whether it did."""
+        if count > len(self._free):
+            self._evict(HOST, count - len(self._free))
+        return count <= len(self._free)
+
     def _take_slot(self) -> Slot | None:
         """A free slot, by dropping the coldest host block that may go if need be."""
         if not self._free and not self._evict(HOST):
@@ -243,41 +242,47 @@ class Residency:
                 return False
         return True
 
-    def _evict(self, tier: int) -> bool:
-        """Drop the coldest copy that may go, and copy down the colder ones that may not yet."""
-        victim, overdue = self._coldest(tier)
-        if victim is not None:
-            self._drop(victim, tier)
+    def _evict(self, tier: int, count: int = 1) -> bool:
+        """Drop the coldest copies that may go, and copy down the colder ones that may not yet."""
+        victims, overdue = self._coldest(tier, count)
+        for key in victims:
+            self._drop(key, tier)
         for key in overdue:
             if not self._copy_down(key, tier):
                 break
-        return victim is not None
+        return bool(victims)
 
-    def _coldest(self, tier: int) -> tuple[BlockKey | None, list[BlockKey]]:
-        """The coldest copy that may go, and those before it that first want a lower copy."""
-        found = self._search(tier, self._pinned) if tier == HOST else (None, [])
+    def _coldest(self, tier: int, count: int = 1) -> _Found:
+        """The `count` coldest that may go; those before them that first want a lower copy."""
+        if tier == HOST and (found := self._search(tier, count, self._pinned))[0]:
+            return found
         # A block that somebody else pins hides those above it; they go if nothing else can.
-        return found if found[0] is not None else self._search(tier, None)
+        return self._search(tier, count, None)
 
-    def _search(self, tier: int, keep: Keep | None) -> tuple[BlockKey | None, list[BlockKey]]:
-        overdue: list[BlockKey] = []
+    def _search(self, tier: int, count: int, keep: Keep | None) -> _Found:
+        victims, overdue = list[BlockKey](), list[BlockKey]()
         last_resort: BlockKey | None = None
         refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
-        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK):
+        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK + count - 1):
             if self._may_go(key, tier):
-                return key, overdue
-            warmer = any(key in copies for copies in self._tiers[:tier])
-            if refused and last_resort is None and self._idle(key, tier) and not warmer:
+                victims.append(key)
+                if len(victims) == count:
+                    break
+            elif refused and last_resort is None and self._idle(key, tier, alone=True):
                 last_resort = key
             elif key in self._tiers[tier].undrained:
                 overdue.append(key)
-        return last_resort, overdue
+        if not victims and last_resort is not None:
+            victims.append(last_resort)
+        return victims, overdue
 
     def _pinned(self, key: BlockKey) -> bool:
         return self._pins[self._in_host.of[key]] > 0
 
-    def _idle(self, key: BlockKey, tier: int) -> bool:
+    def _idle(self, key: BlockKey, tier: int, *, alone: bool = False) -> bool:
         if self._blocks[key].move is not None:
+            return False
+        if alone and any(key in copies for copies in self._tiers[:tier]):
             return False
         return tier != HOST or self._pins[self._in_host.of[key]] == 0
 
@@ -297,8 +302,7 @@ class Residency:
     def _drain(self) -> None:
         """The cascade rule, for every tier that has one below it."""
         for tier, copies in enumerate(self._tiers[:-1]):
-            limit = 0 if self._draining_all else copies.spec.drain_at
-            while copies.undrained_nbytes > limit:
+            while copies.undrained_nbytes > (0 if self._draining_all else copies.spec.drain_at):
                 key = self._coldest_undrained(tier)
                 if key is None or not self._copy_down(key, tier):
                     break
@@ -338,10 +342,9 @@ class Residency:
         target.coming -= 1
         target.refusing = not ok
         if not ok:
-            if not target.paused and not target.spec.shared:
-                victim, _ = self._coldest(move.target)
-                if victim is not None:
-                    self._drop(victim, move.target)
+            given_up = not target.paused and not target.spec.shared
+            for victim in self._coldest(move.target)[0] if given_up else ():
+                self._drop(victim, move.target)
             self._sort(move.key)
             return
         target.frame_nbytes = max(target.frame_nbytes, nbytes)
@@ -360,7 +363,7 @@ class Residency:
         slots = [block.slot for block in blocks.values() if block.slot is not None]
         assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
         moves = [block.move for block in blocks.values() if block.move is not None]
-        assert len(moves) == self._moves
+        assert len(moves) == self._moves, "moves are miscounted"
         host = {key: blocks[key].slot for key in self._tiers[HOST].sizes}
         assert dict(self._in_host.of.items()) == host, "a block is not where it should be"
         self._in_host.check()
