@@ -22,6 +22,7 @@ from kvtier.engine.pool import BlockPool
 
 RUNS = 2
 _PATH = 16  # blocks of a prompt, about
+_LONGEST = 48  # of any: a call takes time for each of its own blocks
 _OPEN = 30_000  # conversations that go on
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def _prompts(blocks: int) -> Iterator[tuple[float, int, list[BlockKey]]]:
         number += 1
         if going and rng.random() < 0.3:
             at = rng.randrange(len(going))
-            keys = going[at] = going[at] + _keys(rng, _PATH // 2)
+            keys = going[at] = (going[at] + _keys(rng, _PATH // 2))[:_LONGEST]
         else:
             keys = _keys(rng, 2 * _PATH)
             going.append(keys)

@@ -22,6 +22,7 @@ _EMPTY: Final = 1e-12
 _NEWS: Final = 8  # observations opened or closed that are worth a rebuild
 _TURNS: Final = 8  # turns after which there is one all the same
 STATE_VERSION: Final = 1
+TRUSTED: Final = 500  # uses that must have come before an index says more than recency does
 
 
 def _bin_of(age: int) -> int:
@@ -131,6 +132,7 @@ class Hazards:
         self._pool_index = index(_UNKNOWN)
         self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
         self.index = [self._pool_index] * classes
+        self.uses = 0  # that came while they were waited for: what all this rests on
 
     def opened(self, c: int, at: float) -> None:
         """A run of class c was used at `at`: from then on it waits for its next use."""
@@ -149,6 +151,7 @@ class Hazards:
             self._classes[c].hit[j] += 1
             self._classes[c].end[j] += 1
             self._classes[c].news += 1
+            self.uses += 1
 
     def moved(self, old: int, new: int, at: float, now: float) -> None:
         """The class of an open observation was another one."""
@@ -215,6 +218,7 @@ class Hazards:
             each.advance(now)
         return {
             "version": STATE_VERSION,
+            "uses": self.uses,
             "hit": [[*each.hit] for each in self._classes],
             "end": [
                 [
@@ -234,6 +238,10 @@ class Hazards:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             raise ValueError(f"not a learned state of version {STATE_VERSION}")
         hit, end = (self._table(state.get(name), name) for name in ("hit", "end"))
+        uses = state.get("uses", TRUSTED)  # not told by earlier ones
+        if type(uses) is not int or uses < 0:
+            raise ValueError(f"uses is {uses!r}, must be a number of at least 0")
+        self.uses = uses
         for each, hits, ends in zip(self._classes, hit, end, strict=True):
             each.hit, each.end, each.seen = hits, ends, any(ends)
         now = max(each.upto for each in self._classes)

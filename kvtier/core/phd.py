@@ -14,12 +14,15 @@ The classes are made of what is known at the time of a request:
 and one more for shared prefixes: runs with several continuations, or at the root of a path.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import attrgetter
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ghosts import Ghosts
-from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, Hazards
+from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, TRUSTED, Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
@@ -31,6 +34,9 @@ SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
 CYCLE: Final = 128  # requests between two looks at what a class has learned
 _NO_INDEX: Final = [[0.0] * BINS] * (SHARED + 1)
+_STEPS: Final = 64  # that one look for the least recent run, or one touch, takes in its queue
+_MOST: Final = 1 << 20  # uses in that queue
+_used = attrgetter("seq")
 
 
 class PHD:
@@ -48,6 +54,8 @@ class PHD:
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._found: list[Run] = []  # of the last sample
         self._victim: Run | None = None  # goes on being given up until something is touched
+        # Uses in order, with the run's `seq`: LRU's order, as long as little was learned.
+        self._recent: deque[tuple[int, Run]] = deque()
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and BlockKey(key) in self._forest.of
@@ -89,6 +97,7 @@ class PHD:
             if end > i:
                 above = self._forest.add(keys[i:end], above)
                 above.cls, above.t, above.seq = _kind(0, None), self._now, self._turn
+                self._note([above])
             i = end
 
     def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
@@ -96,16 +105,30 @@ class PHD:
         new = self._new(keys, runs, i, request)
         kind = _kind(new, use.output_tokens)
         above: Run | None = None
+        used: list[Run] = []
         while True:
             for run in runs:
                 above = self._use_run(run, above, request, kind, len(keys))
                 above.new = new
+                used.append(above)
             if i == len(keys):
-                return
+                break
             end = self._unknown_until(keys, i)
-            above = self._append(keys[i:end], above, request, kind)
+            added = self._append(keys[i:end], above, request, kind)
+            above = added[-1]
             above.new = new
+            used += added
             runs, i = self._forest.walk(keys, end, above)
+        self._note(used)
+
+    def _note(self, runs: list[Run]) -> None:
+        """Runs of one path were used, or came; those above others count as used after them."""
+        recent = self._recent
+        if self._hazards.uses < TRUSTED and len(recent) < _MOST:
+            recent.extend((run.seq, run) for run in reversed(runs) if run.seq == self._turn)
+        elif recent:
+            for _ in range(min(_STEPS, len(recent))):
+                recent.popleft()
 
     def _new(self, keys: list[BlockKey], runs: list[Run], known: int, request: int) -> int:
         """How many blocks of this request nobody had asked for, as far as it was told."""
@@ -153,9 +176,11 @@ class PHD:
         self._hazards.opened(run.cls, now)
         return run
 
-    def _append(self, keys: list[BlockKey], above: Run | None, request: int, kind: int) -> Run:
-        """New keys below `above`; the last of the runs that they make up."""
-        gaps = self._gaps(keys)
+    def _append(
+        self, keys: list[BlockKey], above: Run | None, request: int, kind: int
+    ) -> list[Run]:
+        """New keys below `above`: the runs that they make up, or are put to."""
+        gaps, runs = self._gaps(keys), list[Run]()
         i = 0
         if (
             above is not None
@@ -165,15 +190,16 @@ class PHD:
         ):  # more of what the same request had begun to tell
             i = _same(gaps, 0)
             self._forest.extend(above, keys[:i])
+            runs.append(above)
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
             above.cls, above.t, above.seq = gaps[i] + kind, self._now, self._turn
             above.request, above.open = request, True
             self._hazards.opened(above.cls, self._now)
+            runs.append(above)
             i = end
-        assert above is not None, "an empty path has no new keys"
-        return above
+        return runs
 
     def _gaps(self, keys: list[BlockKey]) -> list[int]:
         """By key, the part of the class that says when it was last used; they are no ghosts now."""
@@ -218,6 +244,9 @@ class PHD:
             if run is self._victim:
                 self._victim = None
             self._turn += 1
+            above = self._forest.parent(run)
+            if above is not None and above.seq == run.seq and self._recent:
+                self._recent.appendleft((above.seq, above))  # it may have come from a split
         if run.request is not None:
             limit = min(MAX_GHOSTS, max(GHOSTS, self._forest.size))
             waits = run.open and not run.blocks  # the observation is its first block's
@@ -251,8 +280,13 @@ class PHD:
             run = self._sampled(passed, bared)
 
     def _sampled(self, passed: set[Run], bared: list[Run]) -> Run | None:
-        """The run with the lowest index among some leaves, and all of `bared`."""
+        """The run with the lowest index among some leaves, and all of `bared`.
+
+        As long as little was learned, the one that was not used for longest.
+        """
         leaves = self._forest.leaves
+        if self._hazards.uses < TRUSTED and (oldest := self._least_recent(passed, bared)):
+            return oldest
         step = len(leaves) // SAMPLE
         if step > 1:
             # Evenly spread over the array, from another place each time.
@@ -263,10 +297,23 @@ class PHD:
                 return worst
         return self._worst([*leaves, *bared], passed)
 
+    def _least_recent(self, passed: set[Run], bared: list[Run]) -> Run | None:
+        """The run among all leaves and `bared`, None: not found in few steps."""
+        recent = self._recent
+        for _ in range(min(_STEPS, len(recent))):
+            seq, run = recent[0]
+            if run.blocks and run.seq == seq:
+                break
+            recent.popleft()
+        for seq, run in islice(recent, _STEPS):
+            if run.place >= 0 and run.seq == seq and run.blocks and run not in passed:
+                return min([run, *(each for each in bared if each not in passed)], key=_used)
+        return None
+
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again next time."""
         index, now, bin_of = self._hazards.index, self._now, BIN_OF
-        if not self._moving:
+        if not self._moving or self._hazards.uses < TRUSTED:
             index = _NO_INDEX
         order = sorted([
             (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.seq, i)

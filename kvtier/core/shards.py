@@ -37,6 +37,10 @@ class KeyMap(Generic[V]):
         """See `dict.get`."""
         return self.shards[key[-1]].get(key)
 
+    def setdefault(self, key: BlockKey, value: V) -> V:
+        """See `dict.setdefault`."""
+        return self.shards[key[-1]].setdefault(key, value)
+
     def pop(self, key: BlockKey) -> V:
         """See `dict.pop`."""
         return self.shards[key[-1]].pop(key)

@@ -152,8 +152,8 @@ BUGS = [
     ),
     bug(
         "a tier that takes nothing stops the host tier",
-        "if refused and last_resort",
-        "if False and last_resort",
+        "elif refused and last_resort",
+        "elif False and last_resort",
     ),
     bug(
         "what a tier refused once counts for ever",
