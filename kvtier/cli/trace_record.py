@@ -142,8 +142,8 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
                 if count == options.requests:
                     return
         except grpc.RpcError as error:
-            told = access.explain(options.router, error) or error.details()
-            _ended(options.router, error.code(), told, count)
+            details = access.explain(options.router, error) or error.details()
+            _ended(options.router, error.code(), details, count)
         finally:
             told.put(None)
             stopping.join()

@@ -99,8 +99,8 @@ def router_process(folder: Path) -> Iterator[str]:
         line = process.stdout.readline()
         watchdog.cancel()
         if "ready at" not in line:
-            log = (folder / "router.log").read_text().strip() or f"silent for {DEADLINE_S:g} s"
-            raise KVTierError(f"the router did not start: {log}")
+            said = (folder / "router.log").read_text().strip() or f"silent for {DEADLINE_S:g} s"
+            raise KVTierError(f"the router did not start: {said}")
         yield line.rsplit(" ", 1)[1].strip()
     finally:
         assert process.stdin is not None

@@ -152,8 +152,8 @@ BUGS = [
     ),
     bug(
         "a tier that takes nothing stops the host tier",
-        "elif refused and last_resort",
-        "elif False and last_resort",
+        "if refused and len(last_resort) < wanted",
+        "if False and len(last_resort) < wanted",
     ),
     bug(
         "what a tier refused once counts for ever",
