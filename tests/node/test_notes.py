@@ -175,6 +175,7 @@ def test_an_engine_that_comes_and_goes_leaves_no_descriptor(tmp_path: Path) -> N
             client = connect(tmp_path)
             save(client, new_keys(1))
             client.close()
+            del client  # a mapping goes with its last view
         wait_for("all are gone", lambda: status(node).clients == 0)
         wait_for("their descriptors", lambda: shared_fds(node.pid) <= before)
         assert shared_fds(os.getpid()) <= ours
