@@ -20,7 +20,7 @@ SHELLS = {
     "engine/vllm/line.py",
     "engine/vllm/tier.py",
     "node/movers.py",
-    "node/server.py",
+    "node/connection.py",
 }
 # `cluster/local.py` sets what Ray takes from the environment and in no other way.
 USES_ENVIRONMENT = {"config/host.py", "cluster/local.py"}

@@ -6,8 +6,8 @@ from typing import Final, Protocol
 import grpc
 
 from kvtier.core.tiers import Tier
-from kvtier.node.listener import LocalServer
 from kvtier.node.manager import TierManager
+from kvtier.node.server import LocalServer
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 

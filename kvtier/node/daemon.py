@@ -19,9 +19,9 @@ from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
 from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
-from kvtier.node.listener import LocalServer
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.server import LocalServer
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore

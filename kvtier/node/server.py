@@ -1,322 +1,99 @@
-"""What the daemon and one engine say to each other, one request at a time; the limits on it."""
+"""The node's Unix socket, where engines attach."""
 
 import asyncio
-import itertools
-import logging
+import contextlib
 import os
 import socket
-import struct
-from collections.abc import Callable, Coroutine
-from typing import Final, Protocol, TypeVar, cast
+from pathlib import Path
 
-from kvtier import metrics
-from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.breakeven import ComputeCost
-from kvtier.core.ledger import Lease
-from kvtier.core.policy import Use
-from kvtier.errors import KVTierError, RemoteProtocolError
+from kvtier.errors import ConfigError
+from kvtier.node.connection import LINGER_S, Connection, Gate, Node
 from kvtier.node.manager import TierManager
-from kvtier.node.notes import Hearing, Notes
-from kvtier.node.reading import Reading
-from kvtier.wire import local
-from kvtier.wire.local import Op, Value
-
-HELLO_S: Final = 5.0  # an engine must have said hello by then
-MAX_WAIT_S: Final = 60.0
-MAX_COST: Final = 10**12  # of computing a block, in us or ns
-MAX_UNREAD: Final = 4 << 20  # bytes of answers that an engine leaves unread
-MAX_LEASES: Final = 4096  # of one engine at once
-LINGER_S: Final = 1.0  # for a refused engine to read why
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-_client_ids = itertools.count(1)
 
 
-class Node(Protocol):
-    """What a connection needs of the daemon."""
+class LocalServer:
+    """Listens at the node's socket path until closed."""
 
-    name: str
-    epoch: int
-
-    def open_layout(self, layout: BlockLayout) -> Coroutine[None, None, TierManager]:
-        """The tiers of a layout, made at its first use. ConfigError: no room for another."""
-        ...
-
-
-class Connection(asyncio.Protocol):
-    """One engine. Its leases end with it, whatever way it goes."""
-
-    def __init__(self, node: Node, allowed: Callable[[int], bool], gate: "Gate") -> None:
+    def __init__(
+        self, node: Node, path: str, max_clients: int, allow_uids: tuple[int, ...]
+    ) -> None:
         self._node = node
-        self._allowed = allowed
-        self._gate = gate
-        self._client = next(_client_ids)
-        self._decoder = local.Decoder()
-        self.manager: TierManager | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._transport: asyncio.Transport
-        self._socket: socket.socket
-        self._hello_due: asyncio.TimerHandle
-        self._leases: set[int] = set()
-        self._writes: set[int] = set()
-        self._notes: Notes | None = None  # from HELLO on
-        self._refused = False
-        self.name = "?"
+        self._path = Path(path)
+        self._gate = Gate(max_clients)
+        self._uids = {os.getuid(), *allow_uids}
+        self._server: asyncio.Server | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A process has connected: look who it is."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
-        # asyncio shows a socket that cannot pass descriptors; ours, on the same one, can.
-        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        self._hello_due = asyncio.get_running_loop().call_later(HELLO_S, self._no_hello)
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(raw)
-        if not self._allowed(uid):
-            self._refuse(f"user {uid} may not attach; see node.allow_uids")
-        elif not self._gate.enter(self):
-            self._refuse(f"{self._gate.limit} engines are attached, the limit node.max_clients")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The engine is gone: nothing of it may stay."""
-        self._hello_due.cancel()
-        self._gate.leave(self)
-        if self._task is not None:
-            self._task.cancel()
-        self.hear()  # what it had ended before it went, it has ended
-        self._gate.hearing.end(self)
-        if self.manager is not None:
-            self.manager.disconnect(self._client)
-        if self._notes is not None:
-            self._notes.close()
-        self._socket.close()
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
-        self._gate.hearing.now()  # of any engine: a block that is committed is there for all
-        if not self._refused and not self._transport.is_closing():
-            self._guarded(self._take_requests, data)
+    @property
+    def clients(self) -> int:
+        """Engines attached now."""
+        return len(self._gate.inside)
 
     def hear(self) -> None:
-        """Act on what the engine has noted."""
-        if self._notes is not None and not self._refused:
-            self._guarded(self._take_notes, self._notes)
+        """Act on what engines have told up to here: before whatever it matters to."""
+        self._gate.hearing.now()
 
-    def _take_requests(self, data: bytes) -> None:
-        for message in self._decoder.feed(data):
-            if self._task is not None and not self._task.done():
-                raise RemoteProtocolError("a second request before the first was answered")
-            self._handle(*local.parse_request(message))
+    def attached(self, manager: TierManager) -> bool:
+        """Whether any engine uses these tiers."""
+        return any(each.manager is manager for each in self._gate.inside)
 
-    def _take_notes(self, notes: Notes) -> None:
-        for message in notes.read():
-            op, arguments = local.parse_request(message)
-            if op not in local.NOTED:
-                raise RemoteProtocolError(f"{op.name} has an answer, so it is no note")
-            self._handle(op, arguments)
+    async def start(self) -> None:
+        """Bind and listen.
 
-    def _guarded(self, take: Callable[[T], None], what: T) -> None:
-        try:
-            take(what)
-        except RemoteProtocolError as error:
-            metrics.PROTOCOL_ERRORS.inc()
-            self._refuse(str(error))
-        except Exception:
-            # A bug of ours must not take the other engines' connections along.
-            log.exception("engine %s: request failed", self.name)
-            self._refuse("internal error of the node daemon; see its log")
-
-    def close(self) -> None:
-        """Hang up, once what was answered is read."""
-        self._transport.close()
-
-    def abort(self) -> None:
-        """Hang up at once."""
-        self._transport.abort()
-
-    def _no_hello(self) -> None:
-        if self.manager is None and self._task is None:
-            self._refuse(f"no HELLO within {HELLO_S:g} s")
-
-    def _refuse(self, text: str) -> None:
-        """Say why, once, and hang up.
-
-        What the engine may still send is read and dropped for a moment: closing on unread bytes
-        would reset the connection, and the words with it.
+        Raises:
+            ConfigError: Another daemon listens there, the folder cannot be written, or it and the
+                one that it should lie in are not there.
         """
-        if self._refused or self._transport.is_closing():
-            return
-        self._refused = True
-        log.warning("engine %s refused: %s", self.name, text)
-        self._transport.write(local.encode(False, text[:1000]))
-        self._transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
-
-    def _reply(self, *values: Value) -> None:
-        if self._transport.get_write_buffer_size() > MAX_UNREAD:
-            raise RemoteProtocolError(f"over {MAX_UNREAD} bytes of answers that were not read")
-        self._transport.write(local.encode(True, *values))
-
-    def _handle(self, op: Op, arguments: list[Value]) -> None:
-        if op is Op.HELLO:
-            if self.manager is not None:
-                raise RemoteProtocolError("HELLO twice")
-            self._later(self._hello(*arguments))
-            return
-        if self.manager is None:
-            raise RemoteProtocolError(f"{op.name} before HELLO")
-        match op, arguments:
-            case Op.MATCH, [bytes(keys)]:
-                found = self.manager.match(local.unpack_keys(keys))
-                self._reply(found.blocks, list(found.by_tier))
-            case Op.READ, [bytes(keys), *rest]:
-                self._read(self.manager, local.unpack_keys(keys), *rest)
-            case Op.AWAIT, [int(lease), int(have)]:
-                if lease not in self._leases:
-                    raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
-                self._answer(self.manager.more(lease, have), self._reply_more)
-            case Op.WRITE, [bytes(keys), int(first), int(request), int(output)]:
-                self._write(self.manager, local.unpack_keys(keys), first, _use(request, output))
-            case Op.COMMIT, [int(lease), int(filled)]:
-                if lease not in self._writes:
-                    raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
-                self._ended_lease(lease)
-                self.manager.commit(lease, filled)
-            case Op.RELEASE, [int(lease)]:
-                if lease not in self._leases and lease not in self._writes:
-                    raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
-                self._ended_lease(lease)
-                self.manager.release(lease)
-
-    async def _hello(self, *arguments: Value) -> None:
-        version, text, name = arguments
-        assert isinstance(text, str)
-        self.name = str(name)[:200]
-        if version != local.VERSION:
-            raise RemoteProtocolError(
-                f"protocol version {version!s}, this daemon speaks {local.VERSION}"
-            )
         try:
-            layout = BlockLayout.parse(text)
-        except ValueError as error:
-            raise RemoteProtocolError(str(error)) from None
-        manager = await self._node.open_layout(layout)
-        self.manager = manager
-        self._hello_due.cancel()
-        reply = local.encode(
-            True, self._node.name, self._node.epoch, layout.nbytes, manager.arena.slots,
-            [int(spec.tier) for spec in manager.specs],
-        )  # fmt: skip
-        # The first bytes on a new connection: they fit, so this neither waits nor splits.
-        self._notes = Notes()
+            self._make_folder()
+            if self._path.exists():
+                self._take_over()
+            self._server = await asyncio.get_running_loop().create_unix_server(
+                lambda: Connection(self._node, self._uids.__contains__, self._gate),
+                str(self._path),
+            )
+            self._path.chmod(0o666 if len(self._uids) > 1 else 0o600)
+        except OSError as error:
+            raise ConfigError(f"node.socket: cannot listen at {self._path}: {error}") from None
+
+    def _make_folder(self) -> None:
+        """The socket's own folder, for nobody but us; what it lies in must be there.
+
+        A mistyped path makes no tree of folders. Users of node.allow_uids may pass through it, but
+        not look into it.
+        """
+        folder = self._path.parent
+        if not folder.parent.is_dir():
+            raise ConfigError(
+                f"node.socket: there is no folder {folder.parent} to make {folder} in"
+            )
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            folder.chmod(0o711 if len(self._uids) > 1 else 0o700)  # whatever the umask is
+
+    def _take_over(self) -> None:
+        """A socket that nobody answers was left by a daemon that was killed."""
+        if not self._path.is_socket():
+            raise ConfigError(f"node.socket: {self._path} is there already and is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(self._path))
+            except ConnectionRefusedError:
+                self._path.unlink()
+                return
+        raise ConfigError(f"node.socket: another daemon listens at {self._path}")
+
+    async def close(self) -> None:
+        """Hang up on all engines and remove the socket."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._gate.inside):
+            connection.close()
         try:
-            socket.send_fds(self._socket, [reply], [manager.arena.fd, self._notes.write_fd])
-        finally:
-            self._notes.given()
-
-    def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
-        first, wanted, wait_ms, block_us, growth_ns, request, output = (
-            int(cast("int", each)) for each in numbers
-        )
-        wait_s = wait_ms / 1000
-        if not 0 <= first <= len(keys) or not 0 <= wait_s <= MAX_WAIT_S:
-            raise RemoteProtocolError(
-                f"READ from {first} of {len(keys)} keys, "
-                f"waiting {wait_s:g} s (limit {MAX_WAIT_S:g})"
-            )
-        if not 0 <= block_us <= MAX_COST or not 0 <= growth_ns <= MAX_COST:
-            raise RemoteProtocolError(
-                f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
-            )
-        self._room_for_lease()
-        compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
-        use = _use(request, output)
-        reading = Reading(self._client, keys, first, wanted, wait_s, compute, use)
-        self._answer(manager.read(reading), self._reply_read)
-
-    def _answer(
-        self, result: Lease | Coroutine[None, None, Lease], reply: Callable[[Lease], None]
-    ) -> None:
-        """Reply at once, or when the lease has come so far."""
-
-        async def later(coming: Coroutine[None, None, Lease]) -> None:
-            reply(await coming)
-
-        if isinstance(result, Lease):
-            reply(result)
-        else:
-            self._later(later(result))
-
-    def _ended_lease(self, lease: int) -> None:
-        self._leases.discard(lease)
-        self._writes.discard(lease)
-        if not self._leases and not self._writes:
-            self._gate.hearing.end(self)
-
-    def _room_for_lease(self) -> None:
-        if len(self._leases) + len(self._writes) >= MAX_LEASES:
-            raise RemoteProtocolError(f"{MAX_LEASES} leases not ended, which is the limit")
-
-    def _reply_read(self, lease: Lease) -> None:
-        self._leases.add(lease.id)
-        self._gate.hearing.begin(self)
-        slots = local.pack_numbers(lease.slots)
-        self._reply(lease.id, slots, bytes(lease.sources), lease.arrived())
-
-    def _reply_more(self, lease: Lease) -> None:
-        self._reply(lease.arrived(), len(lease.keys))
-
-    def _write(self, manager: TierManager, keys: list[BlockKey], first: int, use: Use) -> None:
-        if not 0 <= first <= len(keys):
-            raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
-        self._room_for_lease()
-        lease = manager.write(self._client, keys, first, use)
-        self._writes.add(lease.id)
-        self._gate.hearing.begin(self)
-        self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
-
-    def _later(self, work: Coroutine[None, None, None]) -> None:
-        self._task = asyncio.get_running_loop().create_task(work)
-        self._task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if isinstance(error, KVTierError):
-            metrics.PROTOCOL_ERRORS.inc()
-            self._refuse(str(error))
-            return
-        log.error("engine %s: request failed", self.name, exc_info=error)
-        self._refuse("internal error of the node daemon; see its log")
-
-
-def _use(request: int, output: int) -> Use:
-    if not 0 <= request <= local.MAX_REQUEST or not -1 <= output <= local.MAX_OUTPUT:
-        raise RemoteProtocolError(
-            f"request {request} with {output} tokens of output: limits 0 to {local.MAX_REQUEST} "
-            f"and -1 to {local.MAX_OUTPUT}"
-        )
-    return Use(0.0, request or None, None if output < 0 else output)
-
-
-class Gate:
-    """Who is attached, and how many may be."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.inside: set[Connection] = set()
-        self.hearing = Hearing()
-
-    def enter(self, connection: Connection) -> bool:
-        """Count a connection in; False when it is one too many."""
-        if len(self.inside) >= self.limit:
-            return False
-        self.inside.add(connection)
-        metrics.CLIENTS.set(len(self.inside))
-        return True
-
-    def leave(self, connection: Connection) -> None:
-        """Count it out; one that never entered is ignored."""
-        self.inside.discard(connection)
-        metrics.CLIENTS.set(len(self.inside))
+            async with asyncio.timeout(LINGER_S):
+                await self._server.wait_closed()  # of connections, too, from Python 3.12 on
+        except TimeoutError:
+            for connection in list(self._gate.inside):  # it reads nothing of what it asked for
+                connection.abort()
+        self._path.unlink(missing_ok=True)
