@@ -19,7 +19,7 @@ _GROWTH: Final = 1.2
 _PRIOR: Final = 20.0  # observations that the prior weighs
 _DECAY: Final = 0.98  # of what was learned, at each rebuild
 _EMPTY: Final = 1e-12
-_NEWS: Final = 8  # observations opened or closed that are worth a rebuild
+_NEWS: Final = 0.02  # of what is known of a class: so much news is worth a rebuild
 _TURNS: Final = 8  # turns after which there is one all the same
 STATE_VERSION: Final = 1
 TRUSTED: Final = 500  # uses that must have come before an index says more than recency does
@@ -132,7 +132,7 @@ class Hazards:
         self._pool_index = index(_UNKNOWN)
         self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
         self.index = [self._pool_index] * classes
-        self.uses = 0  # that came while they were waited for: what all this rests on
+        self.uses = 0  # that were waited for, but for those of `apart`: what all this rests on
 
     def opened(self, c: int, at: float) -> None:
         """A run of class c was used at `at`: from then on it waits for its next use."""
@@ -151,7 +151,7 @@ class Hazards:
             self._classes[c].hit[j] += 1
             self._classes[c].end[j] += 1
             self._classes[c].news += 1
-            self.uses += 1
+            self.uses += c not in self._apart
 
     def moved(self, old: int, new: int, at: float, now: float) -> None:
         """The class of an open observation was another one."""
@@ -171,7 +171,7 @@ class Hazards:
         """Learn from what class c has seen, if that is something new: a rebuild costs."""
         each = self._classes[c]
         each.passed += 1
-        if each.news >= _NEWS or each.passed >= _TURNS or not each.seen:
+        if each.news > _NEWS * sum(each.end) or each.passed >= _TURNS or not each.seen:
             each.news = each.passed = 0
             self.rebuild(c, now)
 

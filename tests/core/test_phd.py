@@ -6,9 +6,9 @@ from random import Random
 import pytest
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.hazards import BINS, MAX_AGE, Hazards, index
+from kvtier.core.hazards import BINS, MAX_AGE, TRUSTED, Hazards, index
 from kvtier.core.phd import GHOSTS, PHD
-from kvtier.core.policy import EvictionPolicy, Use
+from kvtier.core.policy import LRU, EvictionPolicy, Use
 from kvtier.testing.policies import PolicyTests, path
 
 
@@ -60,8 +60,6 @@ def returning_users(policy: EvictionPolicy, capacity: int, seed: int = 0) -> flo
 
 
 def test_learns_which_prompts_come_back_where_lru_has_forgotten_them_all():
-    from kvtier.core.policy import LRU
-
     assert returning_users(LRU(), capacity=500) == 0.0  # they live 8 s
     assert returning_users(PHD(), capacity=500) > 0.8
 
@@ -91,6 +89,8 @@ def test_what_was_learned_serves_another_life():
         {"version": 1, "hit": [[-1.0] * BINS] * 37, "end": [[0.0] * BINS] * 37},
         {"version": 1, "hit": [[float("nan")] * BINS] * 37, "end": [[0.0] * BINS] * 37},
         {"version": 1, "hit": [["0"] * BINS] * 37, "end": [[0.0] * BINS] * 37},
+        {"version": 1, "uses": -1, "hit": [[0.0] * BINS] * 37, "end": [[0.0] * BINS] * 37},
+        {"version": 1, "uses": True, "hit": [[0.0] * BINS] * 37, "end": [[0.0] * BINS] * 37},
     ],
 )  # fmt: skip
 def test_a_bad_state_is_refused_and_nothing_changes(state):
@@ -151,8 +151,6 @@ def test_the_books_stay_right_whatever_comes_and_goes():
 
 def test_without_a_clock_it_is_lru():
     """Then there is no age to learn from, and runs of one class must not starve another."""
-    from kvtier.core.policy import LRU
-
     rng = Random(3)
     caches = [Cache(policy, 90) for policy in (PHD(), LRU())]
     hits = [0, 0]
@@ -162,6 +160,36 @@ def test_without_a_clock_it_is_lru():
         for i, cache in enumerate(caches):
             hits[i] += cache.ask(keys, 17.0)
     assert hits[0] >= 0.99 * hits[1] > 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_gives_up_what_lru_would_until_enough_was_seen(seed):
+    """Prompts that share beginnings, come back, end early and go on: the very same hits."""
+    rng = Random(seed)
+    policy = PHD()
+    caches = [Cache(policy, 200), Cache(LRU(), 200)]
+    hits, now = [0, 0], 0.0
+    while policy._hazards.uses < TRUSTED:
+        now += rng.expovariate(0.3)
+        keys = path(rng.randrange(30), *(rng.randrange(3) for _ in range(rng.randint(0, 12))))
+        for i, cache in enumerate(caches):
+            hits[i] += cache.ask(keys, now)
+        assert hits[0] == hits[1]
+        policy.check()
+    assert hits[0] > 100
+
+
+def test_what_was_seen_is_counted_over_a_restart():
+    first, blind, taught = PHD(), PHD(), PHD()
+    returning_users(first, capacity=500)
+    saved = first.save()
+    blind.restore({**saved, "uses": 3})
+    taught.restore(saved)
+    assert blind._hazards.uses == 3
+    assert taught._hazards.uses == first._hazards.uses > TRUSTED
+    del saved["uses"]  # as an earlier version saved it: it had learned something
+    blind.restore(saved)
+    assert blind._hazards.uses == TRUSTED
 
 
 def test_memory_is_bounded():

@@ -27,6 +27,19 @@ def asked(*paths: str, block_tokens: int = 4) -> Workload:
     return Workload(requests)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_phd_is_not_under_lru_on_made_up_traffic(kind: str) -> None:
+    """By more than half a point, from the first prompts on; the benchmark `evict` has more."""
+    for requests, seed in ((400, 1), (400, 2), (2500, 3)):
+        workload = Workload(generate(kind, seed, requests))
+        for share in (0.02, 0.1, 0.35):
+            phd, lru = (
+                100 * replay(workload, each, workload.capacity(share)).hits.token_ratio
+                for each in (PHD, LRU)
+            )
+            assert phd >= lru - 0.5, f"{requests} requests, seed {seed}, {share:.0%}"
+
+
 class TestReplay:
     def test_counts_leading_blocks_only(self) -> None:
         workload = asked("abc", "abX", "abd", "xbc")
