@@ -232,7 +232,7 @@ class TierClient:
 
     @property
     def alive(self) -> bool:
-        """Whether no side has hung up; asks the kernel, not the daemon."""
+        """Whether no side has hung up; asks the kernel, not the daemon. Of the client's thread."""
         return not self._ended.poll(0)
 
     def hang_up(self) -> HangUp:
@@ -274,7 +274,7 @@ class TierClient:
         except BlockingIOError:  # so many of them
             self._tell(op, *arguments)
         except OSError as error:
-            raise self._lost(f"the node daemon hears no {op.name}: {error}") from None
+            raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""

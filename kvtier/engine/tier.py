@@ -24,6 +24,7 @@ from kvtier.wire.local import MAX_KEYS
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 SOON_S: Final = 0.05  # the same, beside the calls, shortly after it went
 SOON_TIMES: Final = 200
+END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
@@ -65,6 +66,7 @@ class EngineTier:
         self._turn = threading.Lock()  # a call, or `_watch`
         self._busy = False  # a call is under way
         self._closed = threading.Event()
+        self._mappers: list[threading.Thread] = []
         self._client: TierClient | None = None
         self._arena: ArenaTensor | None = None
         self._retry_at = 0.0
@@ -147,6 +149,8 @@ class EngineTier:
         self._closed.set()
         with self._turn:
             self._hang_up()
+        for each in self._mappers:
+            each.join(END_S)
 
     # --- inside -----------------------------------------------------------------------
 
@@ -180,7 +184,7 @@ class EngineTier:
             # The last of an arena's mappings gives its memory back, 0.2 s a GiB: not here.
             mapped = [self._client, self._arena]
             self._client = self._arena = None
-            threading.Thread(target=mapped.clear, name="kvtier-unmap", daemon=True).start()
+            self._map("kvtier-unmap", mapped.clear)
 
     def _watch(self, gone: HangUp) -> None:
         """On a thread: when the daemon goes, attach to the next one before a call needs it."""
@@ -237,8 +241,13 @@ class EngineTier:
         client = TierClient(self._socket, self._layout)
         arena = ArenaTensor(client.arena, pin=self._pin)
         populate = partial(client.arena.populate, partial(self._idle, client))
-        threading.Thread(target=populate, name="kvtier-map", daemon=True).start()
+        self._map("kvtier-map", populate)
         return client, arena
+
+    def _map(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        self._mappers = [*filter(threading.Thread.is_alive, self._mappers), thread]
 
     def _idle(self, client: TierClient) -> bool:
         """Wait, at least for the end of the call under way; False once the arena has no more use.
@@ -247,7 +256,7 @@ class EngineTier:
         """
         while not self._closed.wait(REST_S) and self._busy:
             pass
-        return client.alive and not self._closed.is_set()
+        return client.arena.fd >= 0 and not self._closed.is_set()
 
     def _restore(
         self,

@@ -156,6 +156,12 @@ BUGS = [
         "if False and len(last_resort) < wanted",
     ),
     bug(
+        "blocks that were filled stay pinned",
+        "self._pins[slot] -= 1\n            self._sort(key)",
+        "self._sort(key)",
+    ),
+    bug("the slots of victims are lost", "self._free += slots", "pass"),
+    bug(
         "what a tier refused once counts for ever",
         "target.refusing = not ok",
         "target.refusing |= not ok",
