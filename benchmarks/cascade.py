@@ -45,7 +45,7 @@ def new_keys(count: int) -> list[BlockKey]:
 
 
 def run(*, tiny: bool) -> dict[str, object]:
-    rounds, blocks = (2, 2 * BATCH) if tiny else (8, 12 * BATCH)
+    rounds, blocks = (2, 2 * BATCH) if tiny else (20, 12 * BATCH)
     with scratch() as folder:
         toml = f"""
             [node]
