@@ -334,14 +334,14 @@ class Ledger(Cascade):
             return
         self._touch(lease)
         pinned = self._pin(held)  # or room for a block is made by dropping the next
-        for key in held:
+        self._free += self._take_slots(len(held) - len(pinned))  # room for all in one search
+        for index, key in enumerate(held, first):
             if pinned and pinned[0] == key:
                 pinned.popleft()
             elif not self._load(key, pinned):
                 break
             self._add(lease, key)
-            self._blocks[key].before = lease.path[first - 1] if first else None
-            first += 1
+            self._blocks[key].before = lease.path[index - 1] if index else None
         self._unpin(pinned)
 
     def _readable_in(self, key: BlockKey) -> int | None:

@@ -54,8 +54,8 @@ class PHD:
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._found: list[Run] = []  # of the last sample
         self._victim: Run | None = None  # goes on being given up until something is touched
-        # Uses in order, with the run's `seq`: LRU's order, as long as little was learned.
-        self._recent: deque[tuple[int, Run]] = deque()
+        # Runs in the order of their uses: LRU's, as long as little was learned.
+        self._recent: deque[Run] = deque()
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and BlockKey(key) in self._forest.of
@@ -125,7 +125,10 @@ class PHD:
         """Runs of one path were used, or came; those above others count as used after them."""
         recent = self._recent
         if self._hazards.uses < TRUSTED and len(recent) < _MOST:
-            recent.extend((run.seq, run) for run in reversed(runs) if run.seq == self._turn)
+            for run in reversed(runs):
+                if run.seq == self._turn:
+                    recent.append(run)
+                    run.queued += 1
         elif recent:
             for _ in range(min(_STEPS, len(recent))):
                 recent.popleft()
@@ -245,8 +248,9 @@ class PHD:
                 self._victim = None
             self._turn += 1
             above = self._forest.parent(run)
-            if above is not None and above.seq == run.seq and self._recent:
-                self._recent.appendleft((above.seq, above))  # it may have come from a split
+            if above is not None and above.seq == run.seq and self._recent and not above.queued:
+                self._recent.appendleft(above)  # it came from a split
+                above.queued = 1
         if run.request is not None:
             limit = min(MAX_GHOSTS, max(GHOSTS, self._forest.size))
             waits = run.open and not run.blocks  # the observation is its first block's
@@ -301,12 +305,16 @@ class PHD:
         """The run among all leaves and `bared`, None: not found in few steps."""
         recent = self._recent
         for _ in range(min(_STEPS, len(recent))):
-            seq, run = recent[0]
-            if run.blocks and run.seq == seq:
+            if recent[0].blocks and recent[0].queued == 1:
                 break
-            recent.popleft()
-        for seq, run in islice(recent, _STEPS):
-            if run.place >= 0 and run.seq == seq and run.blocks and run not in passed:
+            recent.popleft().queued -= 1
+        met: dict[Run, int] = {}
+        for run in islice(recent, _STEPS):
+            if run.queued > 1:
+                met[run] = met.get(run, 0) + 1
+                if met[run] < run.queued:
+                    continue
+            if run.place >= 0 and run.blocks and run not in passed:
                 return min([run, *(each for each in bared if each not in passed)], key=_used)
         return None
 

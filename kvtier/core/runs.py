@@ -23,6 +23,7 @@ class Run:
         "open",
         "parent",
         "place",
+        "queued",
         "request",
         "seq",
         "t",
@@ -39,6 +40,7 @@ class Run:
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
         self.open = False  # whether it is observed when the next use comes
+        self.queued = 0  # places in the queue of uses, the last of which counts
 
 
 class Forest:
