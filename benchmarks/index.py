@@ -104,7 +104,7 @@ def _measure(
     ]
     found["a step of taking in (CPU)"] = index.steps
     found["a step of joining after a look-up (CPU)"] = index.joins
-    if case is CASES[0]:
+    if case == CASES[0]:
         found["token ids to decision"] = [index.decide(number) for number in range(rounds)]
         middle = summary(found["token ids to decision"])["median_s"] * 1e3
         bars.append(Bar("8k token ids to decision, p50 in ms", middle, at_most=0.4))
