@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import mmap
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
-from kvtier.stores.base import Parts, Store
+from kvtier.stores.base import Parts, Placed, PlacingStore, Store
 
 _BIG_NBYTES = 9 * 2**20  # more than one round trip, socket buffer or read takes at once
 _THREADS = 8
@@ -126,6 +127,21 @@ class StoreTests:
         assert store.write([(key("a"), [memoryview(slot)])]) == [True]
         slot[:] = bytes(500)
         assert _read(store, ["a"]) == [content("a", 500)]
+
+    def test_what_is_read_into_a_place_is_the_frame(self, store: Store) -> None:
+        """Of a `PlacingStore`: the head and the place together, or the frame as `read` gives it."""
+        if not isinstance(store, PlacingStore):
+            return
+        block, *places = (memoryview(mmap.mmap(-1, 2**16)) for _ in range(4))
+        block[:] = content("block", 2**16)
+        assert store.write([(key("a"), [b"h" * 64, block])]) == [True]
+        assert store.write(frames(["b"])) == [True]
+        found = store.read_into([key("a"), key("none"), key("b")], places)
+        whole = [
+            each.head + bytes(place) if isinstance(each, Placed) else each
+            for each, place in zip(found, places, strict=True)
+        ]
+        assert whole == [b"h" * 64 + bytes(block), None, content("b", 1000)]
 
     def test_a_buffer_that_was_read_outlives_its_frame(self, store: Store) -> None:
         """It belongs to the caller."""
