@@ -351,6 +351,24 @@ def test_a_damaged_header_is_counted_and_its_place_used_again(tmp_path: Path) ->
         assert store.read([key("a")]) == [content("a", 10_000)]
 
 
+@pytest.mark.parametrize("place", ["copied", "in place"])
+def test_a_frame_s_bytes_on_the_first_page_are_proven_by_the_store(
+    tmp_path: Path, place: str
+) -> None:
+    """Whoever passes a frame on without looking into it gets no garbled one."""
+    with opened(tmp_path) as store:
+        made = frames(["a"]) if place == "copied" else blocks(["a"])
+        assert store.write([*made, *frames(["b"])]) == [True, True]
+        file, record = at(tmp_path, key("a"))
+        where = record + (PAGE - 10 if place == "in place" else 100)
+        byte = file.read_bytes()[where]
+        overwrite(file, where, bytes([byte ^ 1]))
+        corrupt = counter("corrupt_frames", tier="disk")
+        assert store.read([key("a"), key("b")]) == [None, content("b", 1000)]
+        assert counter("corrupt_frames", tier="disk") == corrupt + 1
+        assert store.count([key("a")]) == 0
+
+
 def test_a_name_that_claims_any_length_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "segments").mkdir()
     (tmp_path / "segments" / "00000007-1000-ffffff.seg").write_bytes(bytes(PAGE))
