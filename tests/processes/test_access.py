@@ -1,8 +1,8 @@
 """A router, a worker and a daemon that only trust each other: mTLS and a token on every way."""
 
+import ssl
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -55,9 +55,10 @@ def test_requests_go_all_the_way(tmp_path: Path, tiny_folder: Path, keys: Keys) 
                 ask = router_pb2.GenerateRequest(prompt=prompt, max_tokens=3, ignore_eos=True)
                 ids = [i for part in stub.Generate(ask, timeout=60) for i in part.chunk.ids]
                 assert len(ids) == 3
+            trust = ssl.create_default_context(cafile=str(keys.path("ca.pem")))
             for token, taken in ((TOKEN, True), (OTHER, False)):
                 with (
-                    httpx.Client(verify=str(keys.path("ca.pem"))) as http,
+                    openai.DefaultHttpxClient(verify=trust) as http,
                     openai.OpenAI(
                         base_url=f"https://127.0.0.1:{port}/v1", api_key=token, http_client=http,
                         max_retries=0,
