@@ -31,8 +31,8 @@ from kvtier.core.effects import HOST, Forget, Move
 from kvtier.core.policy import Keep
 from kvtier.core.residency import Residency
 
-LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
-HASTE = 64  # copies that one search starts besides, for what could not go
+LOOK = 128  # candidates that one search for a victim, or for a block to drain, looks at
+HASTE = 32  # copies that one search starts besides, for what could not go
 
 
 class Cascade(Residency):
