@@ -18,7 +18,8 @@ not stop those above it.
 
 Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
 well: dropping it would only have it copied down again, and so on in a circle. A candidate that
-could not go for want of a lower copy is copied down at once, whatever `drain_at` says.
+could not go for want of a lower copy is copied down at once, whatever `drain_at` says, up to
+`HASTE` of them.
 """
 
 from collections.abc import Iterable
@@ -30,11 +31,14 @@ from kvtier.core.effects import HOST, Forget, Move
 from kvtier.core.policy import Keep
 from kvtier.core.residency import Residency
 
-LOOK = 256  # candidates that one search for a victim, or for a block to drain, looks at
+LOOK = 128  # candidates that one search for a victim, or for a block to drain, looks at
+HASTE = 32  # copies that one search starts besides, for what could not go
 
 
 class Cascade(Residency):
     """What is copied down and dropped, of all blocks of one layout on one node."""
+
+    _hid = False  # whether the last search met a pinned block, which hides those above it
 
     # --- told by the manager ----------------------------------------------------------
 
@@ -125,15 +129,15 @@ class Cascade(Residency):
 
         How many were dropped, `wanted` at most.
         """
-        dropped, overdue = 0, list[BlockKey]()
+        dropped, overdue, self._hid = 0, list[BlockKey](), False
         # A block that somebody else pins hides those above it; they go if nothing else can.
         for keep in (self._pinned, None) if tier == HOST else (None,):
             victims, overdue = self._search(tier, keep, wanted - dropped)
             self._drop_all(victims, tier)
             dropped += len(victims)
-            if dropped == wanted:
+            if dropped == wanted or not self._hid:
                 break
-        for key in overdue:
+        for key in overdue[:HASTE]:
             if not self._copy_down(key, tier):
                 break
         return dropped
@@ -152,18 +156,22 @@ class Cascade(Residency):
                 if len(victims) == wanted:
                     return victims, overdue
                 continue
-            warmer = any(key in copies for copies in self._tiers[:tier])
-            if refused and len(last_resort) < wanted and self._idle(key, tier) and not warmer:
+            if refused and len(last_resort) < wanted and self._idle(key, tier, alone=True):
                 last_resort.append(key)
             elif key in self._tiers[tier].undrained:
                 overdue.append(key)
         return [*victims, *last_resort][:wanted], overdue
 
     def _pinned(self, key: BlockKey) -> bool:
-        return self._pins[self._in_host.of[key]] > 0
+        if self._pins[self._in_host.of[key]]:
+            self._hid = True
+            return True
+        return False
 
-    def _idle(self, key: BlockKey, tier: int) -> bool:
+    def _idle(self, key: BlockKey, tier: int, *, alone: bool = False) -> bool:
         if self._blocks[key].move is not None:
+            return False
+        if alone and any(key in copies for copies in self._tiers[:tier]):
             return False
         return tier != HOST or self._pins[self._in_host.of[key]] == 0
 
