@@ -45,7 +45,7 @@ def rows(times: dict, prefix: str = "") -> list[str]:
     if "median_s" in times:
         values = [times[name] * 1e3 for name in ("min_s", "median_s", "p99_s")]
         return [
-            f"| {prefix.strip()} | {times['n']} | " + " | ".join(f"{v:.1f}" for v in values) + " |"
+            f"| {prefix.strip()} | {times['n']} | " + " | ".join(f"{v:.3g}" for v in values) + " |"
         ]
     return [row for name, each in times.items() for row in rows(each, f"{prefix} {name}")]
 
