@@ -154,7 +154,9 @@ def _plot(results: Sequence["Result"], path: Path) -> None:
     )
     for axis, (nodes, load) in zip(axes[0], groups, strict=True):
         bars = [r for r in results if (r.nodes, r.utilization) == (nodes, load)]
-        axis.barh([r.policy for r in bars], [r.ttft_mean_s for r in bars])
+        drawn = axis.barh([r.policy for r in bars], [r.ttft_mean_s for r in bars])
+        axis.bar_label(drawn, fmt="%.3g", padding=3)
+        axis.margins(x=0.2)
         axis.set(title=f"{nodes} nodes, load {load:g}", xlabel="mean seconds to first token",
                  xscale="log")  # fmt: skip
         axis.invert_yaxis()

@@ -141,7 +141,7 @@ class RouterConfig:
     epp: str = ""  # host:port of the endpoint picker for Envoy and gateways; empty: none
     epp_endpoints: int = field(default=1, metadata=limits(1, 8))  # named to the gateway, in order
     members: tuple[MemberConfig, ...] = ()  # besides those that the cluster announces
-    behind: float = field(default=2.0, metadata=limits(0, 100))  # lambda of the score
+    behind: float = field(default=4.0, metadata=limits(0, 100))  # the most that lambda may be
     budget_s: float = field(default=0.002, metadata=limits(0, 60))  # of Route, then by load alone
     max_requests: int = field(default=1024, metadata=limits(1, 65536))  # under way at once
     max_waiting: int = field(default=1024, metadata=limits(0, 65536))  # for one of those places

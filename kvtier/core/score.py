@@ -4,7 +4,7 @@
 
 `wait` is what stands in the worker's queue, `load` brings the warm blocks to VRAM, `prefill`
 computes the rest. A request also holds up those that come behind it: `behind` of them, on
-average, wait for its load and prefill too.
+average, wait for its load and prefill too (kvtier.core.behind).
 
 Computing a token takes the longer the more tokens stand before it, and the longer the more
 requests the worker is decoding meanwhile. A prefix that another node could hand over is loaded
@@ -118,6 +118,16 @@ class Choice(NamedTuple):
     rates: Rates = DEFAULT_RATES  # that it was scored with
     waiting_tokens: int = 0
     decoding: int = 0
+    used: int = 0  # leading blocks of its own that are not computed again
+
+    @property
+    def taken(self) -> Warmth:
+        """What of `warmth` is used, by tier."""
+        left, counts = self.used, []
+        for count in self.warmth:
+            counts.append(min(count, left))
+            left -= counts[-1]
+        return Warmth(*counts)
 
     def loads(self, block_nbytes: int) -> list[Load]:
         """What `load_s` is made of: each lower tier that blocks come from, then another node."""
@@ -126,7 +136,7 @@ class Choice(NamedTuple):
         )  # fmt: skip
         loads = [
             Load(tier, blocks, speed, block_nbytes * blocks / speed)
-            for tier, blocks, speed in zip(_LOWER, self.warmth[1:], speeds, strict=True)
+            for tier, blocks, speed in zip(_LOWER, self.taken[1:], speeds, strict=True)
             if blocks
         ]
         if self.pull_from:
@@ -145,6 +155,7 @@ class _Terms(NamedTuple):
     load_s: float
     prefill_s: float
     pull: int  # the number of the candidate that lends, or -1
+    used: int
     rates: Rates
 
 
@@ -212,11 +223,11 @@ class _Prompt(NamedTuple):
         pull_from, pull_blocks = "", 0
         if terms.pull >= 0:
             lender = candidates[terms.pull]
-            pull_from, pull_blocks = lender.name, lender.lends - candidate.warmth.blocks
+            pull_from, pull_blocks = lender.name, lender.lends - terms.used
         return Choice(
             candidate.name, candidate.warmth, terms.seconds, terms.wait_s, terms.load_s,
             terms.prefill_s, self.tokens, self.block_tokens, pull_from, pull_blocks, terms.rates,
-            candidate.waiting_tokens, candidate.decoding,
+            candidate.waiting_tokens, candidate.decoding, terms.used,
         )  # fmt: skip
 
 
@@ -252,16 +263,16 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
     for number, (each, rate) in enumerate(zip(candidates, rates, strict=True)):
         vram, host, disk, shared = each.warmth
         blocks = vram + host + disk + shared
-        load_s = 0.0
-        if blocks != vram:
-            load_s = nbytes * (
-                host / rate.host_bytes_per_s
-                + disk / rate.disk_bytes_per_s
-                + shared / rate.shared_bytes_per_s
-            )
+        load_s = nbytes * host / rate.host_bytes_per_s if host else 0.0
         slow = 1 + rate.decode_drag * each.decoding
         wait_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
         prefill_s = rate.prefill_s(min(blocks * block_tokens, tokens - 1), tokens) * slow
+        if disk or shared:
+            blocks, more_s, prefill_s = worth(
+                each.warmth, rate, prompt_tokens=tokens, block_tokens=block_tokens,
+                block_nbytes=nbytes, slow=slow,
+            )  # fmt: skip
+            load_s += more_s
         pull = -1
         if lenders and rate.peer_bytes_per_s:
             lender = lenders[0] if lenders[0] != number else lenders[-1]
@@ -272,8 +283,35 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
                 if pull_s + rest_s < prefill_s:
                     pull, load_s, prefill_s = lender, load_s + pull_s, rest_s
         seconds = wait_s + (1 + behind) * (load_s + prefill_s)
-        terms.append(_Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull, rate))
+        terms.append(
+            _Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull, blocks, rate)
+        )
     return terms
+
+
+def worth(
+    warmth: Warmth, rates: Rates, *, prompt_tokens: int, block_tokens: int, block_nbytes: int,
+    slow: float = 1.0,
+) -> tuple[int, float, float]:  # fmt: skip
+    """What of disk and shared store is loaded: blocks with those before them; seconds of both.
+
+    A worker computes again what takes longer to load (kvtier.core.breakeven): here a whole tier,
+    the last first, as where in it the balance turns matters little to which worker is best. The
+    seconds are those to load from disk and shared store, and to compute the rest at `slow` times
+    the usual time.
+    """
+    blocks, load_s = warmth.vram + warmth.host, 0.0
+    found = []
+    for more, bytes_per_s in (
+        (0, 1.0), (warmth.disk, rates.disk_bytes_per_s), (warmth.shared, rates.shared_bytes_per_s)
+    ):  # fmt: skip
+        blocks += more
+        load_s += block_nbytes * more / bytes_per_s
+        warm = min(blocks * block_tokens, prompt_tokens - 1)
+        prefill_s = rates.prefill_s(warm, prompt_tokens) * slow
+        found.append((load_s + prefill_s, -blocks, load_s, prefill_s))
+    _, less, load_s, prefill_s = min(found)
+    return -less, load_s, prefill_s
 
 
 def _order(candidate: Candidate, luck: float) -> tuple[bool, float, float]:

@@ -92,7 +92,7 @@ class Front:
         # Every router must say the same, so nothing is left to chance or to its own history.
         prompt, links = await self.prompts.read(request)
         ranked = self._placement.rank(prompt, links, None)
-        choices = [each.explained(self._config.behind) for each in ranked]
+        choices = [each.explained(self._placement.behind) for each in ranked]
         return router_pb2.ExplainResponse(choices=choices, prompt_tokens=len(prompt.ids))
 
     async def generate(

@@ -11,6 +11,7 @@ from kvtier import metrics
 from kvtier.config import RouterConfig
 from kvtier.core import score
 from kvtier.core.audience import Warmth
+from kvtier.core.behind import Behind
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
 from kvtier.core.learned import Learned, Sample
@@ -80,8 +81,8 @@ class Ranked:
 
     @property
     def warm_tokens(self) -> int:
-        """Leading prompt tokens that need not be computed there."""
-        return self.choice.warmth.blocks * self.info.block_tokens
+        """Leading prompt tokens that are not computed there."""
+        return self.choice.used * self.info.block_tokens
 
     def proto(self) -> router_pb2.Choice:
         """The candidate as callers see it."""
@@ -110,7 +111,7 @@ class Ranked:
             )
             for each in choice.loads(nbytes)
         ]  # fmt: skip
-        there = (choice.warmth.blocks + choice.pull_blocks) * self.info.block_tokens
+        there = (choice.used + choice.pull_blocks) * self.info.block_tokens
         told.terms.CopyFrom(
             router_pb2.Terms(
                 loads=loads, waiting_tokens=choice.waiting_tokens, decoding=choice.decoding,
@@ -124,7 +125,7 @@ class Ranked:
     @property
     def source_blocks(self) -> int:
         """Blocks that come from `source`."""
-        return self.choice.pull_blocks or self.choice.warmth.shared
+        return self.choice.pull_blocks or self.choice.taken.shared
 
 
 class Speculation:
@@ -235,6 +236,12 @@ class Placement:
         self._load = Load()
         self._last_cold: dict[str, float] = {}
         self._learned = Learned()
+        self._behind = Behind(config.behind)
+
+    @property
+    def behind(self) -> float:
+        """Lambda of the scores, as the load has it now."""
+        return self._behind.value
 
     def candidates(self, model: str, adapter: str = "", tenant: str = "") -> list[Link]:
         """Workers of all this that take requests: those READY, or STALE ones where none is."""
@@ -254,9 +261,10 @@ class Placement:
         self, prompt: Prompt, links: Collection[Link], tie: Tie | None,
         since: float | None = None, most: int | None = None,
     ) -> list[Ranked]:  # fmt: skip
-        """These workers, best first, at most `most` of them. Asks only.
+        """These workers, best first, at most `most` of them.
 
-        Without `tie` equals are in the order of their addresses, whoever was cold last.
+        Without `tie` it asks only, and equals are in the order of their addresses, whoever was
+        cold last; with it, how busy they all are is learned from.
 
         Where more than the configured budget has passed `since` the request was ready to be
         placed, by load alone: an answer that is late helps nobody.
@@ -320,12 +328,16 @@ class Placement:
             )
             for name, (link, *_) in alike.items()
         ]
+        if tie is not None:
+            open_to_all = [each for each in candidates if not each.draining]
+            busy = sum(each.waiting_tokens > 0 for each in open_to_all)
+            self._behind.see(busy, len(open_to_all))
         choices = score.rank(
             candidates,
             prompt_tokens=len(prompt.ids),
             block_tokens=info.block_tokens,
             block_nbytes=info.kv_bytes_per_token * info.block_tokens,
-            behind=self._config.behind,
+            behind=self._behind.value,
             tie=tie or _no_luck,
             most=most,
         )
@@ -337,7 +349,7 @@ class Placement:
     def _source(self, choice: score.Choice, alike: Mapping[str, _Worker]) -> str:
         if choice.pull_from:
             return alike[choice.pull_from][0].node
-        return Tier.SHARED.label if choice.warmth.shared else ""
+        return Tier.SHARED.label if choice.taken.shared else ""
 
 
 def _no_luck() -> float:

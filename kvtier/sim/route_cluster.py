@@ -1,7 +1,8 @@
 """A cluster of simulated nodes, as a router sees it: caches, queues, and what is under way.
 
 A node is one FIFO prefill server with an LRU cache of whole blocks. A request's service time is
-the time to load its warm blocks plus that to compute the rest; its first token comes after it, and
+the time to load its warm blocks (from the pool where that takes less time than computing them)
+plus that to compute the rest; its first token comes after it, and
 decoding then goes on beside the prefills without slowing them. Caches change when a request is
 sent. With a host tier, blocks that fall out of VRAM drop into it, and blocks that are used are
 taken up again (a block is in one of the two); a pool is shared by all nodes and written through.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from kvtier.core.audience import Warmth
-from kvtier.core.score import Rates
+from kvtier.core.score import Rates, worth
 from kvtier.sim.trace import Request
 
 SPECULATIVE_S = 2.0  # so long a router expects what it sent, see kvtier.router.placement
@@ -140,14 +141,13 @@ class Node:
         warmth = self._truth(blocks)
         rates = self.rates
         nbytes = self._setup.kv_bytes_per_token * request.block_tokens
-        load_s = nbytes * (
-            warmth.host / rates.host_bytes_per_s + warmth.shared / rates.shared_bytes_per_s
-        )
-        tokens = max(1, request.input_tokens)
-        warm = min(warmth.blocks * request.block_tokens, tokens - 1)
-        service_s = load_s + rates.prefill_s(warm, tokens)
+        used, load_s, prefill_s = worth(
+            warmth, rates, prompt_tokens=max(1, request.input_tokens),
+            block_tokens=request.block_tokens, block_nbytes=nbytes,
+        )  # fmt: skip
+        service_s = nbytes * warmth.host / rates.host_bytes_per_s + load_s + prefill_s
         first = max(now, self.free_at) + service_s
-        sent = Sent(number, request, asked_s, warmth.blocks, first, service_s)
+        sent = Sent(number, request, asked_s, used, first, service_s)
         self.free_at = first
         self.busy_s += service_s
         if not warmth.blocks:

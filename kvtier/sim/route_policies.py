@@ -6,12 +6,14 @@ from random import Random
 from typing import Final, TypeVar
 from zlib import crc32
 
+from kvtier.config import RouterConfig
 from kvtier.core import score
+from kvtier.core.behind import Behind
 from kvtier.errors import ConfigError
 from kvtier.sim.route_cluster import Node, Setup
 from kvtier.sim.trace import Request
 
-LAMBDA: Final = 2.0  # the router's default, see RouterConfig.behind
+MOST_BEHIND: Final = RouterConfig().behind
 _POINTS: Final = 100  # of a node on the hash ring
 
 Cost = TypeVar("Cost", float, tuple[int, float])
@@ -23,7 +25,7 @@ Policy = Callable[[Sequence[Node], Request, float], Node]  # the request's node,
 def policy(name: str, setup: Setup, rng: Random) -> Policy:
     """The policy of this name.
 
-    `kvtier` (or `kvtier:L` with another lambda), `dynamo` (or `dynamo:W`: the cost of NVIDIA
+    `kvtier` (or `kvtier:L` with a lambda of at most L), `dynamo` (or `dynamo:W`: the cost of NVIDIA
     Dynamo's KV router as published, with weight W of the prefill term), `least-loaded`,
     `round-robin`, `random`, `prefix` (longest match), `consistent-hash` (of the second block, as
     the first is often the same for all).
@@ -44,7 +46,7 @@ def policy(name: str, setup: Setup, rng: Random) -> Policy:
 
 
 def _ranked(setup: Setup, rng: Random, number: float | None) -> Policy:
-    behind = LAMBDA if number is None else number
+    behind = Behind(MOST_BEHIND if number is None else number)
 
     def choose(nodes: Sequence[Node], request: Request, now: float) -> Node:
         blocks = request.full_blocks
@@ -58,12 +60,13 @@ def _ranked(setup: Setup, rng: Random, number: float | None) -> Policy:
             )
             for node in nodes
         ]
+        behind.see(sum(each.wait_s > 0 for each in candidates), len(candidates))
         (best,) = score.rank(
             candidates,
             prompt_tokens=max(1, request.input_tokens),
             block_tokens=request.block_tokens,
             block_nbytes=setup.kv_bytes_per_token * request.block_tokens,
-            behind=behind,
+            behind=behind.value,
             tie=rng.random,
             most=1,
         )

@@ -47,6 +47,31 @@ def test_the_score_adds_up():
     assert choice.seconds == pytest.approx(0.5 + 3 * (0.132 + 0.3))
 
 
+def test_what_takes_longer_to_load_than_to_compute_is_computed():
+    warm = Warmth(vram=1, host=1, disk=2, shared=3)
+    slow = {"disk_bytes_per_s": 1e5, "shared_bytes_per_s": 5e3}  # 0.2 s a block; 0.1 s to compute
+    (choice,) = ranked(candidate("n", warm, rates=replace(RATES, **slow)))
+    assert (choice.used, choice.taken) == (4, Warmth(1, 1, 2, 0))
+    assert choice.load_s == pytest.approx(1e-3 + 2e-2)
+    assert choice.prefill_s == pytest.approx(0.6)
+    assert choice.warmth == warm, "it has them all the same"
+    assert [each.blocks for each in choice.loads(BLOCK_NBYTES)] == [1, 2]
+    slow["disk_bytes_per_s"] = 1e3
+    (choice,) = ranked(candidate("n", warm, rates=replace(RATES, **slow)))
+    assert (choice.used, choice.load_s, choice.prefill_s) == (2, 1e-3, pytest.approx(0.8))
+    # A fast store behind a slow disk: nothing is loaded past what is computed.
+    slow["shared_bytes_per_s"] = 1e6
+    (choice,) = ranked(candidate("n", warm, rates=replace(RATES, **slow)))
+    assert choice.used == 2
+
+
+def test_a_slow_store_makes_nobody_worse_than_cold():
+    slow = replace(RATES, shared_bytes_per_s=10.0)
+    cold, warm = candidate("cold"), candidate("warm", Warmth(shared=9), rates=slow)
+    seconds = {choice.name: choice.seconds for choice in ranked(cold, warm)}
+    assert seconds["warm"] == seconds["cold"]
+
+
 def test_without_requests_behind_only_its_own_seconds_count():
     (choice,) = ranked(candidate("n", waiting_tokens=500), behind=0.0)
     assert choice.seconds == pytest.approx(0.5 + 1.0)

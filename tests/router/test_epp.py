@@ -268,7 +268,10 @@ async def test_requests_go_where_their_prompt_is_warm(nodes, routers, tmp_path, 
             assert answer.headers["x-engine"] == warm.engine.address
             assert answer.json()["destination"] == warm.engine.address
         # The whole body arrives, however long, read by us or not.
-        for path, size in (("/v1/completions", 300_000), ("/v1/audio", 300_000), ("/v1/x", 5)):
+        for path, size in (
+            ("/v1/completions", 300_000), ("/v1/completions", 1_500_000),
+            ("/v1/audio", 300_000), ("/v1/x", 5),
+        ):  # fmt: skip
             long = json.dumps({"prompt": PROMPT + "y" * size, "tools": [1]}).encode()
             answer = await envoy.client.post(path, content=long)
             assert answer.json()["nbytes"] == len(long)

@@ -82,7 +82,7 @@ async def test_a_choice_tells_why(engines, routers):
     assert "20 of 1,580 tokens warm (vram 8, host 12)" in choice.why
     assert "\n" not in choice.why
     cost = choice.load_s + choice.prefill_s
-    assert choice.seconds == pytest.approx(choice.wait_s + 3 * cost)
+    assert choice.seconds == pytest.approx(choice.wait_s + cost), "nobody waits behind it"
 
 
 async def test_explain_gives_every_term_and_they_add_up(engines, routers):
@@ -106,8 +106,10 @@ async def test_explain_gives_every_term_and_they_add_up(engines, routers):
         return choices["w"].terms.waiting_tokens == 500
 
     await eventually(heard, "the worker's load was told")
+    assert (await router.route("else")).worker_id == "lender", "one of two was busy"
     choices = {c.worker_id: c for c in await router.explain(PROMPT)}
     choice, terms = choices["w"], choices["w"].terms
+    assert terms.behind == pytest.approx(0.5)
     bytes_per_token = 100_000
     assert [(each.tier, each.tokens, each.bytes_per_s) for each in terms.loads] == [
         (2, 12, 4e9), (3, 16, 2e9), (4, 4, 1e9), (0, 120, 8e9),
@@ -502,3 +504,11 @@ async def test_the_shared_store_is_named_as_a_source(engines, routers):
     await router.until_warmth(PROMPT, lambda each: each["a"] != {})
     (choice,) = await router.explain(PROMPT)
     assert (choice.source, choice.source_tokens) == ("shared", 12)
+    worker.heartbeat.load.shared_bytes_per_s = 1e5  # so slow that computing them is faster
+
+    async def unnamed() -> bool:
+        (choice,) = await router.explain(PROMPT)
+        assert [(each.tier, each.tokens) for each in choice.warm] == [(4, 12)]
+        return (choice.source, choice.source_tokens, list(choice.terms.loads)) == ("", 0, [])
+
+    await eventually(unnamed, "nothing is loaded from there")

@@ -11,6 +11,7 @@ from kvtier.sim.route import compare, simulate, time_factor
 from kvtier.sim.route_cluster import Setup
 from kvtier.sim.route_policies import policy
 from kvtier.sim.trace import Request, write_trace
+from kvtier.sim.workloads import generate
 
 PLAIN = Setup(prefill_tokens_per_s=1000.0, doubles_at=1e12)
 
@@ -71,6 +72,15 @@ def test_the_ranking_of_production_beats_those_that_see_less():
     hits = {each.policy: each.token_hit_ratio for each in results}
     assert mean["kvtier"] < mean["least-loaded"] < mean["random"]
     assert hits["kvtier"] > hits["least-loaded"]
+
+
+@pytest.mark.parametrize(("kind", "load"), [("agents", 0.4), ("agents", 0.95), ("shared", 0.4)])
+def test_no_load_makes_it_cling_to_warm_nodes(kind, load):
+    """With one lambda for all loads it lost these to a Dynamo-like cost."""
+    requests = list(generate(kind, 7, 1500))
+    names = ["kvtier", "dynamo", "dynamo:4", "least-loaded"]
+    ours, *theirs = compare(requests, names, [16], [load], Setup(), [1])
+    assert all(ours.ttft_mean_s < each.ttft_mean_s for each in theirs)
 
 
 def test_the_same_seed_gives_the_same_and_every_policy_answers_all():

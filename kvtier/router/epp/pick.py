@@ -9,7 +9,7 @@ from typing import Final
 from kvtier import metrics
 from kvtier.config import RouterConfig, parse_address
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
-from kvtier.router.http.openai import BadRequest, prompt_of
+from kvtier.router.http.openai import LONG_BODY, BadRequest, prompt_of
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt, Sent
 from kvtier.router.prompts import KeyedPrompt, Prompts, Space
@@ -65,7 +65,10 @@ class Picker:
             UnknownTenant: No worker of the model knows the tenant.
             WorkerLost: No endpoint is ready, or none in `subset`.
         """
-        model, asked = _parse(path, body)
+        if len(body) > LONG_BODY:
+            model, asked = await asyncio.to_thread(_parse, path, body)
+        else:
+            model, asked = _parse(path, body)
         by, prompt, links = await self._read(model, tenant, asked, body)
         found = self._among(links, subset)
         if not found and by == "prompt":  # those with another tokenizer may be in the subset

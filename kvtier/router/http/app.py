@@ -21,6 +21,7 @@ from kvtier.metrics import REGISTRY
 from kvtier.router.front import MAX_REQUEST_ID, Front
 from kvtier.router.http.answer import Answer
 from kvtier.router.http.openai import (
+    LONG_BODY,
     TENANT_HEADER,
     BadRequest,
     Writer,
@@ -36,7 +37,6 @@ from kvtier.wire.rpc import MAX_MESSAGE
 MAX_BODY: Final = MAX_MESSAGE
 MAX_BODIES: Final = 256 << 20  # of all bodies that are being read
 BODY_S: Final = 60.0  # for a body to arrive in
-LONG_BODY: Final = 1 << 20  # bytes from which on JSON is parsed off the loop
 _MAX_MS: Final = 86_400_000
 CLIENT_GONE: Final = 499  # nginx's number for it; nobody reads this answer
 TIMEOUT_HEADER: Final = "x-envoy-expected-rq-timeout-ms"  # how long Envoy will wait for us

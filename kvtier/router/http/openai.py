@@ -13,6 +13,7 @@ from kvtier.errors import Overloaded, RequestError
 from kvtier.wire.pb import router_pb2, worker_pb2
 
 TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
+LONG_BODY: Final = 1 << 20  # bytes from which on JSON is parsed off the loop
 MAX_CHOICES: Final = 16  # of one request, over all its prompts
 MAX_STOPS: Final = 4
 MAX_STOP: Final = 256  # characters
