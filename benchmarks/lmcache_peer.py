@@ -86,8 +86,9 @@ def engine(
                 "lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": server.port,
             },
         }  # fmt: skip
-        more = {"python": python, "environment": ENVIRONMENT}
-        with Engine(model, folder, config, **more, **settings) as started:  # type: ignore[arg-type]
+        environment = {**settings["environment"], **ENVIRONMENT}  # type: ignore[dict-item]
+        more = {**settings, "python": python, "environment": environment}
+        with Engine(model, folder, config, **more) as started:  # type: ignore[arg-type]
             yield started, server
     finally:
         server.close()

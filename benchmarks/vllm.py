@@ -24,6 +24,9 @@ from tests.vllm.driver import BLOCK, ROW, Engine, transfer
 # vLLM's processes spin for a second after each message (SpinCondition in its shm_broadcast.py), so
 # the engine that was measured before would take the cores from this one.
 SPIN_S = 1.2
+SETTLE_S = 5.0  # for servers that were started to have taken their memory
+# On few cores vLLM gives an engine with a connector another number of threads than one without.
+ALIKE = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 LMCACHE_GB = 1.5  # of its L1: all prompts fit
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -124,7 +127,9 @@ def measure(model: Path, folder: Path, size: Size, peers: str) -> dict[str, Samp
         },
     }  # fmt: skip
     ours = transfer(folder / "node.sock", cpu_blocks=size.blocks * 2, lookup_s=10, load_s=20)
-    settings = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    settings: dict[str, object] = {
+        "max_model_len": 4096, "max_num_batched_tokens": 4096, "environment": ALIKE,
+    }  # fmt: skip
 
     def start(config: dict[str, object] | None) -> Engine:
         return Engine(model, folder, config, **settings)
@@ -160,6 +165,7 @@ def measure(model: Path, folder: Path, size: Size, peers: str) -> dict[str, Samp
             rows.append(("lmcache", engine, server.process.pid))
         for _, engine, _ in rows:
             engine.generate([prompt(size.unique_tokens)], 1)
+        time.sleep(SETTLE_S)
         for number, each in enumerate(prompts):
             for name, engine, pid in rows[number % len(rows) :] + rows[: number % len(rows)]:
                 timed(found[name], engine, pid, each)

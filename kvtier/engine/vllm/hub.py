@@ -13,7 +13,10 @@ from kvtier.engine.vllm.lookups import Lookups
 from kvtier.engine.vllm.settings import TierSettings
 from kvtier.engine.vllm.transfers import Transfers
 
-REST_S: Final = 0.002  # that an idle engine waits for us before it looks for new requests
+# That an idle engine waits for us before it looks for new requests: a step without anything to
+# compute costs it and its worker a millisecond or two. What ends in between wakes it.
+REST_S: Final = 0.002
+LOADING_REST_S: Final = 0.005  # where a request waits for us, which will take much longer
 LEAVE_S: Final = 1.0  # for a thread to end; a daemon thread keeps no process
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,9 @@ class Hub:
 
         Otherwise it would ask a thousand times a second, on the cores that our threads need.
         """
-        if self.transfers.under_way or self.lookups.waiting:
+        if self.transfers.loading or self.lookups.waiting:
+            self._news.rest(LOADING_REST_S)
+        elif self.transfers.under_way:
             self._news.rest(REST_S)
 
     def close(self) -> None:

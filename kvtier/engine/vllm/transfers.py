@@ -135,6 +135,11 @@ class Transfers:
         """Jobs whose outcome was not given out yet."""
         return len(self._jobs)
 
+    @property
+    def loading(self) -> bool:
+        """Whether a load is among them."""
+        return any(not job.storing for job in self._jobs.values())
+
     def drain(self) -> None:
         """End every job now; after that nobody touches the region. Waits for copies under way."""
         for job in list(self._jobs.values()):
