@@ -168,6 +168,7 @@ def rank(
     behind: float,
     tie: Callable[[], float],
     most: int | None = None,
+    keep: str = "",
 ) -> list[Choice]:
     """The candidates, best first; those that are draining after all others.
 
@@ -186,6 +187,7 @@ def rank(
         behind: How many requests, on average, wait for this one; lambda of the score.
         tie: Random numbers that put equals in order.
         most: How many to give; all where it is None.
+        keep: The name of a candidate that is given, as the last, also where it is not among them.
     """
     prompt = _Prompt(prompt_tokens, block_tokens, block_nbytes, behind)
     most = len(candidates) if most is None else most
@@ -195,12 +197,11 @@ def rank(
     at = 0
     while at < len(scored) and len(ranked) < most:
         first = scored[at]
-        limit = first.seconds + max(_TIE_S, _TIE_SHARE * first.seconds)
         start, at = at, at + 1
         while (
             at < len(scored)
             and scored[at].draining == first.draining
-            and scored[at].seconds <= limit
+            and tied(scored[at].seconds, first.seconds)
         ):
             at += 1
         equals = scored[start:at]
@@ -209,7 +210,15 @@ def rank(
             keyed.sort()
             equals = [each for _, each in keyed]
         ranked += [prompt.choice(candidates, each) for each in equals[: most - len(ranked)]]
+    if keep and all(each.name != keep for each in ranked):
+        kept = (each for each in scored if candidates[each.number].name == keep)
+        ranked += [prompt.choice(candidates, each) for each in kept]
     return ranked
+
+
+def tied(seconds: float, best: float) -> bool:
+    """Whether a score is as good as equal to the best: within 1% or 1 ms."""
+    return seconds <= best + max(_TIE_S, _TIE_SHARE * best)
 
 
 class _Prompt(NamedTuple):

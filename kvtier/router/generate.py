@@ -126,7 +126,8 @@ async def generate(
 def _with_answer(prompt: Prompt, answer: Sequence[int]) -> Prompt:
     if not answer:
         return prompt
-    return Prompt(prompt.model, [*prompt.ids, *answer], prompt.adapter, prompt.tenant)
+    ids = [*prompt.ids, *answer]
+    return Prompt(prompt.model, ids, prompt.adapter, prompt.tenant, prompt.session)
 
 
 def _ended(job: Job, answer: _Answer, last: Ranked) -> worker_pb2.FinishReason | None:

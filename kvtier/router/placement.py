@@ -2,9 +2,8 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import merge
-from itertools import islice
 from typing import Final
 
 from kvtier import metrics
@@ -15,6 +14,7 @@ from kvtier.core.behind import Behind
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
 from kvtier.core.learned import Learned, Sample
+from kvtier.core.sessions import Sessions, Standing, hint
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.router.link import Link, State
@@ -43,6 +43,7 @@ class Prompt:
     ids: Sequence[int]
     adapter: str = ""  # of the model
     tenant: str = ""
+    session: str = ""
     _keys: dict[tuple[bytes, int], list[BlockKey]] = field(default_factory=dict)
     _highest: int | None = None
     ready_at: float | None = None  # on the loop's clock: nothing but placing it was left to do
@@ -58,6 +59,11 @@ class Prompt:
     def space(self) -> tuple[str, str]:
         """Adapter and tenant: the key of `Link.roots`."""
         return self.adapter, self.tenant
+
+    @property
+    def conversation(self) -> tuple[str, str, str, str]:
+        """Its session, which is another one for each model, adapter and tenant."""
+        return self.model, self.adapter, self.tenant, self.session
 
     def keys(self, info: worker_pb2.WorkerInfo, root: bytes) -> list[BlockKey]:
         """The block keys that this worker gives the prompt; `root` is its own for our `space`."""
@@ -78,6 +84,7 @@ class Ranked:
     choice: score.Choice
     draining: bool
     source: str  # where the blocks come from that neither the worker nor its node has
+    hinted: bool = False  # first because its session went there last
 
     @property
     def warm_tokens(self) -> int:
@@ -95,7 +102,8 @@ class Ranked:
         return router_pb2.Choice(
             worker_id=self.info.worker_id, node=self.link.node, address=self.link.address,
             warm=warm, seconds=choice.seconds, wait_s=choice.wait_s, load_s=choice.load_s,
-            prefill_s=choice.prefill_s, why=score.why(choice), draining=self.draining,
+            prefill_s=choice.prefill_s, draining=self.draining, hinted=self.hinted,
+            why=score.why(choice) + (", and its session went there last" if self.hinted else ""),
             source=self.source, source_tokens=self.source_blocks * self.info.block_tokens,
         )  # fmt: skip
 
@@ -237,6 +245,7 @@ class Placement:
         self._last_cold: dict[str, float] = {}
         self._learned = Learned()
         self._behind = Behind(config.behind)
+        self._sessions = Sessions()
 
     @property
     def behind(self) -> float:
@@ -264,7 +273,8 @@ class Placement:
         """These workers, best first, at most `most` of them.
 
         Without `tie` it asks only, and equals are in the order of their addresses, whoever was
-        cold last; with it, how busy they all are is learned from.
+        cold last; with it, how busy they all are is learned from. The worker that the prompt's
+        session went to last is the first of those that are nearly as good (kvtier.core.sessions).
 
         Where more than the configured budget has passed `since` the request was ready to be
         placed, by load alone: an answer that is late helps nobody.
@@ -276,10 +286,15 @@ class Placement:
             if info is not None and root is not None:
                 kind = (root, info.block_tokens, info.kv_bytes_per_token)
                 kinds.setdefault(kind, {})[link.address] = (link, info, root)
-        orders = [self._rank(prompt, alike, tie, since, most) for alike in kinds.values()]
+        last = self._sessions.last(prompt.conversation, self._clock()) if prompt.session else ""
+        orders = [self._rank(prompt, alike, tie, since, most, last) for alike in kinds.values()]
         # Not sorted: each order has its equals in an order of its own, which stays.
-        merged = merge(*orders, key=lambda each: (each.draining, each.choice.seconds))
-        return list(islice(merged, most))
+        merged = list(merge(*orders, key=lambda each: (each.draining, each.choice.seconds)))
+        if last:
+            order = [Standing(e.link.address, e.draining, e.choice.seconds) for e in merged]
+            if (found := hint(order, last)) is not None:
+                merged.insert(0, replace(merged.pop(found.at), hinted=found.decided))
+        return merged[:most]
 
     def sent(self, prompt: Prompt, to: Ranked, *, followed: bool) -> Sent:
         """Remember that `prompt` goes there; `followed` if we shall see its first token."""
@@ -290,6 +305,8 @@ class Placement:
             known = {link.address for link in self._members.workers()}
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
             self._learned.keep_only(known)
+        if prompt.session:
+            self._sessions.place(prompt.conversation, address, now)
         self._speculation.add(address, prompt.keys(to.info, to.root), now)
         expires = None if followed else now + SPECULATIVE_S
         sent = self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
@@ -298,7 +315,7 @@ class Placement:
 
     def _rank(
         self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None,
-        most: int | None,
+        most: int | None, keep: str,
     ) -> list[Ranked]:  # fmt: skip
         """Workers that give the prompt the same keys."""
         now = self._clock()
@@ -340,6 +357,7 @@ class Placement:
             behind=self._behind.value,
             tie=tie or _no_luck,
             most=most,
+            keep=keep,
         )
         draining = {each.name for each in candidates if each.draining}
         return [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from kvtier.core.blocks import KEY_NBYTES, MAX_BLOCK_TOKENS, BlockKey
+from kvtier.core.sessions import MAX_SESSION
 from kvtier.errors import InvalidRequest, UnknownModel, UnknownTenant, WorkerLost
 from kvtier.router.link import Link
 from kvtier.router.members import Members
@@ -24,6 +25,7 @@ class Asked(Protocol):
     model: str
     adapter: str
     tenant: str
+    session: str
 
     @property
     def prompt(self) -> router_pb2.Prompt:
@@ -74,6 +76,8 @@ class Prompts:
         Raises:
             InvalidRequest, UnknownModel, UnknownTenant, WorkerLost, Overloaded: See the messages.
         """
+        if (nbytes := len(request.session.encode())) > MAX_SESSION:
+            raise InvalidRequest(f"session has {nbytes} bytes, limit {MAX_SESSION}")
         asked = request.prompt
         space = self.space(request.model, request.adapter, request.tenant)
         model = space.model
@@ -92,6 +96,7 @@ class Prompts:
         if not prompt.ids:
             raise InvalidRequest("prompt: no tokens")
         prompt.adapter, prompt.tenant = space.adapter, space.tenant
+        prompt.session = request.session
         prompt.ready_at = time.monotonic()
         if len(prompt.ids) >= LONG and kind != "keys":
             roots = [(link.info, link.roots.get(prompt.space)) for link in links]

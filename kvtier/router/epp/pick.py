@@ -49,8 +49,9 @@ class Picker:
         self._luck = luck
 
     async def pick(
-        self, path: str, body: bytes, subset: Collection[str] | None, tenant: str = ""
-    ) -> Picked:
+        self, path: str, body: bytes, subset: Collection[str] | None, tenant: str = "",
+        session: str = "",
+    ) -> Picked:  # fmt: skip
         """The endpoints for a request.
 
         Args:
@@ -58,6 +59,7 @@ class Picker:
             body: All of it; empty where there is none.
             subset: The endpoints that may be picked; None: all.
             tenant: Whose blocks may be used; only workers that know it are asked.
+            session: The conversation that it is of; at most MAX_SESSION bytes.
 
         Raises:
             InvalidRequest: The body of a known path is no JSON.
@@ -77,6 +79,7 @@ class Picker:
         if not found:
             limit = "" if subset is None else f" among the {len(subset)} of the subset"
             raise WorkerLost(f"no endpoint of {prompt.model!r} is ready{limit}")
+        prompt.session = session  # however it was read
         links = list(found.values())
         ranked = self._placement.rank(prompt, links, self._luck, most=self._count)
         endpoints = {link.address: endpoint for endpoint, link in found.items()}

@@ -16,10 +16,12 @@ from kvtier.errors import RequestError
 from kvtier.router.epp.pick import Picked, Picker, check_endpoints
 from kvtier.router.front import Front
 from kvtier.router.http.openai import (
+    SESSION_HEADER,
     TENANT_HEADER,
     BadRequest,
     error_body,
     retry_after,
+    session_of,
     status_of,
     tenant_of,
 )
@@ -101,6 +103,7 @@ class _Exchange:
         self._path = ""
         self._subset: frozenset[str] | None = None
         self._tenant = ""
+        self._session = ""
         self._body = bytearray()
         self._picked: Picked | None = None
 
@@ -116,6 +119,7 @@ class _Exchange:
                 headers = request.request_headers.headers
                 self._path = next(iter(_header(headers, ":path")), "")
                 self._tenant = tenant_of(_header(headers, TENANT_HEADER))
+                self._session = session_of(_header(headers, SESSION_HEADER))
                 self._subset = _subset(request.metadata_context)
                 return await self._decide() if request.request_headers.end_of_stream else []
             case "request_body":
@@ -152,7 +156,8 @@ class _Exchange:
     async def _decide(self) -> list[pb.ProcessingResponse]:
         async def work(_deadline: float) -> Picked:
             body = bytes(self._body)
-            return await self._picker.pick(self._path, body, self._subset, self._tenant)
+            whose = self._tenant, self._session
+            return await self._picker.pick(self._path, body, self._subset, *whose)
 
         self._picked = await self._front.within(None, work, wait=False)
         destination = ",".join(self._picked.endpoints)

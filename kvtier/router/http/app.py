@@ -22,12 +22,14 @@ from kvtier.router.front import MAX_REQUEST_ID, Front
 from kvtier.router.http.answer import Answer
 from kvtier.router.http.openai import (
     LONG_BODY,
+    SESSION_HEADER,
     TENANT_HEADER,
     BadRequest,
     Writer,
     error_body,
     read,
     retry_after,
+    session_of,
     status_of,
     tenant_of,
 )
@@ -110,7 +112,10 @@ class _Paths:
             body = await self._bodies.read(request, _limit_s(request))
             seed = self._rng.getrandbits(63)
             tenant = tenant_of(request.headers.getlist(TENANT_HEADER))
-            asked = read(body, chat=chat, request_id=request_id, luck=lambda: seed, tenant=tenant)
+            asked = read(
+                body, chat=chat, request_id=request_id, luck=lambda: seed, tenant=tenant,
+                session=session_of(request.headers.getlist(SESSION_HEADER)),
+            )  # fmt: skip
             model = self._front.prompts.space(asked.model, tenant=tenant).name
             answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
             writer = Writer(asked, answer_id, model, int(time.time()))

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvtier.core.sessions import MAX_SESSION
 from kvtier.errors import Overloaded, RequestError
 from kvtier.wire.pb import router_pb2, worker_pb2
 
 TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
+SESSION_HEADER: Final = "x-kvtier-session"
 LONG_BODY: Final = 1 << 20  # bytes from which on JSON is parsed off the loop
 MAX_CHOICES: Final = 16  # of one request, over all its prompts
 MAX_STOPS: Final = 4
@@ -65,8 +67,9 @@ class Asked:
 
 
 def read(
-    body: object, *, chat: bool, request_id: str, luck: Callable[[], int], tenant: str = ""
-) -> Asked:
+    body: object, *, chat: bool, request_id: str, luck: Callable[[], int], tenant: str = "",
+    session: str = "",
+) -> Asked:  # fmt: skip
     """The request in a parsed body; one that names no seed takes `luck`.
 
     Raises:
@@ -92,7 +95,7 @@ def read(
         router_pb2.GenerateRequest(
             request_id=request_id, model=model, prompt=prompt, max_tokens=limit,
             temperature=temperature, seed=(seed + i) % 2**64,
-            ignore_eos=_flag(table, "ignore_eos"), tenant=tenant,
+            ignore_eos=_flag(table, "ignore_eos"), tenant=tenant, session=session,
         )
         for prompt in prompts
         for i in range(n)
@@ -125,6 +128,20 @@ def tenant_of(given: Sequence[str]) -> str:
     if len(given) > 1:
         raise BadRequest(f"{TENANT_HEADER}: {len(given)} of them; a proxy must overwrite it")
     return given[0] if given else ""
+
+
+def session_of(given: Sequence[str]) -> str:
+    """The conversation that a request is of, by its SESSION_HEADER; empty: none is named.
+
+    Raises:
+        BadRequest: There are two, or it is too long.
+    """
+    if len(given) > 1:
+        raise BadRequest(f"{SESSION_HEADER}: {len(given)} of them, limit 1")
+    session = given[0] if given else ""
+    if (nbytes := len(session.encode())) > MAX_SESSION:
+        raise BadRequest(f"{SESSION_HEADER} has {nbytes} bytes, limit {MAX_SESSION}")
+    return session
 
 
 def status_of(error: RequestError) -> int:
