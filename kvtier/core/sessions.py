@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from kvtier.core.score import tied
 
 MAX_SESSION: Final = 256  # bytes of a name
-MAX_SESSIONS: Final = 1 << 16  # about 300 bytes each; the longest unused make room
+MAX_SESSIONS: Final = 1 << 16  # 260 bytes each; the longest unused make room
 SESSION_S: Final = 1800.0  # after its last request a session is forgotten
 HINT_SHARE: Final = 0.05  # of the best score: what following a hint may cost
 HINT_S: Final = 0.005  # or that, where it is more

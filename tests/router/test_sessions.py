@@ -137,6 +137,24 @@ async def test_a_session_leaves_a_worker_that_is_full(many):
     assert (choice.worker_id, choice.hinted) == (taken, True)
 
 
+async def test_an_answer_that_is_resumed_takes_its_session_along(many):
+    workers, router = many
+    for worker in workers.values():
+        worker.script = hangs(2)
+    asked = generate_request([1] * 9, session="s", resume=True, max_tokens=9)
+    call = router.stub.Generate(asked, timeout=PATIENCE_S)
+    there = (await call.read()).routed.choice.worker_id
+    while (await call.read()).WhichOneof("body") != "chunk":
+        pass
+    await workers[there].stop()
+    while (message := await call.read()).WhichOneof("body") != "routed":
+        pass
+    best = (await router.stub.Explain(request("s"))).choices[0]
+    assert (best.worker_id, best.hinted) == (message.routed.choice.worker_id, True)
+    assert best.worker_id != there
+    call.cancel()
+
+
 async def test_workers_with_other_blocks_are_hinted_alike(engines, routers):
     workers = [await engines(StubWorker(f"{n}", block=4 << n)) for n in range(4)]
     router = await routers(*workers)
