@@ -103,7 +103,8 @@ def _measure(
         Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=120 + 8 * case.holders),
     ]
     found["a step of taking in (CPU)"] = index.steps
-    found["a step of joining after a look-up (CPU)"] = index.joins
+    if index.joins:
+        found["a step of joining after a look-up (CPU)"] = index.joins
     if case == CASES[0]:
         found["token ids to decision"] = [index.decide(number) for number in range(rounds)]
         middle = summary(found["token ids to decision"])["median_s"] * 1e3
@@ -125,7 +126,7 @@ class Index:
     def __init__(self, case: Case, chains: int) -> None:
         self._rng = Random(1)
         self.steps: list[float] = []  # CPU seconds of each step of taking in
-        self.joins: list[float] = [0.0]  # CPU seconds of each step of tidying up after a look-up
+        self.joins: list[float] = []  # CPU seconds of each step of tidying up after a look-up
         self._root = os.urandom(32)
         starts = [array("I", self._tokens(SYSTEM)) for _ in range(16)]
         self._ids = [
