@@ -14,6 +14,7 @@ The classes are made of what is known at the time of a request:
 and one more for shared prefixes: runs with several continuations, or at the root of a path.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -141,8 +142,10 @@ class PHD:
                 before = run.new
             elif run.request is None and run.blocks[0] not in self._ghosts:
                 before += len(run.blocks)
+        ghosts = self._ghosts.shards
         for i in range(known, len(keys)):
-            if keys[i] not in self._ghosts:
+            key = keys[i]
+            if key not in ghosts[key[-1]]:
                 return before + len(keys) - i
         return before
 
@@ -206,11 +209,10 @@ class PHD:
 
     def _gaps(self, keys: list[BlockKey]) -> list[int]:
         """By key, the part of the class that says when it was last used; they are no ghosts now."""
-        ghosts, now = self._ghosts, self._now
+        shards, now = self._ghosts.shards, self._now
         gaps = [0] * len(keys)
         for i, key in enumerate(keys):
-            ghost = ghosts.take(key)
-            if ghost is not None:
+            if key in shards[key[-1]] and (ghost := self._ghosts.take(key)) is not None:
                 at, cls = ghost
                 gaps[i] = _gap(now - at)
                 if cls >= 0:
@@ -252,7 +254,8 @@ class PHD:
                 self._recent.appendleft(above)  # it came from a split
                 above.queued = 1
         if run.request is not None:
-            limit = min(MAX_GHOSTS, max(GHOSTS, self._forest.size))
+            here = self._forest.size
+            limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
             waits = run.open and not run.blocks  # the observation is its first block's
             self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
 
@@ -270,12 +273,16 @@ class PHD:
         while run is not None:
             passed.add(run)
             whole = True
-            for key in reversed(run.blocks):
-                if keep is not None and keep(key):
-                    whole = False
-                    break
+            if keep is None:
                 self._victim = self._victim or run
-                yield key
+                yield from reversed(run.blocks)
+            else:
+                for key in reversed(run.blocks):
+                    if keep(key):
+                        whole = False
+                        break
+                    self._victim = self._victim or run
+                    yield key
             above = self._forest.parent(run)
             if whole and above is not None:
                 freed[above] = freed.get(above, 0) + 1
@@ -295,11 +302,12 @@ class PHD:
         if step > 1:
             # Evenly spread over the array, from another place each time.
             first = (self._turn + len(passed)) * 40_503 % 65_536 * step >> 16
-            again = [run for run in self._poor if run.place >= 0]
-            worst = self._worst([*leaves[first::step], *again, *bared], passed)
+            runs = leaves[first::step]
+            runs += [run for run in self._poor if run.place >= 0 and run.place % step != first]
+            worst = self._worst(runs + bared, passed)
             if worst is not None:
                 return worst
-        return self._worst([*leaves, *bared], passed)
+        return self._worst(leaves + bared, passed)
 
     def _least_recent(self, passed: set[Run], bared: list[Run]) -> Run | None:
         """The run among all leaves and `bared`, None: not found in few steps."""
@@ -323,23 +331,18 @@ class PHD:
         index, now, bin_of = self._hazards.index, self._now, BIN_OF
         if not self._moving or self._hazards.uses < TRUSTED:
             index = _NO_INDEX
+        worths = [
+            index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1]
+            for run in runs
+        ]
+        most = POOR + 1 + len(passed)
+        # To sort numbers, and then the few that matter, is faster than to sort all as tuples.
+        limit = sorted(worths)[most - 1] if most < len(runs) else math.inf
         order = sorted([
-            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.seq, i)
-            for i, run in enumerate(runs)
+            (worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit
         ])  # fmt: skip
-        poor: dict[Run, None] = {}
-        worst = None
-        for _, _, i in order:
-            run = runs[i]
-            if run in passed:
-                continue
-            if worst is None:
-                worst = run
-            poor[run] = None
-            if len(poor) > POOR:
-                break
-        self._found = [*poor]
-        return worst
+        self._found = [run for _, _, i in order if (run := runs[i]) not in passed][: POOR + 1]
+        return self._found[0] if self._found else None
 
     # --- kept over a restart ----------------------------------------------------------
 

@@ -138,12 +138,17 @@ class Forest:
         if run is None:
             return None
         self.size -= 1
-        if run.blocks[-1] != key:
+        blocks = run.blocks
+        if blocks[-1] == key:
+            blocks.pop()
+            if blocks:
+                return run
+        else:
             at = run.blocks.index(key) + 1
             self.of[key] = run  # for a moment, so that the split is an ordinary one
             run = self.split(run, at)
             del self.of[key]
-        run.blocks.pop()
+            run.blocks.pop()
         if not run.blocks:
             above = self.parent(run)
             if run.place >= 0:
