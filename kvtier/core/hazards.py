@@ -8,6 +8,7 @@ unknown length (Gittins, 1979; for caches see "LHD", Beckmann, NSDI '18).
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
 from kvtier.core.policy import Learned
@@ -36,6 +37,8 @@ BIN_OF: Final = [_bin_of(age) for age in range(MAX_AGE)]  # by age in whole seco
 _AGES: Final = [
     (j, BIN_OF.index(j), BIN_OF.index(j) + BIN_OF.count(j)) for j in sorted(set(BIN_OF))
 ]
+# By bin, the first age that is in a later one.
+END_OF: Final = [next((end for j, _, end in _AGES if j == b), math.inf) for b in range(BINS)]
 _SPAN: Final = 60  # seconds whose sum is kept as well
 _NEAR: Final = [ages for ages in _AGES if ages[1] < 6 * _SPAN]  # bins of few seconds
 _FAR: Final = _AGES[len(_NEAR) :]
@@ -131,24 +134,17 @@ class _Class:
         ages.reverse()  # by age in seconds
         for j, first, last in _NEAR:
             found[j] = sum(ages[first:last])
-        for j, first, last in _FAR:
-            start, stop = (end - last) % MAX_AGE, (end - first) % MAX_AGE or MAX_AGE
-            if start < stop:
-                found[j] = self._between(start, stop)
-            else:
-                found[j] = self._between(start, MAX_AGE) + self._between(0, stop)
+        # Of the others: all up to each end, less all up to the one before.
+        before = [0, *accumulate(self.spans)]
+        younger = sum(ages)
+        newest = before[end // _SPAN] + sum(self.open[end - end % _SPAN : end])
+        for j, _, last in _FAR:
+            place = (end - last) % MAX_AGE
+            upto = newest - before[place // _SPAN] - sum(self.open[place - place % _SPAN : place])
+            if place >= end:  # past the ring's end
+                upto += before[-1]
+            found[j], younger = upto - younger, upto
         return found
-
-    def _between(self, start: int, stop: int) -> int:
-        """Open observations of the seconds from `start` to `stop`."""
-        first, last = -(-start // _SPAN), stop // _SPAN
-        if first > last:
-            return sum(self.open[start:stop])
-        return (
-            sum(self.open[start : first * _SPAN])
-            + sum(self.spans[first:last])
-            + sum(self.open[last * _SPAN : stop])
-        )
 
 
 class Hazards:

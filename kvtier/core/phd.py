@@ -23,7 +23,7 @@ from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ghosts import Ghosts
-from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, TRUSTED, Hazards
+from kvtier.core.hazards import BIN_OF, BINS, END_OF, MAX_AGE, TRUSTED, Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
@@ -53,7 +53,8 @@ class PHD:
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
         self._poor: list[Run] = []  # of earlier samples, the next to go
-        self._found: list[Run] = []  # of the last sample
+        # The last sample and what it is worth, until something is touched.
+        self._compared: tuple[list[Run], list[float]] | None = None
         self._victim: Run | None = None  # goes on being given up until something is touched
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
@@ -79,7 +80,9 @@ class PHD:
             self._now = use.now
         self._victim = None
         self._turn += 1
-        self._poor = self._found
+        if self._compared is not None:
+            self._poor = self._next_to_go(*self._compared)
+            self._compared = None
         if use.request is None:
             self._enter(keys)
             return
@@ -170,6 +173,7 @@ class PHD:
         else:
             run.cls = gap + kind
         run.t, run.seq, run.request, run.open = now, self._turn, request, False
+        run.until = -math.inf
         if (
             above is not None
             and above.cls == run.cls
@@ -327,22 +331,33 @@ class PHD:
         return None
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
-        """The first of `runs` to give up; those next to it are compared again next time."""
-        index, now, bin_of = self._hazards.index, self._now, BIN_OF
+        """The first of `runs` to give up; those next to it are compared again later."""
+        index, now = self._hazards.index, self._now
         if not self._moving or self._hazards.uses < TRUSTED:
             index = _NO_INDEX
+        if passed:
+            runs = [run for run in runs if run not in passed]
+        if not runs:
+            self._compared = [], []
+            return None
         worths = [
-            index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1]
-            for run in runs
+            index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs
         ]
-        most = POOR + 1 + len(passed)
+        self._compared = runs, worths
+        least = min(worths)
+        if worths.count(least) == 1:
+            return runs[worths.index(least)]
+        equal = [run for run, worth in zip(runs, worths, strict=True) if worth == least]
+        return min(equal, key=_used)
+
+    def _next_to_go(self, runs: list[Run], worths: list[float]) -> list[Run]:
+        """Those of a sample that are worth least."""
         # To sort numbers, and then the few that matter, is faster than to sort all as tuples.
-        limit = sorted(worths)[most - 1] if most < len(runs) else math.inf
+        limit = sorted(worths)[POOR] if POOR < len(runs) else math.inf
         order = sorted([
             (worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit
         ])  # fmt: skip
-        self._found = [run for _, _, i in order if (run := runs[i]) not in passed][: POOR + 1]
-        return self._found[0] if self._found else None
+        return [runs[i] for _, _, i in order[: POOR + 1]]
 
     # --- kept over a restart ----------------------------------------------------------
 
@@ -373,6 +388,14 @@ def _gap(seconds: float) -> int:
 def _kind(new: int, output: int | None) -> int:
     out = EXPECTED_OUTPUT if output is None else output
     return (0 if new <= 3 else 3 if new <= 15 else 6) + (0 if out < 20 else 1 if out < 150 else 2)
+
+
+def _aged(run: Run, now: float) -> int:
+    """The bin of the age of `run`, which keeps it until it is another one."""
+    age = int(now - run.t)
+    run.bin = BIN_OF[age] if age < MAX_AGE else BINS - 1
+    run.until = run.t + END_OF[run.bin]
+    return run.bin
 
 
 def _same(gaps: list[int], start: int) -> int:
