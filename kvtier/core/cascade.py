@@ -137,7 +137,7 @@ class Cascade(Residency):
             dropped += len(victims)
             if dropped == wanted or not self._hid:
                 break
-        for key in overdue[:HASTE]:
+        for key in overdue:
             if not self._copy_down(key, tier):
                 break
         return dropped
@@ -158,12 +158,12 @@ class Cascade(Residency):
                 continue
             if refused and len(last_resort) < wanted and self._idle(key, tier, alone=True):
                 last_resort.append(key)
-            elif key in self._tiers[tier].undrained:
+            elif len(overdue) < HASTE and key in self._tiers[tier].undrained:
                 overdue.append(key)
         return [*victims, *last_resort][:wanted], overdue
 
     def _pinned(self, key: BlockKey) -> bool:
-        if self._pins[self._in_host.of[key]]:
+        if self._pins[self._in_host.of.shards[key[-1]][key]]:
             self._hid = True
             return True
         return False
@@ -177,13 +177,17 @@ class Cascade(Residency):
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
+        if tier == HOST:  # asked of many, so the block says it all
+            block = self._blocks.shards[key[-1]][key]
+            if block.move is not None or block.slot is None or self._pins[block.slot]:
+                return False
+            lowest = block.undrained_in == HOST  # what a lower tier has is not undrained here
+            return not lowest or self._tiers[HOST + 1].paused
         if not self._idle(key, tier):
             return False
-        if len(self._tiers) == 1 or any(key in copies for copies in self._tiers[tier + 1 :]):
+        if any(key in copies for copies in self._tiers[tier + 1 :]):
             return True
         below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
-        if tier == HOST:
-            return below is None or below.paused
         if any(key in copies for copies in self._tiers[:tier]):
             return False
         return below is None or not below.takes_copies

@@ -28,7 +28,9 @@ class Ghosts:
 
     def __init__(self) -> None:
         self._number = KeyMap[int]()  # of the last departure, by key
+        self.shards = self._number.shards  # to ask of many keys whether they are here
         self._pages: dict[int, _Page] = {}
+        self._page = _Page([], array("d"), array("b"))  # the newest
         self._first = self._next = 0  # numbers of the departures in the pages
         self._size = 0
 
@@ -42,26 +44,27 @@ class Ghosts:
             self._forget()
         place = number & (_PLACES - 1)
         if not place:
-            self._pages[number >> _BITS] = _Page(
+            self._pages[number >> _BITS] = self._page = _Page(
                 [None] * _PLACES, array("d", bytes(8 * _PLACES)), array("b", bytes(_PLACES))
             )
-        page = self._pages[number >> _BITS]
-        page.key[place], page.at[place], page.cls[place] = key, at, cls
+        keys, times, classes = self._page
+        keys[place], times[place], classes[place] = key, at, cls
         self._next = number + 1
-        shard = self._number.shards[key[-1]]
+        shard = self.shards[key[-1]]
         if key not in shard:
             self._size += 1
         shard[key] = number
 
     def take(self, key: BlockKey) -> tuple[float, int] | None:
         """`key` is back: when it was last used, and its class; None: it is not remembered."""
-        number = self._number.shards[key[-1]].pop(key, None)
+        number = self.shards[key[-1]].pop(key, None)
         if number is None:
             return None
         self._size -= 1
-        page, place = self._pages[number >> _BITS], number & (_PLACES - 1)
-        page.key[place] = None
-        return page.at[place], page.cls[place]
+        keys, times, classes = self._pages[number >> _BITS]
+        place = number & (_PLACES - 1)
+        keys[place] = None
+        return times[place], classes[place]
 
     def _forget(self) -> None:
         number = self._first
@@ -69,7 +72,7 @@ class Ghosts:
         key = page.key[place]
         if key is not None:
             page.key[place] = None
-            shard = self._number.shards[key[-1]]
+            shard = self.shards[key[-1]]
             if shard.get(key) == number:  # it left only once
                 del shard[key]
                 self._size -= 1
@@ -78,7 +81,7 @@ class Ghosts:
         self._first = number + 1
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key in self._number.shards[key[-1]]
+        return key in self.shards[key[-1]]
 
     def __iter__(self) -> Iterator[BlockKey]:
         """Every key that is remembered; ends at the next change."""

@@ -8,6 +8,7 @@ unknown length (Gittins, 1979; for caches see "LHD", Beckmann, NSDI '18).
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
 from kvtier.core.policy import Learned
@@ -36,6 +37,11 @@ BIN_OF: Final = [_bin_of(age) for age in range(MAX_AGE)]  # by age in whole seco
 _AGES: Final = [
     (j, BIN_OF.index(j), BIN_OF.index(j) + BIN_OF.count(j)) for j in sorted(set(BIN_OF))
 ]
+# By bin, the first age that is in a later one.
+END_OF: Final = [next((end for j, _, end in _AGES if j == b), math.inf) for b in range(BINS)]
+_SPAN: Final = 60  # seconds whose sum is kept as well
+_NEAR: Final = [ages for ages in _AGES if ages[1] < 6 * _SPAN]  # bins of few seconds
+_FAR: Final = _AGES[len(_NEAR) :]
 _WIDTHS: Final = [_FIRST, *(_FIRST * _GROWTH ** (j - 1) * (_GROWTH - 1) for j in range(1, BINS))]
 # Nothing is known: uses become rarer in proportion to age, as LRU believes.
 _UNKNOWN: Final = [0.01, *([0.02 * math.log(_GROWTH)] * (BINS - 1))]
@@ -55,16 +61,20 @@ def index(hazard: Sequence[float]) -> list[float]:
         alive *= 1 - rate
         xs.append(held)
         ys.append(hits)
-    slopes, hull = [0.0] * BINS, [BINS]
+    slopes = [0.0] * BINS
+    # The hull from here on, nearest last; its nearest point is (x1, y1), the next (x2, y2).
+    hull: list[tuple[float, float]] = []
+    x1, y1 = xs[BINS], ys[BINS]
     for i in range(BINS - 1, -1, -1):
         x, y = xs[i], ys[i]
-        while len(hull) > 1:
-            one, two = hull[-1], hull[-2]
-            if (ys[one] - y) * (xs[two] - x) > (ys[two] - y) * (xs[one] - x):
+        while hull:
+            x2, y2 = hull[-1]
+            if (y1 - y) * (x2 - x) > (y2 - y) * (x1 - x):
                 break
-            hull.pop()
-        slopes[i] = (ys[hull[-1]] - y) / (xs[hull[-1]] - x + _EMPTY)
-        hull.append(i)
+            x1, y1 = hull.pop()
+        slopes[i] = (y1 - y) / (x1 - x + _EMPTY)
+        hull.append((x1, y1))
+        x1, y1 = x, y
     return slopes
 
 
@@ -80,12 +90,13 @@ def _smooth(counts: list[float]) -> list[float]:
 class _Class:
     """What was seen of one class."""
 
-    __slots__ = ("end", "hit", "news", "open", "passed", "seen", "upto")
+    __slots__ = ("end", "hit", "news", "open", "passed", "seen", "spans", "upto")
 
     def __init__(self) -> None:
         self.hit = [0.0] * BINS
         self.end = [0.0] * BINS  # observations that ended in the bin, by a hit or by their age
         self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
+        self.spans = [0] * (MAX_AGE // _SPAN)  # and by the span that the second lies in
         self.upto = 0  # the newest second of the ring
         self.seen = False  # whether there was any observation
         self.news = 0  # observations opened or closed since the last rebuild
@@ -97,25 +108,42 @@ class _Class:
         if gone <= 0:
             return
         if gone >= MAX_AGE:
-            expired = sum(self.open)
+            expired = sum(self.spans)
             self.open = [0] * MAX_AGE
+            self.spans = [0] * len(self.spans)
         else:
-            expired = 0
             a, b = (self.upto + 1) % MAX_AGE, (second + 1) % MAX_AGE
-            for start, stop in ((a, b),) if a < b else ((a, MAX_AGE), (0, b)):
-                expired += sum(self.open[start:stop])
-                self.open[start:stop] = [0] * (stop - start)
+            expired = self._clear(a, b) if a < b else self._clear(a, MAX_AGE) + self._clear(0, b)
         self.end[-1] += expired
         self.upto = second
 
+    def _clear(self, start: int, stop: int) -> int:
+        expired = sum(self.open[start:stop])
+        if expired:
+            self.open[start:stop] = [0] * (stop - start)
+            for span in range(start // _SPAN, (stop - 1) // _SPAN + 1):
+                self.spans[span] = sum(self.open[span * _SPAN : (span + 1) * _SPAN])
+        return expired
+
     def open_by_age(self) -> list[int]:
         """Open observations in each bin."""
-        ring, newest = self.open, (self.upto + 1) % MAX_AGE
-        ages = ring[newest:] + ring[:newest]
-        ages.reverse()  # by age in seconds
         found = [0] * BINS
-        for j, first, end in _AGES:
-            found[j] = sum(ages[first:end])
+        end, near = self.upto % MAX_AGE + 1, _NEAR[-1][2]
+        start = end - near
+        ages = self.open[start:end] if start >= 0 else self.open[start:] + self.open[:end]
+        ages.reverse()  # by age in seconds
+        for j, first, last in _NEAR:
+            found[j] = sum(ages[first:last])
+        # Of the others: all up to each end, less all up to the one before.
+        before = [0, *accumulate(self.spans)]
+        younger = sum(ages)
+        newest = before[end // _SPAN] + sum(self.open[end - end % _SPAN : end])
+        for j, _, last in _FAR:
+            place = (end - last) % MAX_AGE
+            upto = newest - before[place // _SPAN] - sum(self.open[place - place % _SPAN : place])
+            if place >= end:  # past the ring's end
+                upto += before[-1]
+            found[j], younger = upto - younger, upto
         return found
 
 
@@ -139,18 +167,20 @@ class Hazards:
         each, second = self._classes[c], int(at)
         if second > each.upto:
             each.advance(second)
-        each.open[second % MAX_AGE] += 1
+        place = second % MAX_AGE
+        each.open[place] += 1
+        each.spans[place // _SPAN] += 1
         each.seen = True
         each.news += 1
 
     def closed(self, c: int, at: float, now: float) -> None:
         """The run that was used at `at` is used again."""
         if self._taken(c, at, now):
-            age = int(now - at)
+            each, age = self._classes[c], int(now - at)
             j = BIN_OF[age] if age < MAX_AGE else BINS - 1
-            self._classes[c].hit[j] += 1
-            self._classes[c].end[j] += 1
-            self._classes[c].news += 1
+            each.hit[j] += 1
+            each.end[j] += 1
+            each.news += 1
             self.uses += c not in self._apart
 
     def moved(self, old: int, new: int, at: float, now: float) -> None:
@@ -160,11 +190,14 @@ class Hazards:
 
     def _taken(self, c: int, at: float, now: float) -> bool:
         """Take an open observation out of the ring; False where it has ended by its age."""
-        each, second = self._classes[c], int(at)
-        each.advance(int(now))
-        if second <= each.upto - MAX_AGE or not each.open[second % MAX_AGE]:
+        each, second, newest = self._classes[c], int(at), int(now)
+        if newest > each.upto:
+            each.advance(newest)
+        place = second % MAX_AGE
+        if second <= each.upto - MAX_AGE or not each.open[place]:
             return False
-        each.open[second % MAX_AGE] -= 1
+        each.open[place] -= 1
+        each.spans[place // _SPAN] -= 1
         return True
 
     def turn(self, c: int, now: float) -> None:

@@ -14,6 +14,7 @@ The classes are made of what is known at the time of a request:
 and one more for shared prefixes: runs with several continuations, or at the root of a path.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -22,7 +23,7 @@ from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ghosts import Ghosts
-from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, TRUSTED, Hazards
+from kvtier.core.hazards import BIN_OF, BINS, END_OF, MAX_AGE, TRUSTED, Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 
@@ -52,7 +53,8 @@ class PHD:
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
         self._poor: list[Run] = []  # of earlier samples, the next to go
-        self._found: list[Run] = []  # of the last sample
+        # The last sample and what it is worth, until something is touched.
+        self._compared: tuple[list[Run], list[float]] | None = None
         self._victim: Run | None = None  # goes on being given up until something is touched
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
@@ -78,7 +80,9 @@ class PHD:
             self._now = use.now
         self._victim = None
         self._turn += 1
-        self._poor = self._found
+        if self._compared is not None:
+            self._poor = self._next_to_go(*self._compared)
+            self._compared = None
         if use.request is None:
             self._enter(keys)
             return
@@ -141,8 +145,10 @@ class PHD:
                 before = run.new
             elif run.request is None and run.blocks[0] not in self._ghosts:
                 before += len(run.blocks)
+        ghosts = self._ghosts.shards
         for i in range(known, len(keys)):
-            if keys[i] not in self._ghosts:
+            key = keys[i]
+            if key not in ghosts[key[-1]]:
                 return before + len(keys) - i
         return before
 
@@ -167,6 +173,7 @@ class PHD:
         else:
             run.cls = gap + kind
         run.t, run.seq, run.request, run.open = now, self._turn, request, False
+        run.until = -math.inf
         if (
             above is not None
             and above.cls == run.cls
@@ -206,11 +213,10 @@ class PHD:
 
     def _gaps(self, keys: list[BlockKey]) -> list[int]:
         """By key, the part of the class that says when it was last used; they are no ghosts now."""
-        ghosts, now = self._ghosts, self._now
+        shards, now = self._ghosts.shards, self._now
         gaps = [0] * len(keys)
         for i, key in enumerate(keys):
-            ghost = ghosts.take(key)
-            if ghost is not None:
+            if key in shards[key[-1]] and (ghost := self._ghosts.take(key)) is not None:
                 at, cls = ghost
                 gaps[i] = _gap(now - at)
                 if cls >= 0:
@@ -252,7 +258,8 @@ class PHD:
                 self._recent.appendleft(above)  # it came from a split
                 above.queued = 1
         if run.request is not None:
-            limit = min(MAX_GHOSTS, max(GHOSTS, self._forest.size))
+            here = self._forest.size
+            limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
             waits = run.open and not run.blocks  # the observation is its first block's
             self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
 
@@ -270,12 +277,16 @@ class PHD:
         while run is not None:
             passed.add(run)
             whole = True
-            for key in reversed(run.blocks):
-                if keep is not None and keep(key):
-                    whole = False
-                    break
+            if keep is None:
                 self._victim = self._victim or run
-                yield key
+                yield from reversed(run.blocks)
+            else:
+                for key in reversed(run.blocks):
+                    if keep(key):
+                        whole = False
+                        break
+                    self._victim = self._victim or run
+                    yield key
             above = self._forest.parent(run)
             if whole and above is not None:
                 freed[above] = freed.get(above, 0) + 1
@@ -295,11 +306,12 @@ class PHD:
         if step > 1:
             # Evenly spread over the array, from another place each time.
             first = (self._turn + len(passed)) * 40_503 % 65_536 * step >> 16
-            again = [run for run in self._poor if run.place >= 0]
-            worst = self._worst([*leaves[first::step], *again, *bared], passed)
+            runs = leaves[first::step]
+            runs += [run for run in self._poor if run.place >= 0 and run.place % step != first]
+            worst = self._worst(runs + bared, passed)
             if worst is not None:
                 return worst
-        return self._worst([*leaves, *bared], passed)
+        return self._worst(leaves + bared, passed)
 
     def _least_recent(self, passed: set[Run], bared: list[Run]) -> Run | None:
         """The run among all leaves and `bared`, None: not found in few steps."""
@@ -319,27 +331,33 @@ class PHD:
         return None
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
-        """The first of `runs` to give up; those next to it are compared again next time."""
-        index, now, bin_of = self._hazards.index, self._now, BIN_OF
+        """The first of `runs` to give up; those next to it are compared again later."""
+        index, now = self._hazards.index, self._now
         if not self._moving or self._hazards.uses < TRUSTED:
             index = _NO_INDEX
+        if passed:
+            runs = [run for run in runs if run not in passed]
+        if not runs:
+            self._compared = [], []
+            return None
+        worths = [
+            index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs
+        ]
+        self._compared = runs, worths
+        least = min(worths)
+        if worths.count(least) == 1:
+            return runs[worths.index(least)]
+        equal = [run for run, worth in zip(runs, worths, strict=True) if worth == least]
+        return min(equal, key=_used)
+
+    def _next_to_go(self, runs: list[Run], worths: list[float]) -> list[Run]:
+        """Those of a sample that are worth least."""
+        # To sort numbers, and then the few that matter, is faster than to sort all as tuples.
+        limit = sorted(worths)[POOR] if POOR < len(runs) else math.inf
         order = sorted([
-            (index[run.cls][bin_of[age] if (age := int(now - run.t)) < MAX_AGE else -1], run.seq, i)
-            for i, run in enumerate(runs)
+            (worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit
         ])  # fmt: skip
-        poor: dict[Run, None] = {}
-        worst = None
-        for _, _, i in order:
-            run = runs[i]
-            if run in passed:
-                continue
-            if worst is None:
-                worst = run
-            poor[run] = None
-            if len(poor) > POOR:
-                break
-        self._found = [*poor]
-        return worst
+        return [runs[i] for _, _, i in order[: POOR + 1]]
 
     # --- kept over a restart ----------------------------------------------------------
 
@@ -370,6 +388,14 @@ def _gap(seconds: float) -> int:
 def _kind(new: int, output: int | None) -> int:
     out = EXPECTED_OUTPUT if output is None else output
     return (0 if new <= 3 else 3 if new <= 15 else 6) + (0 if out < 20 else 1 if out < 150 else 2)
+
+
+def _aged(run: Run, now: float) -> int:
+    """The bin of the age of `run`, which keeps it until it is another one."""
+    age = int(now - run.t)
+    run.bin = BIN_OF[age] if age < MAX_AGE else BINS - 1
+    run.until = run.t + END_OF[run.bin]
+    return run.bin
 
 
 def _same(gaps: list[int], start: int) -> int:

@@ -6,6 +6,7 @@ identity, so that the runs below need not be told, and a merge the longer of the
 path of single blocks becomes one run in O(its length * log) and not in its square.
 """
 
+import math
 from itertools import islice
 
 from kvtier.core.blocks import BlockKey
@@ -16,6 +17,7 @@ class Run:
     """Blocks last used by the same request and of the same class, shallow to deep."""
 
     __slots__ = (
+        "bin",
         "blocks",
         "children",
         "cls",
@@ -27,6 +29,7 @@ class Run:
         "request",
         "seq",
         "t",
+        "until",
     )
 
     def __init__(self, blocks: list[BlockKey], parent: "Run | None") -> None:
@@ -36,6 +39,8 @@ class Run:
         self.place = -1  # among the leaves; -1: it has children
         self.cls = 0
         self.t = 0.0  # of the last use, in seconds
+        self.bin = 0  # of the age since `t`, as long as it is before
+        self.until = -math.inf
         self.seq = 0  # of that use: what was used later has a higher one
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
@@ -95,6 +100,7 @@ class Forest:
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
         lower.t, lower.seq = upper.t, upper.seq
+        lower.bin, lower.until = upper.bin, upper.until
         self._are_in(upper.blocks, lower)
         upper.blocks = []
         return lower
@@ -138,12 +144,17 @@ class Forest:
         if run is None:
             return None
         self.size -= 1
-        if run.blocks[-1] != key:
+        blocks = run.blocks
+        if blocks[-1] == key:
+            blocks.pop()
+            if blocks:
+                return run
+        else:
             at = run.blocks.index(key) + 1
             self.of[key] = run  # for a moment, so that the split is an ordinary one
             run = self.split(run, at)
             del self.of[key]
-        run.blocks.pop()
+            run.blocks.pop()
         if not run.blocks:
             above = self.parent(run)
             if run.place >= 0:
