@@ -36,7 +36,8 @@ def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, scratch:
     assert {tier for tier, row in result["by_kind"].items() if row["hit_tokens"]} == {
         "vram", "host", "disk", "shared",
     }  # fmt: skip
-    assert result["by_kind"]["disk"]["share_of_cold"] < 1
+    assert result["by_kind"]["cold"]["share_of_cold"] == 1
+    assert all(row["share_of_cold"] > 0 for row in result["by_kind"].values())
     assert "bit-identical logits" in result["compared"]
     events = [(each["act"], each["text"].split()[0]) for each in result["events"]]
     assert events == [
