@@ -377,7 +377,7 @@ class TierManager:
 
     def _greeted(self, tier: int, done: "asyncio.Future[int]") -> None:
         """A store that is not there is known at the start, not with the first block."""
-        if not self._closed and not done.cancelled() and (error := done.exception()):
+        if not done.cancelled() and (error := done.exception()) and not self._closed:
             metrics.STORE_ERRORS.labels(self.lower[tier - 1].tier.label).inc()
             self._pause(tier, str(error))
 
