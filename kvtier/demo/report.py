@@ -38,9 +38,12 @@ def by_kind(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     for kind in ("cold", *_TIERS):
         times = [each.ttft_s for each in records if each.kind == kind and each.ids]
         tokens = sum(each.restored.get(kind, 0) for each in records)
+        median = statistics.median(times) if times else 0.0
+        cold = rows["cold"]["median_ttft_s"] if rows else median
         rows[kind] = {
             "requests": len(times),
-            "median_ttft_s": statistics.median(times) if times else 0.0,
+            "median_ttft_s": median,
+            "share_of_cold": median / cold if cold else 0.0,
             "hit_tokens": tokens,
         }
     return rows

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.status import Status
 
 from kvtier.cluster import launch
 from kvtier.config import Config
 from kvtier.demo import report, stage
 from kvtier.demo.acts import Play
 from kvtier.demo.engines import DemoEngine, demo_engine
-from kvtier.demo.record import Record
 from kvtier.demo.workload import Conversation, conversations, prompt
 from kvtier.errors import ConfigError
 from kvtier.router.text import Text
@@ -47,11 +47,9 @@ def main(options: Options) -> int:
         raise ConfigError(f"--json: there is no folder {json_path.absolute().parent}")
     warnings.simplefilter("ignore")  # of the libraries; ours are logged
     with contextlib.ExitStack() as stack:
-        status = stack.enter_context(console.status("loading the model"))
-
-        def progress(text: str) -> None:
-            status.update(text)
-
+        status = stack.enter_context(console.status(""))
+        progress = teller(console, status)
+        progress("loading the model")
         engine = demo_engine(options.engine, options.model, progress)
         text = Text(engine.tokenizer_files)
         talks = conversations(text, engine.max_tokens)
@@ -68,7 +66,8 @@ def main(options: Options) -> int:
         stack.enter_context(stage.local_ray())
         stack.callback(stop, progress)
         progress("Ray places a daemon and a worker on each node; the workers load the model")
-        records = asyncio.run(play(settings, router, engine, talks, console, status.stop))
+        acts = asyncio.run(play(settings, router, engine, talks, console, status.stop))
+    records = acts.records
     console.print("computing every answer again, without kvtier, to compare (takes a while)")
     with console.status("computing every answer again, without kvtier") as status:
         compared = engine.check(
@@ -83,14 +82,37 @@ def main(options: Options) -> int:
     report.show_verdict(console, verdicts, compared, seconds)
     if json_path is not None:
         result = {
+            **figures(engine, acts),
             "seconds": seconds,
-            "cores": os.cpu_count(),
             "by_kind": rows,
             "verdicts": verdicts,
-            "requests": [record.public() for record in records],
+            "compared": compared,
         }
         json_path.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(verdicts.values()) else 1
+
+
+def teller(console: Console, status: Status) -> Callable[[str], None]:
+    """Says what is being started: at a terminal in place, in a file or a pipe a line each."""
+
+    def tell(text: str) -> None:
+        status.update(text)
+        if not console.is_terminal:
+            console.print(text, markup=False, highlight=False)
+
+    return tell
+
+
+def figures(engine: DemoEngine, acts: Play) -> dict[str, object]:
+    """For the JSON file: what was served where, each request, and what was done between them."""
+    return {
+        "model": engine.line,
+        "block_tokens": engine.block_tokens,
+        "block_nbytes": engine.block_nbytes,
+        "cores": os.cpu_count(),
+        "requests": [record.public() for record in acts.records],
+        "events": acts.events,
+    }
 
 
 def say_model(console: Console, engine: DemoEngine) -> None:
@@ -115,8 +137,8 @@ async def play(
     talks: list[Conversation],
     console: Console,
     started: Callable[[], None],
-) -> list[Record]:
-    """Place everything, run the acts; every request in order."""
+) -> Play:
+    """Place everything, run the acts; what they did."""
     async with stage.staged(settings, router, lambda line: console.print(line, markup=False)) as on:
         started()
         acts = Play(
@@ -125,4 +147,4 @@ async def play(
         )  # fmt: skip
         report.show_header(console)
         await acts.run()
-        return acts.records
+        return acts

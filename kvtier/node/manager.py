@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import Final
 
@@ -86,9 +87,9 @@ class TierManager:
             try:
                 held = await asyncio.to_thread(_scan, lower.store)
             except StoreUnavailable as error:
-                log.warning("%s tier: %s; going on without it", lower.tier.label, error)
-                self._pause(tier)
+                self._pause(tier, str(error))
                 continue
+            self._ask(tier, self._greeted)
             for at in range(0, len(held), SCAN_BATCH):
                 self._ledger.found(tier, held[at : at + SCAN_BATCH])
                 self._carry_out()
@@ -351,12 +352,12 @@ class TierManager:
         if not self._ledger.moves:
             self._at_rest.set()
 
-    def _pause(self, tier: int) -> None:
+    def _pause(self, tier: int, why: str = "no answer") -> None:
         """A store gave no answer: leave it alone, and ask again after a while."""
         if self._ledger.paused(tier):
             return
         lower = self.lower[tier - 1]
-        log.warning("%s tier gives no answer; going on without it", lower.tier.label)
+        log.warning("%s tier: %s; going on without it", lower.tier.label, why)
         self._ledger.pause(tier)
         self._carry_out()
         self._retry_later(tier)
@@ -367,11 +368,18 @@ class TierManager:
             self._retries[tier] = self._loop.call_later(retry_s, self._retry, tier)
 
     def _retry(self, tier: int) -> None:
-        def ask(store: Store) -> int:
-            return store.count([BlockKey(bytes(16))])
+        self._ask(tier, self._retried)
 
-        future = asyncio.wrap_future(self._movers.call(tier, ask))
-        future.add_done_callback(lambda done: self._retried(tier, done))
+    def _ask(self, tier: int, told: Callable[[int, "asyncio.Future[int]"], None]) -> None:
+        """Put any question to a store, to see whether it answers."""
+        future = asyncio.wrap_future(self._movers.call(tier, _question))
+        future.add_done_callback(partial(told, tier))
+
+    def _greeted(self, tier: int, done: "asyncio.Future[int]") -> None:
+        """A store that is not there is known at the start, not with the first block."""
+        if not done.cancelled() and (error := done.exception()) and not self._closed:
+            metrics.STORE_ERRORS.labels(self.lower[tier - 1].tier.label).inc()
+            self._pause(tier, str(error))
 
     def _retried(self, tier: int, done: "asyncio.Future[int]") -> None:
         if self._closed or done.cancelled():
@@ -386,3 +394,7 @@ class TierManager:
 
 def _scan(store: Store) -> list[tuple[BlockKey, int]]:
     return list(store.scan())
+
+
+def _question(store: Store) -> int:
+    return store.count([BlockKey(bytes(16))])

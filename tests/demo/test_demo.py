@@ -36,6 +36,16 @@ def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, scratch:
     assert {tier for tier, row in result["by_kind"].items() if row["hit_tokens"]} == {
         "vram", "host", "disk", "shared",
     }  # fmt: skip
+    assert result["by_kind"]["cold"]["share_of_cold"] == 1
+    assert all(row["share_of_cold"] > 0 for row in result["by_kind"].values())
+    assert "bit-identical logits" in result["compared"]
+    events = [(each["act"], each["text"].split()[0]) for each in result["events"]]
+    assert events == [
+        ("turns", "VRAM"), ("kill", "killed"), ("kill", "Ray"), ("daemon", "Ray"),
+        ("daemon", "VRAM"),
+    ]  # fmt: skip
+    for line in ("loading the model", "starting Ray with two nodes", "the workers load the model"):
+        assert line in done.stdout, "progress is told where there is no terminal, too"
     requests = result["requests"]
     assert all(each["identical"] for each in requests if each["ids"])
     cut = [each for each in requests if each["error"]]

@@ -8,10 +8,21 @@ from hypothesis import strategies as st
 from kvtier.arena import Arena
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Slot
 from kvtier.engine.copier import ArenaTensor, BlockTensor
+from kvtier.engine.paged import PagedKV
+from kvtier.testing.paged import BLOCKS, PagedKVTests
 
 POOL = 12
 PAGES = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 64),), 32, "uint8")  # slots without gaps
 GAPS = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 3),), 5, "uint8")  # gaps, and odd sizes
+
+
+class TestBlockTensor(PagedKVTests):
+    @pytest.fixture(params=[PAGES, GAPS], ids=["pages", "gaps"])
+    def paged(self, request: pytest.FixtureRequest) -> PagedKV:
+        storage = torch.zeros(BLOCKS, request.param.nbytes, dtype=torch.uint8)
+        return BlockTensor(request.param, storage)
+
+
 orders = st.lists(st.integers(0, POOL - 1), unique=True, max_size=POOL)
 
 

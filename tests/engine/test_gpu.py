@@ -12,7 +12,10 @@ from kvtier.arena import Arena
 from kvtier.core.blocks import Attention, BlockLayout, LayerGroup, Namespace, Slot
 from kvtier.core.tiers import Tier
 from kvtier.engine.copier import ArenaTensor, BlockTensor
+from kvtier.engine.paged import PagedKV
 from kvtier.engine.tier import EngineTier
+from kvtier.testing.paged import BLOCKS as SUITE_BLOCKS
+from kvtier.testing.paged import PagedKVTests
 from tests.launching import Process, node_toml
 
 pytestmark = [
@@ -21,6 +24,13 @@ pytestmark = [
 ]
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 32, 8, 64),), 32, "bfloat16")  # 2 MiB
 BLOCKS = 64
+
+
+class TestBlocksInVRAM(PagedKVTests):
+    @pytest.fixture
+    def paged(self) -> PagedKV:
+        storage = torch.zeros(SUITE_BLOCKS, LAYOUT.nbytes, dtype=torch.uint8, device="cuda")
+        return BlockTensor(LAYOUT, storage)
 
 
 def test_two_processes_lock_the_pages_of_one_arena() -> None:

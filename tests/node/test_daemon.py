@@ -197,6 +197,7 @@ def test_redis_that_dies_costs_misses_and_comes_back(tmp_path: Path, valkey: Val
 
         wait_for("the shared tier is off", lambda: not shared_available())
         assert status(node).counters["kvtier_store_errors_total_shared"] >= 1
+        assert node.log.read_text().count("shared tier: no answer; going on without it") == 1
         valkey.restart()
         wait_for("the shared tier is on again", shared_available)
         save(client, new_keys(1))
@@ -207,8 +208,14 @@ def test_redis_that_is_not_there_at_start_is_no_obstacle(tmp_path: Path) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"redis://127.0.0.1:{free.getsockname()[1]}"
-        with Process("node", node_toml(tmp_path, more=redis_toml(url)), tmp_path):
+        with Process("node", node_toml(tmp_path, more=redis_toml(url)), tmp_path) as node:
             client = connect(tmp_path)
+            wait_for("a warning", lambda: "WARNING" in node.log.read_text())
+            (warning,) = [line for line in node.log.read_text().splitlines() if "WARNING" in line]
+            assert "shared tier: " in warning
+            assert url.removeprefix("redis://") in warning
+            assert warning.endswith("; going on without it")
+            assert status(node).counters["kvtier_store_errors_total_shared"] >= 1
             keys = new_keys(4)
             assert save(client, keys) == 4
             assert restore(client, keys) == [Tier.HOST] * 4

@@ -1,13 +1,14 @@
 """One workload over many nodes restores the same bytes: only how much of them may differ.
 
-Tiers, codecs, sizes, policies of the queue and injected faults are drawn from a seed; the manager,
-its movers and the stores are the real ones. What a read grants must be the bytes that were saved,
-whatever happened on the way, and at the end nothing may be stuck.
+Tiers, codecs, sizes, policies of the queue, injected faults and engines that die are drawn from a
+seed; the manager, its movers and the stores are the real ones. What a read grants must be the bytes
+that were saved, whatever happened on the way, and at the end nothing may be stuck.
 """
 
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,16 +160,39 @@ async def restore(manager: TierManager, draw: random.Random, path: list[BlockKey
     return done
 
 
-async def play(manager: TierManager, faults: Faults, seed: int) -> int:
-    """The workload; how many blocks were restored."""
+async def die(
+    manager: TierManager, draw: random.Random, path: list[BlockKey], seen: Counter[str]
+) -> None:
+    """An engine is killed in the middle of a write, or of a read, its blocks there or not."""
+    client = 3
+    if draw.random() < 0.5:
+        fresh = [*path, *(BlockKey(draw.randbytes(16)) for _ in range(2))]
+        lease = manager.write(client, fresh, 0)
+        for slot in lease.slots:
+            manager.arena.slot(slot)[:] = b"\xff" * BLOCK  # half of a copy
+        seen["died writing"] += bool(lease.slots)
+    else:
+        result = manager.read(Reading(client, path, 0, len(path), 5.0))
+        seen["died reading"] += 1
+        if not isinstance(result, Lease):
+            waiting = asyncio.ensure_future(result)
+            await asyncio.sleep(0)
+            manager.disconnect(client)
+            await waiting
+    manager.disconnect(client)
+
+
+async def play(manager: TierManager, faults: Faults, seed: int, seen: Counter[str]) -> None:
+    """The workload; `seen` counts what happened."""
     await manager.start()
     draw = random.Random(99)  # the same steps on every node
     how = random.Random(seed)
-    restored = 0
     try:
         for _ in range(STEPS):
             path = draw.choice(PROMPTS)
-            restored += await restore(manager, how, path)
+            if how.random() < 0.2:
+                await die(manager, how, path, seen)
+            seen["restored"] += await restore(manager, how, path)
             save(manager, path)
             await asyncio.sleep(0)
         faults.stop()
@@ -186,16 +210,18 @@ async def play(manager: TierManager, faults: Faults, seed: int) -> int:
         assert manager.leases == 0
     finally:
         await manager.close()
-    return restored
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_one_workload_restores_the_same_bytes_on_every_node(seed: int, tmp_path: Path) -> None:
-    async def run() -> int:
-        with node_of(seed, tmp_path) as (make, faults):
-            return await play(make(), faults, seed)
+    seen = Counter[str]()
 
-    assert asyncio.run(run()) > 0, "nothing was restored: nothing was tested"
+    async def run() -> None:
+        with node_of(seed, tmp_path) as (make, faults):
+            await play(make(), faults, seed, seen)
+
+    asyncio.run(run())
+    assert all(seen[state] for state in ("restored", "died writing", "died reading")), seen
 
 
 def test_a_full_shared_tier_does_not_freeze_the_host_tier() -> None:

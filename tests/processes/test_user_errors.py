@@ -249,8 +249,8 @@ members = [
 def test_what_is_dead_keeps_nobody_from_serving(service: Service) -> None:
     assert len(service.ask(tokens(*range(3, 103)))) == 3
     assert len(service.ask(router_pb2.Prompt(text="w4 w5 w6"))) == 3
-    log = service.worker.log.read_text()
     wait_for("a warning", lambda: "WARNING" in service.worker.log.read_text())
+    log = service.worker.log.read_text()
     (warning,) = [line for line in log.splitlines() if " WARNING " in line]
     assert "kvtier is away" in warning
     assert "no node daemon at" in warning

@@ -85,11 +85,15 @@ def counter(name: str, **labels: str) -> float:
 # Full
 
 
-def test_a_full_disk_refuses_and_recovers(small_disk: Path) -> None:
+def test_a_full_disk_refuses_and_recovers(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with opened(small_disk) as store:
         kept = store.write(frames(range(10), 200_000))
         assert kept[0]
         assert not kept[-1]
+        full = f"disk {small_disk}: {os.strerror(errno.ENOSPC)}; it takes no more for now"
+        assert caplog.messages == [full], "one line, however many blocks found no room"
         assert bytes_on_disk(small_disk) == store.nbytes <= 2**20
         assert store.count([key(n) for n in range(10)]) == sum(kept)
         assert store.read([key(0)]) == [content(0, 200_000)]
@@ -113,7 +117,9 @@ def test_a_file_size_limit_refuses_what_is_above_it(tmp_path: Path) -> None:
         assert store.write(frames(["b"], 60_000)) == [True]
 
 
-def test_a_disk_that_turns_out_full_at_a_write_refuses(tmp_path: Path) -> None:
+def test_a_disk_that_turns_out_full_at_a_write_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As where the file system could not take the room beforehand."""
     disk = Broken()
     refused = counter("disk_refused", reason="room")
@@ -121,6 +127,7 @@ def test_a_disk_that_turns_out_full_at_a_write_refuses(tmp_path: Path) -> None:
         disk.errors = {"write": errno.ENOSPC}
         assert store.write(frames(["a", "b"])) == [False, False]
         assert counter("disk_refused", reason="room") == refused + 2
+        assert [os.strerror(errno.ENOSPC) in line for line in caplog.messages] == [True]
         disk.errors = {}
         assert store.write(frames(["a", "b"])) == [True, True]
         assert store.read([key("a"), key("b")]) == [content("a", 1000), content("b", 1000)]

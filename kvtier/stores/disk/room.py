@@ -1,6 +1,7 @@
 """Slots for records that have none yet: new segments, made from idle ones if need be."""
 
 import errno
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -9,6 +10,8 @@ from kvtier.stores.disk.files import Folder
 from kvtier.stores.disk.space import Place, Record, Segment, Space
 
 NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+log = logging.getLogger(__name__)
 
 
 class Room:
@@ -34,6 +37,13 @@ class Room:
         self._state = state
         self._move = move
         self._growing = threading.Lock()  # one thread at a time makes and removes segments
+        self._told = False  # that the disk is full, since it last took a segment
+
+    def full(self, error: OSError) -> None:
+        """Tell people, once until it takes a segment again, that the disk has no room."""
+        if not self._told:
+            self._told = True
+            log.warning("disk %s: %s; it takes no more for now", self._folder.path, error.strerror)
 
     def take(self, nbytes: int) -> Place | None:
         """A slot for a record; None: there is no room, in the store or on the disk.
@@ -70,6 +80,7 @@ class Room:
         """A slot of a new segment; of a smaller one where the disk has no more to give."""
         with self._state:
             shape = self._space.plan(nbytes)
+        full: OSError | None = None
         while shape is not None:
             try:
                 file = self._folder.create(shape)
@@ -79,10 +90,14 @@ class Room:
                     if error.errno not in NO_ROOM:
                         raise
                     shape = self._space.smaller(shape)
+                full = error
             else:
+                self._told = False
                 with self._state:
                     self._space.add(file)
                     return self._space.take(nbytes)
+        if full is not None:
+            self.full(full)
         return None
 
     def _remove_spare(self) -> bool:

@@ -228,6 +228,7 @@ class DiskStore:
                 metrics.DISK_ACCEPTED_BYTES.inc(each.header.nbytes)
             elif each is not None and each.errno in NO_ROOM:
                 metrics.DISK_REFUSED.labels("room").inc()
+                self._room.full(each)
             elif each is not None:
                 failed = each
         self._free_all(replaced)  # one that cannot be erased loses by its sequence at a start, too
