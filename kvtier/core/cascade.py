@@ -158,7 +158,7 @@ class Cascade(Residency):
                 continue
             if refused and len(last_resort) < wanted and self._idle(key, tier, alone=True):
                 last_resort.append(key)
-            elif len(overdue) < HASTE and key in self._tiers[tier].undrained:
+            elif len(overdue) < HASTE and self._blocks[key].undrained_in == tier:
                 overdue.append(key)
         return [*victims, *last_resort][:wanted], overdue
 
@@ -177,17 +177,14 @@ class Cascade(Residency):
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
-        if tier == HOST:  # asked of many, so the block says it all
-            block = self._blocks.shards[key[-1]][key]
-            if block.move is not None or block.slot is None or self._pins[block.slot]:
-                return False
-            lowest = block.undrained_in == HOST  # what a lower tier has is not undrained here
-            return not lowest or self._tiers[HOST + 1].paused
         if not self._idle(key, tier):
             return False
+        below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
+        if tier == HOST:  # what a lower tier has is not undrained here: one look instead of many
+            lower = self._blocks[key].undrained_in != HOST
+            return lower or below is None or below.paused
         if any(key in copies for copies in self._tiers[tier + 1 :]):
             return True
-        below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
         if any(key in copies for copies in self._tiers[:tier]):
             return False
         return below is None or not below.takes_copies

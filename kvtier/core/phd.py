@@ -53,8 +53,7 @@ class PHD:
         self._last: int | None = None  # the request of the last touch
         self._turn = 0  # where the next sample begins
         self._poor: list[Run] = []  # of earlier samples, the next to go
-        # The last sample and what it is worth, until something is touched.
-        self._compared: tuple[list[Run], list[float]] | None = None
+        self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
         self._victim: Run | None = None  # goes on being given up until something is touched
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
@@ -168,7 +167,8 @@ class PHD:
             gap = _gap(now - run.t)
             if run.open:
                 self._hazards.closed(run.cls, run.t, now)
-        if length > len(run.blocks) and (run.children > 1 or self._forest.parent(run) is None):
+        parent = self._forest.parent(run)
+        if length > len(run.blocks) and (run.children > 1 or parent is None):
             run.cls = SHARED
         else:
             run.cls = gap + kind
@@ -179,7 +179,7 @@ class PHD:
             and above.cls == run.cls
             and above.children == 1
             and above.request == request
-            and self._forest.parent(run) is above
+            and parent is above
         ):
             return self._forest.merge(above, run)
         run.open = True
@@ -340,24 +340,18 @@ class PHD:
         if not runs:
             self._compared = [], []
             return None
-        worths = [
-            index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs
-        ]
+        worths = [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
         self._compared = runs, worths
         least = min(worths)
         if worths.count(least) == 1:
             return runs[worths.index(least)]
-        equal = [run for run, worth in zip(runs, worths, strict=True) if worth == least]
-        return min(equal, key=_used)
+        return min([runs[i] for i, worth in enumerate(worths) if worth == least], key=_used)
 
     def _next_to_go(self, runs: list[Run], worths: list[float]) -> list[Run]:
-        """Those of a sample that are worth least."""
-        # To sort numbers, and then the few that matter, is faster than to sort all as tuples.
-        limit = sorted(worths)[POOR] if POOR < len(runs) else math.inf
-        order = sorted([
-            (worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit
-        ])  # fmt: skip
-        return [runs[i] for _, _, i in order[: POOR + 1]]
+        """Those of a sample that are worth least; numbers are sorted faster than tuples."""
+        limit = sorted(worths)[POOR] if len(runs) > POOR else math.inf
+        poor = [(worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit]
+        return [runs[i] for _, _, i in sorted(poor)[: POOR + 1]]
 
     # --- kept over a restart ----------------------------------------------------------
 

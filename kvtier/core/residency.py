@@ -138,9 +138,12 @@ class Residency:
         assert not any(self._pins[slot] for slot in slots)
         self._free += slots
         self._effects += [Gone(key, HOST) for key in keys]
+        shards, alone = self._blocks.shards, len(self._tiers) == 1
         for key in keys:
-            self._blocks[key].slot = None
-            self._sort(key)
+            block = shards[key[-1]][key]
+            block.slot = None
+            if alone or block.undrained_in == HOST:  # else what lies lower stays as it was
+                self._sort(key)
 
     def _free_slot(self, block: Block) -> None:
         assert block.slot is not None
