@@ -3,12 +3,13 @@
 `python openai_client.py http://HOST:8000/v1`
 """
 
+import os
 import sys
 
 import openai
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1"
-client = openai.OpenAI(base_url=url, api_key="none")
+client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 model = client.models.list().data[0].id
 question = {"role": "user", "content": "When is the lamp lit?"}
 

@@ -120,6 +120,18 @@ def test_a_ray_cluster_that_is_not_there_is_said_at_once(arguments: tuple[str, .
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_router_that_is_not_there_costs_no_older_trace(tmp_path: Path) -> None:
+    older = tmp_path / "older.jsonl"
+    older.write_text("kept\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run("trace", "record", address, "--out", str(older), "--seconds", "5")
+    assert done.returncode == 2
+    assert "no recording from" in done.stderr
+    assert older.read_text() == "kept\n"
+
+
 def test_the_demo_refuses_a_folder_that_is_not_there_before_it_starts_anything() -> None:
     done = run("demo", "--json", "/no/such/folder/out.json")
     assert done.returncode == 2

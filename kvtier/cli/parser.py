@@ -11,7 +11,7 @@ EXIT_CODES = """exit status:
   0    done
   1    done, and the answer is no: a block is damaged, a cluster is not settled, a promise is broken
   2    not done: a mistake in the command, the settings or the surroundings, named in one line
-    130  interrupted (Ctrl-C); 128 + N: ended by signal N"""
+  130  interrupted (Ctrl-C); 128 + N: ended by signal N"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

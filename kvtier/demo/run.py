@@ -70,10 +70,9 @@ def main(options: Options) -> int:
     records = acts.records
     console.print("computing every answer again, without kvtier, to compare (takes a while)")
     with console.status("computing every answer again, without kvtier") as status:
+        tell = teller(console, status)
         compared = engine.check(
-            settings.worker,
-            records,
-            lambda name: status.update(f"computing again, without kvtier: {name}"),
+            settings.worker, records, lambda name: tell(f"  without kvtier: {name}")
         )
     rows = report.by_kind(records)
     verdicts = report.verdict(records, rows)

@@ -260,6 +260,8 @@ def _check_lower_tiers(config: Config) -> None:
         ConfigError: The disk's folder cannot be written, or the URL of Redis is none.
     """
     if config.disk:
+        if not config.disk.path:
+            raise ConfigError("disk.path is empty, must be a folder")
         folder = Path(config.disk.path)
         try:
             if folder.exists() and not folder.is_dir():

@@ -96,6 +96,10 @@ NODE: dict[str, tuple[Callable[[Mistakes], str], str]] = {
         lambda m: m.good(disk_toml(m.file())),
         "disk.path {m.folder}/a-file/disk: Not a directory",
     ),
+    "disk without a folder": (
+        lambda m: m.good(disk_toml(m.folder).replace(f"{m.folder}/disk", "")),
+        "disk.path is empty, must be a folder",
+    ),
     "disk that takes no files": (
         lambda m: m.good(disk_toml(m.folder).replace(f"{m.folder}/disk", "/proc")),
         "disk.path /proc: ",
