@@ -212,16 +212,34 @@ async def play(manager: TierManager, faults: Faults, seed: int, seen: Counter[st
         await manager.close()
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_one_workload_restores_the_same_bytes_on_every_node(seed: int, tmp_path: Path) -> None:
+SEEDS = range(24)
+
+
+def seen_on_node(seed: int, folder: Path) -> Counter[str]:
+    """What happened when the workload was played on the node of `seed`."""
     seen = Counter[str]()
 
     async def run() -> None:
-        with node_of(seed, tmp_path) as (make, faults):
+        with node_of(seed, folder) as (make, faults):
             await play(make(), faults, seed, seen)
 
     asyncio.run(run())
-    assert all(seen[state] for state in ("restored", "died writing", "died reading")), seen
+    return seen
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_workload_restores_the_same_bytes_on_every_node(seed: int, tmp_path: Path) -> None:
+    assert seen_on_node(seed, tmp_path)["restored"], "nothing was restored: nothing was tested"
+
+
+def test_engines_die_in_both_ways(tmp_path: Path) -> None:
+    """On a small node every write of one that dies may be refused, but not on all of them."""
+    seen = Counter[str]()
+    for seed in SEEDS:
+        seen += seen_on_node(seed, tmp_path)
+        if seen["died writing"] and seen["died reading"]:
+            return
+    raise AssertionError(f"some way to die was never tried: {seen}")
 
 
 def test_a_full_shared_tier_does_not_freeze_the_host_tier() -> None:
