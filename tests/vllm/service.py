@@ -102,6 +102,20 @@ class Service:
         assert len(answer) == TOKENS
         return answer, started, node
 
+    def told(self, node: str, ids: list[int], **space: str) -> tuple[list[int], worker_pb2.Started]:
+        """As `ask`, of the worker of `node` itself: a router would weigh what each has measured."""
+        request = worker_pb2.WorkerRequest(
+            token_ids=ids, max_tokens=TOKENS, ignore_eos=True, **space
+        )
+        answer: list[int] = []
+        started = worker_pb2.Started()
+        for message in self.direct[node].Generate(request, timeout=200):
+            if message.HasField("started"):
+                started = message.started
+            answer += message.tokens.ids
+        assert len(answer) == TOKENS
+        return answer, started
+
     def in_host(self, blocks: int) -> bool:
         """Whether the nodes hold so many blocks in host memory, all in all."""
         held = 0

@@ -90,19 +90,22 @@ def test_a_prompt_is_warm_for_its_own_space_only(service, prompts):
 def test_and_so_it_is_in_the_tiers_below(service, prompts):
     prompt = prompts[0]
     wait_for("host memory", lambda: service.in_host(len(SPACES) * (len(prompt) // BLOCK)))
-    warm = {}
-    for number, space in enumerate(SPACES):
-        warm[number], _, _ = service.routed(prompt, **space)
+    warm = []
+    for space in SPACES:
+        node = next(n for n in service.nodes if service.warm(prompt, n, **space).get(VRAM))
+        warm.append((node, service.told(node, prompt, **space)[0]))
     service.clear()
-    for number, space in enumerate(SPACES):
+    for space, (node, before) in zip(SPACES, warm, strict=True):
         wait_for(
             "the router to hear",
-            lambda space=space: service.warm(prompt, **space) == {HOST: whole(prompt)},
+            lambda space=space, node=node: (
+                service.warm(prompt, node, **space) == {HOST: whole(prompt)}
+            ),
         )
-        ids, started = service.ask(prompt, **space)
+        ids, started = service.told(node, prompt, **space)
         assert {each.tier for each in started.restored} == {HOST}
         assert started.computed_tokens < 2 * BLOCK
-        assert ids == warm[number], "as from VRAM"
+        assert ids == before, "as from VRAM"
 
 
 def test_a_space_that_nobody_serves_is_refused(service, prompts):
