@@ -107,6 +107,6 @@ def redis_toml(url: str) -> str:
     return f"""
 [redis]
 url = "{url}"
-timeout_s = 1.0
+timeout_s = 5.0  # only a server that hangs takes so long
 retry_s = 0.2
 """

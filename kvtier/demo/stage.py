@@ -64,6 +64,9 @@ def config(folder: Path, engine: str, model: str, conversation: int, redis_url: 
             socket=str(folder / "{node}.sock"),
             listen="127.0.0.1:0",
             vram_bytes=conversation * 3 // 2,
+            # Each tier is to be seen, on a slow machine with a slow disk, too.
+            loads="always",
+            wait_s=30.0,
         ),
         router=RouterConfig(listen="127.0.0.1:0"),
     )

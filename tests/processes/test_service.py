@@ -285,7 +285,8 @@ node = "{name}"
 daemon = "127.0.0.1:{daemon_port}"
 worker = "127.0.0.1:{worker_port}"
 """
-        toml = f'[router]\nlisten = "127.0.0.1:{router_port}"\n{members}'
+        # Nothing counts more than who is free: a worker that once was slow gets requests, too.
+        toml = f'[router]\nlisten = "127.0.0.1:{router_port}"\nbehind = 0.0\n{members}'
         router = starters.submit(Process, "router", toml, folder)
         started = [
             [stack.enter_context(each.result()) for each in kind] for kind in (daemons, workers)

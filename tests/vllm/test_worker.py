@@ -32,7 +32,10 @@ def restored_again(service: Service, prompt: list[int], *, told: bool = True) ->
     wait_for("host memory to have it", lambda: service.in_host(len(prompt) // BLOCK))
     service.clear()
     wait_for("the router to hear that VRAM is empty", lambda: not service.warm(prompt).get(VRAM))
-    assert service.warm(prompt)[HOST] >= len(prompt) // BLOCK * BLOCK - BLOCK
+    wait_for(
+        "the router to hear of host memory",
+        lambda: service.warm(prompt).get(HOST, 0) >= len(prompt) // BLOCK * BLOCK - BLOCK,
+    )
     third, started = service.ask(prompt)
     # Over HTTP vLLM says what it did not compute with the last token only.
     if told:
@@ -142,7 +145,7 @@ def test_a_router_in_front_of_a_plain_vllm(model, tmp_path, prompts):
         )
         service = Service(tmp_path, {"n": lambda _: worker_toml("vllm-http", model, more)})
         restored_again(service, prompts[0], told=False)
-        assert plain.loaded(), "restored, says vLLM's own metrics page"
+        wait_for("vLLM's own metrics page to tell of the restore", plain.loaded)
         service.ask(prompts[2], tenant="red")
         wait_for("the tenant's VRAM", lambda: service.warm(prompts[2], tenant="red").get(VRAM))
         assert not service.warm(prompts[2]), "nobody else's"
