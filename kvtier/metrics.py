@@ -26,7 +26,10 @@ def _gauge(name: str, text: str, *labels: str) -> Gauge:
 # Node daemon
 MOVED_BLOCKS = _counter("moved_blocks", "Blocks copied between tiers", "source", "target", "result")
 MOVED_BYTES = _counter("moved_bytes", "Frame bytes copied between tiers", "source", "target")
-CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check and were dropped", "tier")
+CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check: each a miss", "tier")
+CORRUPT_REWRITTEN = _counter(
+    "corrupt_rewritten", "Shared frames found corrupt and then written over with right bytes"
+)
 INEXACT_FRAMES = _counter("inexact_frames", "Lossy frames refused: no lossy codec is set", "tier")
 ENCODED_BLOCKS = _counter(
     "encoded_blocks", "Blocks encoded for a tier, by the codec of their frame", "tier", "codec"

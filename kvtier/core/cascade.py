@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from kvtier.core.blocks import BlockKey, Slot
-from kvtier.core.copies import Block
+from kvtier.core.copies import Phase
 from kvtier.core.effects import HOST, Forget, Move
 from kvtier.core.policy import Keep
 from kvtier.core.residency import Residency
@@ -68,8 +68,8 @@ class Cascade(Residency):
         for key in keys:
             if key not in self._tiers[tier]:
                 continue
-            move = self._blocks[key].move
-            if move is None or move.source != tier:
+            reading = (self._blocks[key].move, self._loads.get(key))
+            if not any(move is not None and move.source == tier for move in reading):
                 self._leave(key, tier, forget=False, gone=True)
         self._drain()
 
@@ -169,7 +169,8 @@ class Cascade(Residency):
         return False
 
     def _idle(self, key: BlockKey, tier: int, *, alone: bool = False) -> bool:
-        if self._blocks[key].move is not None:
+        block = self._blocks[key]
+        if block.move is not None or block.phase is Phase.LOADING:
             return False
         if alone and any(key in copies for copies in self._tiers[:tier]):
             return False
@@ -200,29 +201,32 @@ class Cascade(Residency):
 
     def _coldest_undrained(self, tier: int) -> BlockKey | None:
         for key in islice(self._tiers[tier].undrained, LOOK):
-            if self._blocks[key].move is None and self._warmest(key) is not None:
+            if self._blocks[key].phase is not Phase.LOADING and self._warmest(key) is not None:
                 return key
         return None
 
     def _copy_down(self, key: BlockKey, tier: int) -> bool:
-        """Start copying `key` from its warmest tier to the one below `tier`, if that has room."""
+        """Start copying `key` from its warmest tier to the one below `tier`, if that has room.
+
+        Not while it loads: then it is soon copied from a warmer tier.
+        """
         block, target = self._blocks[key], self._tiers[tier + 1]
         source = self._warmest(key)
-        if block.move is not None or source is None or not target.takes_copies:
+        if block.phase is Phase.LOADING or source is None or not target.takes_copies:
             return False
         if not self._make_room(tier + 1, target.frame_nbytes):
             return False
         target.coming += 1
-        self._start(block, Move(key, source, tier + 1, block.slot if source == HOST else None))
+        block.move = Move(key, source, tier + 1, block.slot if source == HOST else None)
+        self._start(block.move)
         self._sort(key)
         return True
 
-    def _start(self, block: Block, move: Move) -> None:
-        block.move = move
+    def _start(self, move: Move) -> None:
         self._moves += 1
         self._effects.append(move)
 
-    def _copied(self, block: Block, move: Move, ok: bool, nbytes: int) -> None:
+    def _copied(self, move: Move, ok: bool, nbytes: int) -> None:
         """A copy down has ended.
 
         After a failure nothing is started until something else happens, and then this block comes
@@ -237,12 +241,21 @@ class Cascade(Residency):
                 for victim in self._search(move.target, None, 1)[0]:
                     self._drop(victim, move.target)
             self._sort(move.key)
+            self._source_leaves(move)
             return
         target.frame_nbytes = max(target.frame_nbytes, nbytes)
         self._place(move.key, move.target, nbytes)
         if not self._make_room(move.target, 0):  # the frame is larger than what was reserved
             self._drop(move.key, move.target)
+        self._source_leaves(move)
         self._drain()
+
+    def _source_leaves(self, move: Move) -> None:
+        """A copy down no longer keeps its source, if a load found that bad meanwhile."""
+        source = self._tiers[move.source]
+        if move.key in source.leaving:
+            source.leaving.remove(move.key)
+            self._leave(move.key, move.source, forget=not source.spec.shared, gone=True)
 
     def _assert_lower(self, tier: int) -> None:
         if not 0 < tier < len(self._tiers):

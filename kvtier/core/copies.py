@@ -25,7 +25,7 @@ class Block:
 
     phase: Phase = Phase.STABLE
     slot: Slot | None = None
-    move: Move | None = None  # at most one under way
+    move: Move | None = None  # a copy down, at most one under way
     undrained_in: int | None = None  # the tier in whose `undrained` order it stands
     before: BlockKey | None = None  # the block before it on the path that brought it, if known
 
@@ -43,6 +43,9 @@ class Copies:
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
         self.paused = False
         self.refusing = False  # the newest copy into this tier failed
+        # Copies that a load found bad while one further down was made of them: to be given up as
+        # soon as that has ended, and read by nobody else.
+        self.leaving = set[BlockKey]()
         self.undrained = Line()  # with the bytes of each, oldest first
         self.undrained_nbytes = 0
 

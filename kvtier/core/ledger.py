@@ -18,21 +18,21 @@ very key that was written or loaded there, or of nobody.
         └────────────────────────────────────────────────────────────────────┘
               the last copy left: dropped from the last tier, lost, or a load of it failed
 
-A block has at most one move under way, and a slot is used again only after commit, release or
-disconnect of every lease on it and the end of the move that reads or fills it.
+A block has at most one copy down and one load under way. Both may read one lower copy at once: a
+read never waits for a copy down, nor is it cut by one, and the copy that they read stays until
+both have ended. A slot is used again only after commit, release or disconnect of every lease on
+it and the end of the move that reads or fills it.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.cascade import Cascade
 from kvtier.core.copies import Block, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
 from kvtier.core.lease import Lease, Match
+from kvtier.core.leases import Leases
 from kvtier.core.policy import NO_USE, Use
-from kvtier.core.tiers import TierSpec
 
 __all__ = [
     "HOST", "Effect", "Forget", "Gone", "Held", "Lease", "Ledger", "Match", "Move", "Settled",
@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Ledger(Cascade):
+class Ledger(Leases):
     """The blocks of one layout on one node, and the leases on them.
 
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
@@ -53,22 +53,6 @@ class Ledger(Cascade):
     Raises:
         ValueError: `tiers` are out of order, or a block does not fit in one of them.
     """
-
-    def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
-        super().__init__(block_nbytes, tiers)
-        self._leases: dict[int, Lease] = {}
-        self._of_client: dict[int, set[int]] = {}
-        self._waiting: dict[BlockKey, set[int]] = {}  # read leases, by the block that loads
-        self._ids = count(1)
-
-    @property
-    def leases(self) -> int:
-        """Leases that have not ended."""
-        return len(self._leases)
-
-    def lease(self, lease_id: int) -> Lease:
-        """The lease as it is now."""
-        return self._leases[lease_id]
 
     def has_slot(self, key: BlockKey) -> bool:
         """Whether `key` lies in the host tier, or is on its way there."""
@@ -103,9 +87,9 @@ class Ledger(Cascade):
 
         `keys` is the whole path; what comes before `first` only becomes warm: the engine has it.
         It becomes warm when the lease ends, and before room is made for what must be loaded.
-        The lease ends before the first block for which no slot can be had, or that is on its way
-        between two lower tiers. `worth` is asked, of the tiers that blocks would be loaded from
-        and the position of the first of them in the path, how many it is worth while to load.
+        The lease ends before the first block for which no slot can be had. `worth` is asked, of
+        the tiers that blocks would be loaded from and the position of the first of them in the
+        path, how many it is worth while to load.
         `use` says which request asks: a prompt told by several leases is one use.
         """
         lease = self._open(client, keys, use, writing=False)
@@ -214,106 +198,15 @@ class Ledger(Cascade):
         block any more, unless that tier is paused, and cuts the leases that wait for it.
         """
         block = self._blocks[move.key]
-        assert block.move == move, "a move is reported once, as it was handed out"
-        block.move = None
+        known = self._loads.get(move.key) if move.target == HOST else block.move
+        assert known == move, "a move is reported once, as it was handed out"
         self._moves -= 1
         if move.target == HOST:
+            del self._loads[move.key]
             self._loaded(block, move, ok)
         else:
-            self._copied(block, move, ok, nbytes or self.block_nbytes)
-
-    def check(self) -> None:
-        """Assert every invariant; for tests and `kvtier check`: O(blocks and leases)."""
-        super().check()
-        pins, writers = Counter[BlockKey](), Counter[BlockKey]()
-        for lease in self._leases.values():
-            assert lease.id in self._of_client[lease.client]
-            (writers if lease.writing else pins).update(lease.keys)
-            assert lease.slots == [self._blocks[key].slot for key in lease.keys]
-            assert len(lease.keys) == len(lease.indexes if lease.writing else lease.sources)
-            assert lease.loading <= set(lease.keys)
-            for key in lease.loading:
-                assert lease.id in self._waiting[key]
-        assert sum(map(len, self._of_client.values())) == len(self._leases)
-        assert all([*self._of_client.values(), *self._waiting.values()]), "an empty set was kept"
-        host = self._tiers[HOST]  # a read lease that has not ended pins what it loaded
-        assert all(key in host.policy or pins[key] for key in host.sizes), "a block stays for ever"
-        for key, ids in self._waiting.items():
-            assert self._blocks[key].phase is Phase.LOADING
-            assert all(key in self._leases[lease_id].loading for lease_id in ids)
-        for key, block in self._blocks.items():
-            pinned = 0 if block.slot is None else self._pins[block.slot]
-            assert pinned == pins[key] + writers[key]
-            assert writers[key] == (block.phase is Phase.FILLING)
-
-    # --- leases -----------------------------------------------------------------------
-
-    def _open(self, client: int, path: Sequence[BlockKey], use: Use, *, writing: bool) -> Lease:
-        lease = Lease(next(self._ids), client, writing, path, use)
-        self._leases[lease.id] = lease
-        self._of_client.setdefault(client, set()).add(lease.id)
-        return lease
-
-    def _close(self, lease: Lease) -> None:
-        del self._leases[lease.id]
-        ids = self._of_client[lease.client]
-        ids.remove(lease.id)
-        if not ids:
-            del self._of_client[lease.client]
-
-    def _add(self, lease: Lease, key: BlockKey) -> None:
-        """Add a block to a read lease that has already pinned it."""
-        block = self._blocks[key]
-        assert block.slot is not None
-        lease.keys.append(key)
-        lease.slots.append(block.slot)
-        if block.phase is Phase.LOADING:
-            assert block.move is not None
-            lease.sources.append(block.move.source)
-            lease.loading.add(key)
-            self._waiting.setdefault(key, set()).add(lease.id)
-        else:
-            lease.sources.append(HOST)
-
-    def _pin(self, keys: Sequence[BlockKey]) -> deque[BlockKey]:
-        """Keep those of `keys` that have a slot from being dropped; which these are."""
-        pinned = deque[BlockKey]()
-        for key in keys:
-            block = self._blocks.get(key)
-            if block is not None and block.slot is not None:
-                self._pins[block.slot] += 1
-                pinned.append(key)
-        return pinned
-
-    def _unpin(self, keys: Iterable[BlockKey]) -> None:
-        for key in keys:
-            slot = self._blocks[key].slot
-            assert slot is not None
-            self._pins[slot] -= 1
-
-    def _cut(self, lease: Lease, length: int) -> None:
-        """Shorten a read lease to its first `length` blocks."""
-        for slot in lease.slots[length:]:
-            self._pins[slot] -= 1
-        for key in lease.loading.intersection(lease.keys[length:]) if lease.loading else ():
-            lease.loading.remove(key)
-            self._waiting[key].remove(lease.id)
-            if not self._waiting[key]:
-                del self._waiting[key]
-        del lease.keys[length:], lease.slots[length:], lease.sources[length:]
-
-    def _undo(self, keys: Sequence[BlockKey]) -> None:
-        """Free the slots of blocks that were not filled."""
-        for key in keys:
-            block = self._blocks[key]
-            assert block.slot is not None
-            self._pins[block.slot] -= 1
-            self._free_slot(block)
-            self._sort(key)
-
-    def _settled(self, lease: Lease) -> None:
-        """Every block of a read lease is in its slot."""
-        self._effects.append(Settled(lease.id))
+            block.move = None
+            self._copied(move, ok, nbytes or self.block_nbytes)
 
     # --- loads ------------------------------------------------------------------------
 
@@ -353,7 +246,7 @@ class Ledger(Cascade):
     def _load(self, key: BlockKey, pinned: deque[BlockKey]) -> bool:
         """Start loading a block and pin it; where no slot is free, the deepest of `pinned` go.
 
-        Making room can start a move of this very block, or drop its last copy; then it is a miss.
+        Making room can drop its last copy; then it is a miss.
         """
         taken = self._take_slots(min(1, len(self._free)))  # room was made for all that may go
         while not taken and pinned:
@@ -368,9 +261,10 @@ class Ledger(Cascade):
         source = self._warmest(key)
         if source is not None:
             block = self._blocks[key]
-            if block.slot is None and block.move is None:
+            if block.slot is None:
                 block.slot, block.phase, self._pins[slot] = slot, Phase.LOADING, 1
-                self._start(block, Move(key, source, HOST, slot))
+                self._loads[key] = Move(key, source, HOST, slot)
+                self._start(self._loads[key])
                 return True
         self._free.append(slot)
         return False
@@ -392,9 +286,8 @@ class Ledger(Cascade):
             self._free_slot(block)
             source = self._tiers[move.source]
             if not source.paused:
-                self._leave(move.key, move.source, forget=not source.spec.shared, gone=True)
+                if block.move is not None and block.move.source == move.source:
+                    source.leaving.add(move.key)  # a copy down still reads it
+                else:
+                    self._leave(move.key, move.source, forget=not source.spec.shared, gone=True)
         self._drain()
-
-    def _touch(self, lease: Lease) -> None:
-        for copies in self._tiers:
-            copies.touch(lease.path, lease.use)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
-from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, TierUsage
+from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Learning
 from kvtier.core.shards import KeyMap
 from kvtier.core.slots import SlotTable
@@ -31,6 +31,7 @@ class Residency:
         self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
+        self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
         self._moves = 0
         self._draining_all = False
         self._effects: list[Effect] = []
@@ -77,9 +78,9 @@ class Residency:
         return self._blocks.shards[key[-1]].setdefault(key, Block())
 
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
-        """The warmest tier from `start` down that has `key` and answers."""
+        """The warmest tier from `start` down that has `key`, answers, and goes on having it."""
         for tier, copies in enumerate(self._tiers[start:], start):
-            if key in copies and not copies.paused:
+            if key in copies and not copies.paused and key not in copies.leaving:
                 return tier
         return None
 
@@ -164,8 +165,7 @@ class Residency:
             wanted = None
             del self._blocks[key]
         else:
-            going_down = block.move is not None and block.move.target != HOST
-            wanted = None if going_down or lowest == len(self._tiers) - 1 else lowest
+            wanted = None if block.move or lowest == len(self._tiers) - 1 else lowest
         if block.undrained_in == wanted:
             return
         if block.undrained_in is not None:
@@ -180,13 +180,14 @@ class Residency:
         slots = [block.slot for block in blocks.values() if block.slot is not None]
         assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
         moves = [block.move for block in blocks.values() if block.move is not None]
-        assert len(moves) == self._moves
+        assert len(moves) + len(self._loads) == self._moves
+        assert all(key in blocks for key in self._loads)
         host = {key: blocks[key].slot for key in self._tiers[HOST].sizes}
         assert dict(self._in_host.of.items()) == host, "a block is not where it should be"
         self._in_host.check()
         assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
-            coming = sum(tier == move.target != HOST for move in moves)
+            coming = sum(tier == move.target for move in moves)
             assert copies.coming == coming <= copies.spec.queue
             assert copies.nbytes == sum(size for _, size in copies.sizes.items())
             assert copies.nbytes <= copies.spec.capacity, f"tier {tier} is over its capacity"
@@ -200,18 +201,23 @@ class Residency:
 
     def _check_block(self, key: BlockKey, block: Block) -> None:
         tiers = [tier for tier, copies in enumerate(self._tiers) if key in copies]
-        move, host = block.move, self._tiers[HOST]
+        move, load, host = block.move, self._loads.get(key), self._tiers[HOST]
         assert tiers or block.phase is Phase.FILLING, "a block that is nowhere is known"
         assert (block.slot is None) <= (block.phase is Phase.STABLE)
         assert (key in host) == (block.slot is not None and block.phase is Phase.STABLE)
-        assert (block.phase is Phase.LOADING) == (move is not None and move.target == HOST)
+        assert (block.phase is Phase.LOADING) == (load is not None)
+        for each in (move, load):
+            if each is not None:
+                assert each.key == key
+                assert each.source in tiers, "the source of a move was dropped"
         if move is not None:
-            assert move.key == key
-            assert move.source in tiers, "the source of a move was dropped"
-            assert move.target not in tiers
-            assert move.slot == (block.slot if HOST in (move.source, move.target) else None)
-        going_down = move is not None and move.target != HOST
-        undrained = not going_down and bool(tiers) and tiers[-1] < len(self._tiers) - 1
+            assert move.target not in (HOST, *tiers)
+            assert move.slot == (block.slot if move.source == HOST else None)
+        if load is not None:
+            assert (load.target, load.slot) == (HOST, block.slot)
+            assert move is None or move.source == load.source, "a copy down is not of the warmest"
+        undrained = move is None and bool(tiers) and tiers[-1] < len(self._tiers) - 1
         assert block.undrained_in == (tiers[-1] if undrained else None)
         for tier, copies in enumerate(self._tiers):
             assert (key in copies.undrained) == (block.undrained_in == tier)
+            assert key not in copies.leaving or (move and move.source == tier), "a bad copy is kept"

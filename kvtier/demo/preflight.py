@@ -14,7 +14,8 @@ CHECK_S: Final = 5.0  # for a shared store to answer
 def check_redis(url: str) -> None:
     """Refuse a server that could not be the shared tier.
 
-    One value is written, read and removed: a replica, or a user who may not write, is found, too.
+    One value is written and read, and dies after a minute: a replica, or a user who may not
+    write, is found, too.
 
     Raises:
         ConfigError: The URL is none, nobody answers there, or the server refuses; in one line.
@@ -30,7 +31,6 @@ def check_redis(url: str) -> None:
                 raise ConfigError("the server has no room: it says that it is out of memory")
             if [each and bytes(each) for each in store.read([key])] != [frame]:
                 raise ConfigError("the server does not give back what was written to it")
-            store.delete([key])
         finally:
             store.close()
     except (ConfigError, StoreUnavailable) as error:

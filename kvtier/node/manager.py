@@ -229,13 +229,9 @@ class TierManager:
         """Ask the shared store how many of `keys` it has; the ledger learns of them."""
         shared = self._shared
         assert shared is not None
-
-        def count(store: Store) -> int:
-            return store.count(keys)
-
         try:
             async with asyncio.timeout(wait_s):
-                found = await asyncio.wrap_future(self._movers.call(shared, count))
+                found = await asyncio.wrap_future(self._movers.probe(shared, keys))
         except TimeoutError:
             return
         except StoreUnavailable:

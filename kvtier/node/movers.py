@@ -18,8 +18,9 @@ from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.node.backlog import After, Backlog
+from kvtier.node.doubts import Doubts
 from kvtier.node.tuner import Tuner
-from kvtier.stores.base import Parts, Placed, PlacingStore, Store
+from kvtier.stores.base import BROKEN, Parts, Placed, PlacingStore, Store
 
 # Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
 # that their first blocks arrive early; of demotions one piece is encoded while another is written.
@@ -54,7 +55,7 @@ class LowerTier:
 class Moved(NamedTuple):
     """How one move ended; `nbytes` is the frame's size in the target tier.
 
-    `source_lost`: a lower tier had no such frame to copy on, or a corrupt one.
+    `source_lost`: a lower tier of this node's own had no such frame to copy on, or a corrupt one.
     """
 
     move: Move
@@ -117,6 +118,7 @@ class Movers:
         self._forget_pools = [self._pool("forget", each, 1) for each in tiers]
         self._forgetting: list[After] = [() for _ in tiers]
         self._backlogs: dict[tuple[int, int], Backlog] = {}
+        self._doubts = Doubts()
 
     @staticmethod
     def _pool(name: str, tier: LowerTier, threads: int) -> ThreadPoolExecutor:
@@ -144,11 +146,19 @@ class Movers:
         return backlog
 
     def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
-        """Run something else on a tier's store: a probe, a deletion."""
+        """Run something else on a tier's store."""
         return self._load_pools[tier - 1].submit(work, self._tiers[tier - 1].store)
 
+    def probe(self, tier: int, keys: Sequence[BlockKey]) -> "Future[int]":
+        """How many of `keys`, from the first on, a tier's store has and this node may use."""
+        return self._load_pools[tier - 1].submit(self._count, tier, keys)
+
     def forget(self, tier: int, keys: Sequence[BlockKey]) -> None:
-        """Delete copies, before any demotion into the same tier that is started later."""
+        """Delete copies, before any demotion into the same tier that is started later.
+
+        Never in a shared store: what lies there is nobody's own.
+        """
+        assert not self._shared(tier), "what is shared is not deleted"
 
         def work() -> None:
             try:
@@ -200,12 +210,16 @@ class Movers:
     def _label(self, tier: int) -> str:
         return Tier.HOST.label if tier == HOST else self._tiers[tier - 1].tier.label
 
+    def _shared(self, tier: int) -> bool:
+        return self._tiers[tier - 1].tier is Tier.SHARED
+
     def _load(self, batch: list[Move]) -> list[Moved]:
         source = self._tiers[batch[0].source - 1]
+        shared = self._shared(batch[0].source)
         moved: list[Moved] = []
         for move, raw, slot in zip(batch, *self._read_into_slots(batch), strict=True):
-            ok = corrupt = False
-            if raw is not None:
+            ok, corrupt = False, raw == BROKEN
+            if raw is not None and not corrupt:
                 try:
                     if isinstance(raw, Placed):
                         info = frame.decode_in_place(move.key, raw.head, slot, self._layout)
@@ -217,10 +231,12 @@ class Movers:
                     else:
                         metrics.INEXACT_FRAMES.labels(source.tier.label).inc()
                 except CorruptFrame:
-                    # A shared copy as well: it would be found, and count as held, for ever.
                     corrupt = True
                     metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
-            moved.append(Moved(move, ok, self._layout.nbytes if ok else 0, source_lost=corrupt))
+            if corrupt and shared:  # else it would be found, and count as held, for ever
+                self._doubts.add(move.key)
+            nbytes = self._layout.nbytes if ok else 0
+            moved.append(Moved(move, ok, nbytes, source_lost=corrupt and not shared))
         return moved
 
     def _read_into_slots(
@@ -251,12 +267,16 @@ class Movers:
     def _there(self, batch: list[Move]) -> int:
         """How many, from the first on, another node or an earlier life has put there already."""
         target = batch[0].target
-        if self._tiers[target - 1].tier is not Tier.SHARED:
+        if not self._shared(target):
             return 0
         try:
-            return self._tiers[target - 1].store.count([move.key for move in batch])
+            return self._count(target, [move.key for move in batch])
         except StoreUnavailable:
             raise _NoAnswer(target) from None
+
+    def _count(self, tier: int, keys: Sequence[BlockKey]) -> int:
+        usable = self._doubts.leading(keys) if self._shared(tier) else keys
+        return self._tiers[tier - 1].store.count(usable)
 
     def _copy_down(self, batch: list[Move]) -> list[Moved]:
         target = self._tiers[batch[0].target - 1]
@@ -274,6 +294,9 @@ class Movers:
             raise _NoAnswer(batch[0].target) from None
         for (key, parts), ok in zip(fresh, written, strict=True):
             kept[key] = frame.frame_nbytes(parts) if ok else 0
+        if self._shared(batch[0].target):
+            righted = self._doubts.written(key for key, _ in fresh if kept[key])
+            metrics.CORRUPT_REWRITTEN.inc(righted)
         return [
             Moved(move, kept[move.key] > 0, kept[move.key])
             if move.key in kept

@@ -1,7 +1,7 @@
 """The one seam between a node and its lower tiers."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
 
@@ -9,6 +9,8 @@ from kvtier.core.blocks import BlockKey
 # made and payload views that may point straight into the arena. The caller keeps them valid and
 # unchanged until `write` returns.
 Parts = Sequence[bytes | memoryview]
+
+BROKEN: Final = b""  # in place of a frame: something lies there that is none
 
 
 class Store(Protocol):
@@ -26,7 +28,10 @@ class Store(Protocol):
         ...
 
     def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
-        """The frame of each key, None where it is not there. The buffers belong to the caller."""
+        """The frame of each key, None where it is not there. The buffers belong to the caller.
+
+        `BROKEN` where `count` counts what can't be read: a shared frame that has lost a part.
+        """
         ...
 
     def count(self, keys: Sequence[BlockKey]) -> int:
@@ -34,7 +39,10 @@ class Store(Protocol):
         ...
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
-        """Forget the keys; those not there are ignored."""
+        """Forget the keys; those not there are ignored.
+
+        A shared store keeps them: others use them, and only a person may remove what is shared.
+        """
         ...
 
     def scan(self) -> Iterator[tuple[BlockKey, int]]:

@@ -27,8 +27,11 @@ MakeLedger = Callable[[int, Sequence[TierSpec]], Ledger]
 STATES = (
     "block granted", "write refused", "write beside a filling block", "write over a paused tier",
     "commit", "partial commit", "write abandoned", "read waits", "read shares a load",
-    "read of what is moving", "read cut by a failed load", "read cut by settle", "read checked",
-    "read in part", "load declined",
+    "load beside a copy down", "load ok beside another move", "load failed beside another move",
+    "copy down ok beside another move", "copy down failed beside another move",
+    "copy down of what a load found bad",
+    "read cut by a failed load", "read cut by settle", "read checked", "read in part",
+    "load declined",
     "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
     "dropped for good while refused",
     "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
@@ -124,6 +127,7 @@ class _Node(World):
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
+            (14 * (len(self.specs) > 2), self._read_what_moves),
         ]  # fmt: skip
         weights = [weight for weight, _ in events]
         _, event = self.rng.choices(events, weights)[0]
@@ -179,7 +183,23 @@ class _Node(World):
 
     def _read(self) -> None:
         path = self.path()
-        first = self._first(path)
+        self._read_path(path, self._first(path))
+
+    def _read_what_moves(self) -> None:
+        """A drain begins; an engine that has the blocks before it asks for one that is moving."""
+        self.ledger.drain_all(on=True)
+        self.ledger.drain_all(on=False)
+        self.carry_out()
+        moving = [move for move in self.moves if move.source != HOST != move.target]
+        if moving:
+            key, source, _, _ = self.rng.choice(moving)
+            if self.rng.random() < 0.3:
+                self.stores[source].rotten.add(key)
+            if self.rng.random() < 0.3:
+                self.ledger.lost(source, [key])  # too late: it is being read
+            self._read_path([BlockKey(key[: n + 1]) for n in range(len(key))], len(key) - 1)
+
+    def _read_path(self, path: list[BlockKey], first: int) -> None:
         held = path[first : first + self.ledger.match(path[first:]).blocks]
         alone = {key: self.ledger.match([key]).by_tier for key in held}
         assert all(1 in by_tier for by_tier in alone.values()), "held in a path, but not alone"
@@ -197,7 +217,9 @@ class _Node(World):
         self.seen["read shares a load"] += bool({*loading} & lease.loading)
         moving = {move.key for move in self.moves if move.source != HOST != move.target}
         missed = held[len(lease.keys) :]
-        self.seen["read of what is moving"] += bool(missed) and missed[0] in moving
+        if missed and missed[0] in moving:
+            full = self.ledger.usage()[HOST].blocks == self.ledger.slots
+            assert lease.refused or full, "cut by a copy between two lower tiers"
 
     def _worth(self, sources: Sequence[int], _first: int) -> int:
         """How many blocks somebody wants to load: any number."""

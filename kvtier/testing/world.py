@@ -45,6 +45,8 @@ class World:
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
         self.clearing = False
         self.refused = [False] * len(specs)  # whether the newest copy into a tier failed
+        # Copies that a load found bad while they were copied down: gone once that has ended.
+        self.leaving = [set[BlockKey]() for _ in specs]
 
     # --- moves and effects ------------------------------------------------------------
 
@@ -84,11 +86,21 @@ class World:
             self.arena[move.slot] = move.key
         waiting = [each for each in self.leases.values() if move.key in each.loading]
         kept = self.ledger.paused(move.source)
-        if not ok and not down and not kept and self.specs[move.source].shared:
-            self.stores[move.source].forget(move.key)
+        beside = any(move.key == each.key and move.source == each.source for each in self.moves)
+        if not ok and not down and not kept:
+            if beside:
+                self.leaving[move.source].add(move.key)
+            elif self.specs[move.source].shared:
+                self.stores[move.source].forget(move.key)
         if down:
             self.refused[move.target] = not ok
+            left = move.key in self.leaving[move.source]
+            self.leaving[move.source].discard(move.key)
+            self.seen["copy down of what a load found bad"] += left
         self.ledger.moved(move, ok, nbytes)
+        if beside:
+            what = "copy down" if down else "load"
+            self.seen[f"{what} {'ok' if ok else 'failed'} beside another move"] += 1
         result = "ok" if ok else "failed"
         source, target = self.name(move.source), self.name(move.target)
         self.seen[f"copy {source}>{target} {result}" if down else f"load {source} {result}"] += 1
@@ -97,10 +109,13 @@ class World:
         started = len(self.moves)
         self.carry_out()
         assert ok or not down or len(self.moves) == started, "a failure leads to the next try"
+        assert not down or not left or move.key not in self.announced[move.source], "kept for ever"
         if rotten and down:  # what could not be read to be copied is no copy
-            self.stores[move.source].forget(move.key)
+            if not beside:
+                self.stores[move.source].forget(move.key)
             self.ledger.lost(move.source, [move.key])
             self.carry_out()
+            assert not beside or move.key in self.announced[move.source], "lost while it is read"
 
     def carry_out(self) -> None:
         """Do what the ledger asks, and believe what it announces."""
@@ -127,7 +142,12 @@ class World:
     def start(self, move: Move) -> None:
         """A move is handed out: it must make sense, and its slot must be free for it."""
         key, source, target, slot = move
-        assert all(key != each.key for each in self.moves), "two moves of one block"
+        for other in self.moves:  # of one block only a load beside a copy down
+            if key == other.key:
+                assert target == HOST < source == other.source, "two moves of one block"
+                assert other.target != HOST, "two loads of one block"
+                self.seen["load beside a copy down"] += 1
+        assert key not in self.leaving[source], "what was found bad is read again"
         assert not self.ledger.paused(source)
         assert not self.ledger.paused(target)
         assert key in self.announced[source]
@@ -235,7 +255,7 @@ class World:
             answering = [
                 tier
                 for tier, held in enumerate(self.announced)
-                if key in held and not self.ledger.paused(tier)
+                if key in held and key not in self.leaving[tier] and not self.ledger.paused(tier)
             ]
             found = [tier for tier, blocks in enumerate(by_tier) if blocks]
             hint = bool(answering) and self.specs[answering[0]].shared and not found

@@ -16,6 +16,7 @@ MODULES = (
     "slots",
     "residency",
     "cascade",
+    "leases",
     "ledger",
 )  # in the order in which they import each other
 
@@ -48,7 +49,16 @@ BUGS = [
         "return tier != HOST or self._pins[self._in_host.of[key]] == 0",
         "return True",
     ),
-    bug("moving blocks are dropped", "if self._blocks[key].move is not None:", "if False:"),
+    bug(
+        "moving blocks are dropped",
+        "if block.move is not None or block.phase is Phase.LOADING:",
+        "if block.phase is Phase.LOADING:",
+    ),
+    bug(
+        "loading blocks are dropped",
+        "if block.move is not None or block.phase is Phase.LOADING:",
+        "if block.move is not None:",
+    ),
     bug(
         "slots of abandoned writes leak",
         "self._pins[block.slot] -= 1\n            self._free_slot(block)",
@@ -65,8 +75,26 @@ BUGS = [
     ),
     bug(
         "a copy starts during a load",
-        "if block.move is not None or source is None or",
-        "if source is None or",
+        "if block.phase is Phase.LOADING or source",
+        "if source",
+    ),
+    bug("a copy down cuts a read", "if block.slot is None:", "if not (block.slot or block.move):"),
+    bug(
+        "a load that fails takes its copy from under a copy down",
+        "if block.move is not None and block.move.source == move.source:",
+        "if False:",
+    ),
+    bug("what was found bad is read again", "and key not in copies.leaving", ""),
+    bug("what was found bad is kept", "if move.key in source.leaving:", "if False:"),
+    bug(
+        "what was found bad stays in the store",
+        "forget=not source.spec.shared, gone=True)\n\n    def _assert_lower",
+        "forget=False, gone=True)\n\n    def _assert_lower",
+    ),
+    bug(
+        "what a copy down reads is not known to be read",
+        "reading = (self._blocks[key].move, self._loads.get(key))",
+        "reading = (self._loads.get(key),)",
     ),
     bug(
         "blocks are readable while filling",
@@ -90,11 +118,15 @@ BUGS = [
     ),
     bug(
         "a failure leads to the next try",
-        "self._sort(move.key)\n            return",
-        "self._sort(move.key)\n            self._drain()\n            return",
+        "self._source_leaves(move)\n            return",
+        "self._source_leaves(move)\n            self._drain()\n            return",
     ),
     bug("no answer counts as not there", "if not source.paused:", "if True:"),
-    bug("a copy is lost while it is read", "if move is None or move.source != tier:", "if True:"),
+    bug(
+        "a copy is lost while it is read",
+        "reading = (self._blocks[key].move, self._loads.get(key))",
+        "reading = (self._blocks[key].move,)",
+    ),
     bug(
         "settle tells nobody",
         "in lease.loading))\n            self._touch(lease)\n            self._settled(lease)",
@@ -126,13 +158,8 @@ BUGS = [
     ),
     bug(
         "a lease tells the wrong source",
-        "lease.sources.append(block.move.source)",
+        "lease.sources.append(self._loads[key].source)",
         "lease.sources.append(HOST)",
-    ),
-    bug(
-        "a move starts of what is moving already",
-        "if block.slot is None and block.move is None:",
-        "if block.slot is None:",
     ),
     bug("a failed load frees no slot", "self._free_slot(block)\n            source", "source"),
     bug(

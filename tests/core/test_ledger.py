@@ -8,7 +8,17 @@ import pytest
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.cascade import LOOK
-from kvtier.core.ledger import HOST, Forget, Gone, Held, Ledger, Move, Settled, TierUsage
+from kvtier.core.ledger import (
+    HOST,
+    Effect,
+    Forget,
+    Gone,
+    Held,
+    Ledger,
+    Move,
+    Settled,
+    TierUsage,
+)
 from kvtier.core.policy import LRU, NO_USE, Use
 from kvtier.core.tiers import Tier, TierSpec
 from tests.core.driver import (
@@ -22,6 +32,8 @@ from tests.core.driver import (
     three_tiers,
     with_disk,
 )
+
+SHARED = 2
 
 # --- set up -------------------------------------------------------------------------------
 
@@ -306,15 +318,85 @@ def test_the_beginning_of_a_prompt_takes_the_slots_of_its_end():
     assert Settled(lease.id) in node.end_moves()
 
 
-def test_a_block_on_its_way_between_two_lower_tiers_is_a_miss_for_now():
+def being_shared(path: list[BlockKey]) -> Node:
+    """`path` lies on disk, as after a restart, and all of it is on its way to the shared store."""
     node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
-    node.ledger.found(DISK, [(prompt("a")[0], NBYTES)])
+    node.ledger.found(DISK, [(key, NBYTES) for key in path])
     node.ledger.drain_all(on=True)
     node.effects()
-    assert [move[1:3] for move in node.moves] == [(1, 2)]
-    assert node.ledger.read(1, prompt("a")).keys == []
+    assert [move[1:3] for move in node.moves] == [(DISK, SHARED)] * len(path)
+    return node
+
+
+def ended(node: Node, target: int, *, ok: bool = True) -> list[Effect]:
+    """End the one move into `target`."""
+    (move,) = (each for each in node.moves if each.target == target)
+    node.moves.remove(move)
+    node.ledger.moved(move, ok, NBYTES)
+    return node.effects()
+
+
+@pytest.mark.parametrize("first", [HOST, SHARED])
+def test_a_block_on_its_way_between_two_lower_tiers_is_read_beside_it(first: int):
+    """Whichever ends first: both only read the copy that they share."""
+    path = prompt("a")
+    node = being_shared(path)
+    lease = node.ledger.read(1, path)
+    assert (lease.keys, lease.sources) == (path, [DISK])
+    node.effects()
+    ended(node, first)
+    assert (Settled(lease.id) in ended(node, SHARED - first)) == (first == SHARED)
+    node.ledger.release(lease.id)
+    node.effects()
+    assert [key for tier in node.ledger.held() for key in tier] == path * 3
+
+
+def test_what_is_read_and_copied_at_once_makes_no_room_until_both_have_ended():
+    path = prompt("a")
+    for first in (HOST, SHARED):
+        node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 1), spec(Tier.SHARED, 8))
+        node.ledger.found(DISK, [(path[0], NBYTES)])
+        node.effects()
+        node.ledger.release(node.ledger.read(1, path).id)
+        node.effects()
+        ended(node, first)
+        node.ledger.found(DISK, [(prompt("x")[0], NBYTES)])  # would take its place
+        assert Forget(prompt("x")[0], DISK) in node.effects()
+        assert node.ledger.clear(DISK) == 0
+        ended(node, SHARED - first)
+        node.ledger.found(DISK, [(prompt("x")[0], NBYTES)])
+        assert Gone(path[0], DISK) in node.effects()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copy_that_a_load_found_bad_is_given_up_once_nobody_reads_it(copied: bool):
+    path = prompt("a")
+    node = being_shared(path)
+    lease = node.ledger.read(1, path)
+    node.effects()
+    ended(node, HOST, ok=False)
+    assert (lease.keys, node.held(path)) == ([], (0, 0, 0)), "from now on it is a miss"
+    again = node.ledger.write(1, path)
+    assert again.keys == path, "and may be computed again"
+    effects = ended(node, SHARED, ok=copied)
+    assert {Forget(path[0], DISK), Gone(path[0], DISK)} <= {*effects}
+    node.ledger.commit(again.id)
+    node.effects()
     node.rest()
-    assert node.ledger.read(1, prompt("a")).keys == prompt("a")
+    assert [node.ledger.held()[tier] for tier in (HOST, SHARED)] == [path, path]
+
+
+def test_a_load_from_a_paused_tier_that_fails_beside_a_copy_says_nothing_about_it():
+    path = prompt("a")
+    node = being_shared(path)
+    lease = node.ledger.read(1, path)
+    node.effects()
+    node.ledger.pause(DISK)
+    ended(node, HOST, ok=False)
+    ended(node, SHARED, ok=False)
+    node.ledger.resume(DISK)
+    assert lease.keys == []
+    assert node.held(path) == (0, 1, 0)
 
 
 def test_what_the_engine_has_already_is_not_read_but_becomes_warm():
@@ -386,20 +468,14 @@ def test_a_move_is_reported_once():
 
 
 def test_what_a_read_could_not_take_is_not_held():
-    """The root is between two lower tiers, so the read ends before the block in host."""
-    node = Node(spec(Tier.HOST, 4, 4), spec(Tier.DISK, 8, 8), spec(Tier.SHARED, 8))
-    node.save(prompt("ab"))
-    node.ledger.drain_all(on=True)
-    node.effects()
-    node.end_moves()  # to the disk, and on
-    node.rest()
-    node.ledger.clear(HOST)
-    node.ledger.clear(2)
-    node.effects()
+    """There is no slot for the root, so the read ends before the block in host."""
+    node = Node(spec(Tier.HOST, 1, 1), spec(Tier.DISK, 8, 8))
+    lowered(node, prompt("a"))
     node.save(prompt("b"))
-    lease = node.ledger.read(1, [prompt("ab")[0], prompt("b")[0]])
-    assert [move[1:3] for move in node.moves if move.key == b"a"] == [(1, 2)]
-    assert lease.keys == []
+    other = node.ledger.read(2, prompt("b"))
+    lease = node.ledger.read(1, [prompt("a")[0], prompt("b")[0]])
+    assert (lease.keys, other.keys) == ([], prompt("b"))
+    node.ledger.release(other.id)
     node.effects()
     node.rest()
     assert node.ledger.clear(HOST) == 1

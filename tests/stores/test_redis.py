@@ -12,7 +12,7 @@ import redis
 
 from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.metrics import REGISTRY
-from kvtier.stores.base import Store
+from kvtier.stores.base import BROKEN, Store
 from kvtier.stores.redis import connection
 from kvtier.stores.redis.breaker import FAILURES
 from kvtier.stores.redis.parts import MAX_FRAME_NBYTES, PART_NBYTES
@@ -79,8 +79,6 @@ def test_a_frame_lies_under_its_namespace_s_and_layout_s_name(
             with closing(other):
                 assert other.read([key("a")]) == [None]
                 assert other.count([key("a")]) == 0
-                other.delete([key("a")])
-                assert store.count([key("a")]) == 1
 
 
 def test_frames_die_unless_they_are_read(server: ValkeyServer, admin: redis.Redis) -> None:
@@ -109,9 +107,8 @@ def test_a_large_frame_lies_in_values_that_never_block_the_server_for_long(
         lengths = [admin.strlen(name) for name in admin.keys("*")]
         assert sum(lengths) > 40 * MIB
         assert max(lengths) <= PART_NBYTES + ENVELOPE_NBYTES
-        store.delete([key("large")])
-        assert store.read([key("large"), key("small")]) == [None, content("small", 20 * MIB + 1)]
-        assert len(admin.keys()) == len(lengths) / 2
+        names = ["small", "large"]
+        assert store.read([key(n) for n in names]) == [content(n, 20 * MIB + 1) for n in names]
         assert store.write(frames(["small"], 100)) == [True]
         assert store.read([key("small")]) == [content("small", 100)]
 
@@ -132,15 +129,18 @@ def test_existence_is_asked_in_growing_steps_up_to_the_first_miss(
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_frame_that_lost_a_part_is_a_miss_and_is_written_again(
+def test_a_frame_that_lost_a_part_is_said_to_be_broken_and_may_be_written_again(
     server: ValkeyServer, admin: redis.Redis, lost: int
 ) -> None:
-    """Such as one that the server evicted. Else it would count as there for ever."""
+    """Such as one that the server evicted. It counts as there, so its reader must hear of it."""
     with closing(store_at(server.url)) as store:
         store.write(frames(["a", "b"], 5 * MIB))
         admin.delete(name_of("a", lost))
-        assert store.read([key("b"), key("a")]) == [content("b", 5 * MIB), None]
-        assert store.count([key("a")]) == 0
+        left = sorted(admin.keys())
+        expected = BROKEN if lost else None
+        assert store.read([key("b"), key("a")]) == [content("b", 5 * MIB), expected]
+        assert store.count([key("a")]) == (1 if lost else 0)
+        assert sorted(admin.keys()) == left, "what is shared was removed"
         assert store.write(frames(["a"], 5 * MIB)) == [True]
         assert store.read([key("a")]) == [content("a", 5 * MIB)]
 
@@ -153,18 +153,40 @@ def test_parts_of_two_writes_are_never_put_together(
         older = admin.get(name_of("a", 1))
         store.write(frames(["a"], 5 * MIB))
         admin.set(name_of("a", 1), older)
-        assert store.read([key("a")]) == [None]
+        assert store.read([key("a")]) == [BROKEN]
 
 
-@pytest.mark.parametrize("value", [b"", b"short", b"x" * 40, b"KVTP" + b"\xff" * 60])
-def test_a_value_that_is_no_part_of_a_frame_is_a_miss(
-    server: ValkeyServer, admin: redis.Redis, value: bytes
+@pytest.mark.parametrize("value", [b"", b"short", b"x" * 40, b"KVTP" + b"\xff" * 60, ["list"]])
+def test_a_value_that_is_no_part_of_a_frame_is_broken(
+    server: ValkeyServer, admin: redis.Redis, value: bytes | list[str]
 ) -> None:
     with closing(store_at(server.url)) as store:
-        admin.set(name_of("a"), value)
+        if isinstance(value, list):
+            admin.rpush(name_of("a"), *value)
+        else:
+            admin.set(name_of("a"), value)
         store.write(frames(["b"]))
-        assert store.read([key("a"), key("b")]) == [None, content("b", 1000)]
-        assert store.count([key("a")]) == 0
+        assert store.read([key("a"), key("b")]) == [BROKEN, content("b", 1000)]
+        assert store.write(frames(["a"])) == [True]
+        assert store.read([key("a")]) == [content("a", 1000)]
+
+
+def test_nothing_that_a_node_calls_removes_a_value(
+    server: ValkeyServer, admin: redis.Redis
+) -> None:
+    """By the server's own count of commands; only a person's `kvtier purge` removes."""
+    admin.config_resetstat()
+    with closing(store_at(server.url)) as store:
+        store.write(frames(["a", "b"], 5 * MIB))
+        admin.set(name_of("a", 1), b"damaged")
+        assert store.read([key("a"), key("b"), key("c")]) == [BROKEN, content("b", 5 * MIB), None]
+        store.delete([key("a"), key("b"), key("c")])
+        assert store.count([key("a"), key("b")]) == 2
+        assert [*store.scan()] == []
+    assert len(admin.keys()) == 6
+    removing = ("unlink", "del", "getdel", "flushdb", "flushall", "eval", "rename", "expireat")
+    done = admin.info("commandstats")
+    assert [name for name in removing if f"cmdstat_{name}" in done] == []
 
 
 # Bad settings, and secrets
@@ -297,22 +319,31 @@ def test_a_full_server_refuses_and_recovers() -> None:
         assert store.read([key(n) for n in range(10)]) == [
             content(n, 2**20) if n in names else None for n in range(10)
         ]
-        store.delete([key(n) for n in names])
+        with redis.Redis.from_url(server.url, protocol=2) as admin:
+            admin.flushall()
         wait_until(lambda: store.write(frames(["new"], 2**20)) == [True])
         store.close()
 
 
-def test_a_full_server_keeps_no_part_of_what_it_refused() -> None:
-    """Nobody could ever read it, and it would take the room of others for as long as `ttl_s`."""
-    with ValkeyServer(maxmemory=14 * MIB) as server, closing(store_at(server.url)) as store:
+def test_parts_of_what_a_full_server_refused_die_soon() -> None:
+    """Nobody could ever read them, and they would take the room of others as long as `ttl_s`."""
+    with (
+        ValkeyServer(maxmemory=14 * MIB) as server,
+        closing(store_at(server.url, ttl_s=100_000)) as store,
+        redis.Redis.from_url(server.url, protocol=2) as admin,
+    ):
         assert store.write(frames(["a", "large"], 9 * MIB)) == [True, False]
         assert store.read([key("a"), key("large")]) == [content("a", 9 * MIB), None]
-        with redis.Redis.from_url(server.url, protocol=2) as admin:
-            assert len(admin.keys()) == 5
+        kept = {name_of("a", part).encode() for part in range(5)}
+        assert min(admin.ttl(name) for name in kept) > 90_000
+        left = set(admin.keys()) - kept
+        assert left <= {name_of("large", part).encode() for part in range(1, 5)}
+        assert all(0 < admin.ttl(name) <= 60 + 12 for name in left)
         refused = REGISTRY.get_sample_value("kvtier_store_refused_total", {"tier": "shared"})
         assert refused
-        store.delete([key("a")])
+        admin.delete(*kept)
         wait_until(lambda: store.write(frames(["large"], 9 * MIB)) == [True])
+        assert min(admin.ttl(name) for name in admin.keys("*")) > 90_000
 
 
 def test_a_server_that_is_loading_gives_no_answer_until_it_has_loaded(tmp_path: Path) -> None:

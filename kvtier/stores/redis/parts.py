@@ -17,7 +17,6 @@ of a key are never put together: their tags differ.
 """
 
 import struct
-from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from kvtier.stores.base import Parts
@@ -133,20 +132,6 @@ class PartSink:
         self._assembly.came(self._index)
 
 
-def parts_of(envelope: bytes) -> int:
-    """How many parts a head speaks of; 1 where it is none that can be read."""
-    if len(envelope) < ENVELOPE_NBYTES:
-        return 1
-    magic, version, number, count, _, total = _ENVELOPE.unpack(envelope[:ENVELOPE_NBYTES])
-    known = (magic, version, number) == (MAGIC, VERSION, 0) and total <= MAX_FRAME_NBYTES
-    return count if known and count == count_of(total) else 1
-
-
 def part_name(head: bytes, index: int) -> bytes:
-    """The key of part `index`, whose head is at `head`."""
+    """The key of part `index`, whose head is at `head`; in the same slot of a cluster."""
     return b"%b:%d" % (head, index) if index else head
-
-
-def names(head: bytes, count: int) -> Sequence[bytes]:
-    """The keys of a frame's values; all lie in one slot of a cluster."""
-    return [part_name(head, index) for index in range(count)]

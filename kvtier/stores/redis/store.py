@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Final
 
 from kvtier import metrics
@@ -11,7 +12,7 @@ from kvtier.config import RedisConfig, redis_url, sentinel_password
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.errors import ConfigError, StoreUnavailable
-from kvtier.stores.base import Parts
+from kvtier.stores.base import BROKEN, Parts
 from kvtier.stores.redis.address import Login, parse, tls_context
 from kvtier.stores.redis.connection import Ask, Deadline, Options
 from kvtier.stores.redis.parts import (
@@ -22,16 +23,15 @@ from kvtier.stores.redis.parts import (
     Part,
     PartSink,
     count_of,
-    names,
     part_name,
-    parts_of,
     split,
 )
-from kvtier.stores.redis.resp import ENVELOPE_NBYTES, ReplyError, room
+from kvtier.stores.redis.resp import Reply, ReplyError, room
 from kvtier.stores.redis.servers import Servers
 
 FORMAT: Final = 2  # of the keys and of what lies under them
 ROUND_NBYTES: Final = 8 * 2**20  # that may take `timeout_s`
+_STAGED_S: Final = 60  # that a part lives beyond its write's deadline before its frame is whole
 _FIRST_COUNT: Final = 16  # keys asked for in the first round trip of `count`
 _MOST_COUNT: Final = 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -53,6 +53,7 @@ class RedisStore:
         self._target = parse(redis_url(config))
         self._servers = connect(config)
         self._root = f"{root(config, config.namespace)}{layout_id}:".encode()
+        self._ttl_s = config.ttl_s
         self._ttl = b"%d" % config.ttl_s
         self._timeout_s = config.timeout_s
         room(0)  # loads what it needs now, and not at the first read
@@ -92,17 +93,11 @@ class RedisStore:
         for ask in (*asks, *more):
             if isinstance(ask.reply, ReplyError) and ask.reply.code != "WRONGTYPE":
                 raise self._unavailable(ask.reply)
-        whole = [assembly.frame() for assembly in found]
-        broken = [
-            key
-            for key, head, frame in zip(keys, asks[::count], whole, strict=True)
-            if frame is None and isinstance(head.reply, bytes)
-        ]
-        if broken:
-            metrics.REDIS_INCOMPLETE.inc(len(broken))
-            self.delete(broken)  # or nobody would ever write them again
         self._frame_nbytes = max((each.nbytes for each in found), default=0) or expected
-        return [*whole]
+        return [
+            frame if (frame := assembly.frame()) is not None else _missed(head.reply)
+            for assembly, head in zip(found, asks[::count], strict=True)
+        ]
 
     def count(self, keys: Sequence[BlockKey]) -> int:
         """See `Store.count`; asks for few keys first, as most chains end early."""
@@ -122,23 +117,7 @@ class RedisStore:
         return counted
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
-        """See `Store.delete`. For all nodes: a node asks for it only where a frame is corrupt."""
-        deadline = self._deadline(0)
-        last = b"%d" % (ENVELOPE_NBYTES - 1)
-        heads = [self._name(key) for key in keys]
-        looks = [Ask(name, [b"GETRANGE", name, b"0", last]) for name in heads]
-        self._servers.run(looks, deadline)
-        counts = [parts_of(ask.reply) if isinstance(ask.reply, bytes) else 1 for ask in looks]
-        # One by one: of keys in a slot that is moving, a cluster takes no two together.
-        asks = [
-            Ask(name, [b"UNLINK", name])
-            for head, count in zip(heads, counts, strict=True)
-            for name in names(head, count)
-        ]
-        self._servers.run(asks, deadline)
-        for ask in asks:
-            if isinstance(ask.reply, ReplyError):
-                raise self._unavailable(ask.reply)
+        """See `Store.delete`: nothing, as the servers are shared. `purge` removes."""
 
     def scan(self) -> Iterator[tuple[BlockKey, int]]:
         """See `Store.scan`: nothing, as the servers are shared."""
@@ -151,30 +130,40 @@ class RedisStore:
     def _name(self, key: BlockKey) -> bytes:
         return b"%b{%b}" % (self._root, key.hex().encode())
 
-    def _deadline(self, nbytes: int) -> Deadline:
-        return Deadline(self._timeout_s * max(1.0, nbytes / ROUND_NBYTES))
+    def _seconds(self, nbytes: int) -> float:
+        return self._timeout_s * max(1.0, nbytes / ROUND_NBYTES)
 
-    def _set(self, name: bytes, part: Part) -> Ask:
-        return Ask(name, [b"SET", name, part.value, b"EX", self._ttl], sends=part.nbytes)
+    def _deadline(self, nbytes: int) -> Deadline:
+        return Deadline(self._seconds(nbytes))
 
     def _write_round(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
         heads: dict[int, Ask] = {}
         tails: dict[int, list[Ask]] = {}
+        seconds = self._seconds(sum(frame_nbytes(frame) for _, frame in frames))
+        deadline = Deadline(seconds)
+        staged = b"%d" % min(self._ttl_s, _STAGED_S + ceil(seconds))
         for index, (key, frame) in enumerate(frames):
             if frame_nbytes(frame) > MAX_FRAME_NBYTES:
                 continue
-            parts = split(frame, os.urandom(TAG_NBYTES))
-            heads[index], *tails[index] = [
-                self._set(name, part)
-                for name, part in zip(names(self._name(key), len(parts)), parts, strict=True)
+            head, *tail = split(frame, os.urandom(TAG_NBYTES))
+            name = self._name(key)
+            heads[index] = _set(name, head, self._ttl)
+            tails[index] = [
+                _set(part_name(name, n), part, staged) for n, part in enumerate(tail, 1)
             ]
-        deadline = self._deadline(sum(frame_nbytes(frame) for _, frame in frames))
-        # The head last: where it is, the whole frame is.
+        # The head last: where it is, the whole frame is. Without it the other parts are of no use
+        # to anybody, so they live long only once it is there.
         self._servers.run([ask for each in tails.values() for ask in each], deadline)
         whole = [index for index in heads if all(self._kept(ask) for ask in tails[index])]
         self._servers.run([heads[index] for index in whole], deadline)
-        kept = {index for index in whole if self._kept(heads[index])}
-        self._refused([index for index in heads if index not in kept], tails, deadline)
+        there = [index for index in whole if self._kept(heads[index])]
+        longer = {
+            index: [Ask(ask.name, [b"EXPIRE", ask.name, self._ttl]) for ask in tails[index]]
+            for index in there
+        }
+        self._servers.run([ask for each in longer.values() for ask in each], deadline)
+        kept = {index for index in there if all(self._lives(ask) for ask in longer[index])}
+        metrics.STORE_REFUSED.labels(Tier.SHARED.label).inc(len(heads) - len(kept))
         return [index in kept for index in range(len(frames))]
 
     def _get(self, key: BlockKey, assembly: Assembly, index: int, nbytes: int) -> Ask:
@@ -188,18 +177,25 @@ class RedisStore:
             raise self._unavailable(ask.reply)
         return not isinstance(ask.reply, ReplyError)
 
-    def _refused(
-        self, indices: Sequence[int], tails: dict[int, list[Ask]], deadline: Deadline
-    ) -> None:
-        """Count them, and take back the parts that found room: nobody could ever read them."""
-        if not indices:
-            return
-        metrics.STORE_REFUSED.labels(Tier.SHARED.label).inc(len(indices))
-        left = [ask.name for index in indices for ask in tails[index] if self._kept(ask)]
-        self._servers.run([Ask(name, [b"UNLINK", name]) for name in left], deadline)
+    def _lives(self, ask: Ask) -> bool:
+        if isinstance(ask.reply, ReplyError):
+            raise self._unavailable(ask.reply)
+        return ask.reply == 1
 
     def _unavailable(self, reply: ReplyError) -> StoreUnavailable:
         return StoreUnavailable(f"{self._target}: {reply}")
+
+
+def _set(name: bytes, part: Part, ttl: bytes) -> Ask:
+    return Ask(name, [b"SET", name, part.value, b"EX", ttl], sends=part.nbytes)
+
+
+def _missed(head: Reply) -> bytes | None:
+    """What a frame that is not whole counts as: not there, or there and in the way."""
+    if not isinstance(head, bytes | ReplyError):
+        return None
+    metrics.REDIS_INCOMPLETE.inc()
+    return BROKEN
 
 
 def _rounds(
