@@ -78,8 +78,10 @@ class Residency:
 
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
         """The warmest tier from `start` down that has `key` and answers."""
-        for tier, copies in enumerate(self._tiers[start:], start):
-            if key in copies and not copies.paused:
+        tiers = self._tiers
+        for tier in range(start, len(tiers)):
+            copies = tiers[tier]
+            if key in copies.sizes.shards[key[-1]] and not copies.paused:
                 return tier
         return None
 
@@ -157,7 +159,7 @@ class Residency:
         block = self._blocks[key]
         lowest = None
         for tier, copies in enumerate(self._tiers):
-            if key in copies.sizes:
+            if key in copies.sizes.shards[key[-1]]:
                 lowest = tier
         if lowest is None and block.slot is None:
             assert block.move is None
