@@ -31,8 +31,8 @@ from kvtier.core.effects import HOST, Forget, Move
 from kvtier.core.policy import Keep
 from kvtier.core.residency import Residency
 
-LOOK = 128  # candidates that one search for a victim, or for a block to drain, looks at
-HASTE = 32  # copies that one search starts besides, for what could not go
+LOOK = 64  # candidates that one search for a victim, or for a block to drain, looks at
+HASTE = 16  # copies that one search starts besides, for what could not go
 
 
 class Cascade(Residency):
@@ -149,6 +149,7 @@ class Cascade(Residency):
         victims: list[BlockKey] = []
         overdue: list[BlockKey] = []
         last_resort: list[BlockKey] = []
+        shards = self._blocks.shards
         refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
         for key in islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1):
             if self._may_go(key, tier):
@@ -158,7 +159,7 @@ class Cascade(Residency):
                 continue
             if refused and len(last_resort) < wanted and self._idle(key, tier, alone=True):
                 last_resort.append(key)
-            elif len(overdue) < HASTE and self._blocks[key].undrained_in == tier:
+            elif len(overdue) < HASTE and shards[key[-1]][key].undrained_in == tier:
                 overdue.append(key)
         return [*victims, *last_resort][:wanted], overdue
 
@@ -178,12 +179,14 @@ class Cascade(Residency):
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
-        if not self._idle(key, tier):
-            return False
         below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
         if tier == HOST:  # what a lower tier has is not undrained here: one look instead of many
-            lower = self._blocks[key].undrained_in != HOST
-            return lower or below is None or below.paused
+            block = self._blocks.shards[key[-1]][key]
+            if block.move is not None or (block.slot is not None and self._pins[block.slot]):
+                return False
+            return block.undrained_in != HOST or below is None or below.paused
+        if not self._idle(key, tier):
+            return False
         if any(key in copies for copies in self._tiers[tier + 1 :]):
             return True
         if any(key in copies for copies in self._tiers[:tier]):

@@ -248,7 +248,7 @@ class Ledger(Leases):
 
         Making room can drop its last copy; then it is a miss.
         """
-        taken = self._take_slots(min(1, len(self._free)))  # room was made for all that may go
+        taken = [self._free.pop()] if self._free else []  # room was made for all that may go
         while not taken and pinned:
             deepest = pinned.pop()
             self._unpin([deepest])

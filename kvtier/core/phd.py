@@ -15,29 +15,21 @@ and one more for shared prefixes: runs with several continuations, or at the roo
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from operator import attrgetter
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ghosts import Ghosts
-from kvtier.core.hazards import BIN_OF, BINS, END_OF, MAX_AGE, TRUSTED, Hazards
+from kvtier.core.hazards import Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
+from kvtier.core.victims import Victims
 
-SAMPLE: Final = 32  # runs that are compared to find a victim, at least; at most twice as many
 GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys are here
-POOR: Final = 16
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
 CYCLE: Final = 128  # requests between two looks at what a class has learned
-_NO_INDEX: Final = [[0.0] * BINS] * (SHARED + 1)
-_STEPS: Final = 64  # that one look for the least recent run, or one touch, takes in its queue
-_MOST: Final = 1 << 20  # uses in that queue
-_used = attrgetter("seq")
 
 
 class PHD:
@@ -47,16 +39,9 @@ class PHD:
         self._forest = Forest()
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
         self._ghosts = Ghosts()
-        self._now = 0.0
-        self._moving = False  # whether the clock has ever moved: without one, LRU's order
+        self._victims = Victims(self._forest, self._hazards)
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
-        self._turn = 0  # where the next sample begins
-        self._poor: list[Run] = []  # of earlier samples, the next to go
-        self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
-        self._victim: Run | None = None  # goes on being given up until something is touched
-        # Runs in the order of their uses: LRU's, as long as little was learned.
-        self._recent: deque[Run] = deque()
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and BlockKey(key) in self._forest.of
@@ -74,14 +59,7 @@ class PHD:
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
         keys = [*dict.fromkeys(path)]
-        if use.now > self._now:
-            self._moving = self._moving or self._turn > 0
-            self._now = use.now
-        self._victim = None
-        self._turn += 1
-        if self._compared is not None:
-            self._poor = self._next_to_go(*self._compared)
-            self._compared = None
+        self._victims.touched(use.now)
         if use.request is None:
             self._enter(keys)
             return
@@ -99,8 +77,12 @@ class PHD:
             end = self._unknown_until(keys, i)
             if end > i:
                 above = self._forest.add(keys[i:end], above)
-                above.cls, above.t, above.seq = _kind(0, None), self._now, self._turn
-                self._note([above])
+                above.cls, above.t, above.seq = (
+                    _kind(0, None),
+                    self._victims.now,
+                    self._victims.turn,
+                )
+                self._victims.used([above])
             i = end
 
     def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
@@ -122,19 +104,7 @@ class PHD:
             above.new = new
             used += added
             runs, i = self._forest.walk(keys, end, above)
-        self._note(used)
-
-    def _note(self, runs: list[Run]) -> None:
-        """Runs of one path were used, or came; those above others count as used after them."""
-        recent = self._recent
-        if self._hazards.uses < TRUSTED and len(recent) < _MOST:
-            for run in reversed(runs):
-                if run.seq == self._turn:
-                    recent.append(run)
-                    run.queued += 1
-        elif recent:
-            for _ in range(min(_STEPS, len(recent))):
-                recent.popleft()
+        self._victims.used(used)
 
     def _new(self, keys: list[BlockKey], runs: list[Run], known: int, request: int) -> int:
         """How many blocks of this request nobody had asked for, as far as it was told."""
@@ -157,10 +127,10 @@ class PHD:
             if run.cls != SHARED and run.cls % 9 != kind:
                 cls = run.cls - run.cls % 9 + kind
                 if run.open:
-                    self._hazards.moved(run.cls, cls, run.t, self._now)
+                    self._hazards.moved(run.cls, cls, run.t, self._victims.now)
                 run.cls = cls
             return run
-        now = self._now
+        now = self._victims.now
         if run.request is None:
             gap = self._gaps(run.blocks)[0]
         else:
@@ -172,7 +142,7 @@ class PHD:
             run.cls = SHARED
         else:
             run.cls = gap + kind
-        run.t, run.seq, run.request, run.open = now, self._turn, request, False
+        run.t, run.seq, run.request, run.open = now, self._victims.turn, request, False
         run.until = -math.inf
         if (
             above is not None
@@ -204,16 +174,16 @@ class PHD:
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
-            above.cls, above.t, above.seq = gaps[i] + kind, self._now, self._turn
+            above.cls, above.t, above.seq = gaps[i] + kind, self._victims.now, self._victims.turn
             above.request, above.open = request, True
-            self._hazards.opened(above.cls, self._now)
+            self._hazards.opened(above.cls, self._victims.now)
             runs.append(above)
             i = end
         return runs
 
     def _gaps(self, keys: list[BlockKey]) -> list[int]:
         """By key, the part of the class that says when it was last used; they are no ghosts now."""
-        shards, now = self._ghosts.shards, self._now
+        shards, now = self._ghosts.shards, self._victims.now
         gaps = [0] * len(keys)
         for i, key in enumerate(keys):
             if key in shards[key[-1]] and (ghost := self._ghosts.take(key)) is not None:
@@ -238,7 +208,7 @@ class PHD:
         if rest or turn > SHARED + 1:
             return
         if turn <= SHARED:
-            self._hazards.turn(turn, self._now)
+            self._hazards.turn(turn, self._victims.now)
         else:
             self._hazards.rebuild_pool()
 
@@ -250,13 +220,7 @@ class PHD:
         if run is None:
             return
         if not run.blocks:
-            if run is self._victim:
-                self._victim = None
-            self._turn += 1
-            above = self._forest.parent(run)
-            if above is not None and above.seq == run.seq and self._recent and not above.queued:
-                self._recent.appendleft(above)  # it came from a split
-                above.queued = 1
+            self._victims.emptied(run, self._forest.parent(run))
         if run.request is not None:
             here = self._forest.size
             limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
@@ -264,94 +228,8 @@ class PHD:
             self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
-        """See `EvictionPolicy.coldest`; O(SAMPLE) a run.
-
-        The first run is the worst of a sample, and stays so until something is touched.
-        """
-        passed: set[Run] = set()
-        freed: dict[Run, int] = {}  # children that were passed
-        bared: list[Run] = []  # runs of which all children were
-        run = self._victim
-        if run is None or run.place < 0:
-            run = self._sampled(passed, bared)
-        while run is not None:
-            passed.add(run)
-            whole = True
-            if keep is None:
-                self._victim = self._victim or run
-                yield from reversed(run.blocks)
-            else:
-                for key in reversed(run.blocks):
-                    if keep(key):
-                        whole = False
-                        break
-                    self._victim = self._victim or run
-                    yield key
-            above = self._forest.parent(run)
-            if whole and above is not None:
-                freed[above] = freed.get(above, 0) + 1
-                if freed[above] == above.children:
-                    bared.append(above)
-            run = self._sampled(passed, bared)
-
-    def _sampled(self, passed: set[Run], bared: list[Run]) -> Run | None:
-        """The run with the lowest index among some leaves, and all of `bared`.
-
-        As long as little was learned, the one that was not used for longest.
-        """
-        leaves = self._forest.leaves
-        if self._hazards.uses < TRUSTED and (oldest := self._least_recent(passed, bared)):
-            return oldest
-        step = len(leaves) // SAMPLE
-        if step > 1:
-            # Evenly spread over the array, from another place each time.
-            first = (self._turn + len(passed)) * 40_503 % 65_536 * step >> 16
-            runs = leaves[first::step]
-            runs += [run for run in self._poor if run.place >= 0 and run.place % step != first]
-            worst = self._worst(runs + bared, passed)
-            if worst is not None:
-                return worst
-        return self._worst(leaves + bared, passed)
-
-    def _least_recent(self, passed: set[Run], bared: list[Run]) -> Run | None:
-        """The run among all leaves and `bared`, None: not found in few steps."""
-        recent = self._recent
-        for _ in range(min(_STEPS, len(recent))):
-            if recent[0].blocks and recent[0].queued == 1:
-                break
-            recent.popleft().queued -= 1
-        met: dict[Run, int] = {}
-        for run in islice(recent, _STEPS):
-            if run.queued > 1:
-                met[run] = met.get(run, 0) + 1
-                if met[run] < run.queued:
-                    continue
-            if run.place >= 0 and run.blocks and run not in passed:
-                return min([run, *(each for each in bared if each not in passed)], key=_used)
-        return None
-
-    def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
-        """The first of `runs` to give up; those next to it are compared again later."""
-        index, now = self._hazards.index, self._now
-        if not self._moving or self._hazards.uses < TRUSTED:
-            index = _NO_INDEX
-        if passed:
-            runs = [run for run in runs if run not in passed]
-        if not runs:
-            self._compared = [], []
-            return None
-        worths = [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
-        self._compared = runs, worths
-        least = min(worths)
-        if worths.count(least) == 1:
-            return runs[worths.index(least)]
-        return min([runs[i] for i, worth in enumerate(worths) if worth == least], key=_used)
-
-    def _next_to_go(self, runs: list[Run], worths: list[float]) -> list[Run]:
-        """Those of a sample that are worth least; numbers are sorted faster than tuples."""
-        limit = sorted(worths)[POOR] if len(runs) > POOR else math.inf
-        poor = [(worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit]
-        return [runs[i] for _, _, i in sorted(poor)[: POOR + 1]]
+        """See `EvictionPolicy.coldest`, and `Victims.coldest`."""
+        return self._victims.coldest(keep)
 
     # --- kept over a restart ----------------------------------------------------------
 
@@ -382,14 +260,6 @@ def _gap(seconds: float) -> int:
 def _kind(new: int, output: int | None) -> int:
     out = EXPECTED_OUTPUT if output is None else output
     return (0 if new <= 3 else 3 if new <= 15 else 6) + (0 if out < 20 else 1 if out < 150 else 2)
-
-
-def _aged(run: Run, now: float) -> int:
-    """The bin of the age of `run`, which keeps it until it is another one."""
-    age = int(now - run.t)
-    run.bin = BIN_OF[age] if age < MAX_AGE else BINS - 1
-    run.until = run.t + END_OF[run.bin]
-    return run.bin
 
 
 def _same(gaps: list[int], start: int) -> int:

@@ -79,8 +79,11 @@ class Residency:
 
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
         """The warmest tier from `start` down that has `key`, answers, and goes on having it."""
-        for tier, copies in enumerate(self._tiers[start:], start):
-            if key in copies and not copies.paused and key not in copies.leaving:
+        tiers = self._tiers
+        for tier in range(start, len(tiers)):
+            copies = tiers[tier]
+            held = key in copies.sizes.shards[key[-1]]
+            if held and not copies.paused and key not in copies.leaving:
                 return tier
         return None
 
@@ -158,7 +161,7 @@ class Residency:
         block = self._blocks[key]
         lowest = None
         for tier, copies in enumerate(self._tiers):
-            if key in copies.sizes:
+            if key in copies.sizes.shards[key[-1]]:
                 lowest = tier
         if lowest is None and block.slot is None:
             assert block.move is None

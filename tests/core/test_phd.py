@@ -9,6 +9,7 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.hazards import BINS, MAX_AGE, TRUSTED, Hazards, index
 from kvtier.core.phd import GHOSTS, PHD
 from kvtier.core.policy import LRU, EvictionPolicy, Use
+from kvtier.core.victims import FRESH, HIDDEN
 from kvtier.testing.policies import PolicyTests, path
 
 
@@ -273,3 +274,36 @@ def test_paths_in_any_order_and_with_repeats_never_tangle_it() -> None:
             policy.remove(key)
         assert len(policy) == 0
         assert [*policy.coldest()] == []
+
+
+def test_a_search_that_meets_many_runs_that_cannot_go_takes_few_samples(monkeypatch):
+    cache = Cache(PHD(), 6000)
+    returning_users(cache.policy, capacity=6000)
+    policy, samples = cache.policy, 0
+    sampled = policy._victims._sampled
+
+    def counted(*args):
+        nonlocal samples
+        samples += 1
+        return sampled(*args)
+
+    monkeypatch.setattr(policy._victims, "_sampled", counted)
+    met = [key for key, _ in zip(policy.coldest(), range(1000), strict=False)]
+    assert len(set(met)) == 1000
+    assert len({id(policy._forest.of[key]) for key in met}) > 3 * FRESH  # one sample each, before
+    assert samples <= FRESH
+    # Where everything is pinned it looks at a bounded number of runs, and finds nothing.
+    looked: list[BlockKey] = []
+    assert not [*policy.coldest(lambda key: not looked.append(key))]
+    assert len(looked) == HIDDEN < len(policy._forest.leaves)
+
+
+def test_a_whole_order_has_every_key_once_and_no_parent_before_its_child():
+    policy = PHD()
+    returning_users(policy, capacity=3000)
+    order = [*policy.coldest()]
+    assert len(order) == len({*order}) == len(policy)
+    place = {key: i for i, key in enumerate(order)}
+    for key in order:
+        below = BlockKey(key[:8] + bytes([key[8] + 1]))
+        assert place.get(below, -1) < place[key]
