@@ -35,6 +35,22 @@ ENCODED_BLOCKS = _counter(
     "encoded_blocks", "Blocks encoded for a tier, by the codec of their frame", "tier", "codec"
 )
 CODEC_CHANGES = _counter("codec_changes", "Times that `auto` went over to a codec", "tier", "codec")
+STORE_SPEED = _gauge(
+    "store_bytes_per_second",
+    "A tier's store as `auto` reckons with it, in raw blocks",
+    "tier",
+    "way",
+)
+CODEC_SPEED = _gauge(
+    "codec_bytes_per_second",
+    "A codec on a thread as `auto` reckons with it",
+    "tier",
+    "codec",
+    "way",
+)
+CODEC_RATIO = _gauge(
+    "codec_ratio", "Bytes of blocks by those of their payloads, so far", "tier", "codec"
+)
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
 DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
 DISK_WRITTEN_BYTES = _counter(

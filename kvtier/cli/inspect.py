@@ -72,3 +72,7 @@ async def _print_status(address: str, config: Config) -> None:
             codec = f"  {tier.codec}{' by auto' if tier.codec_chosen else ''}" if tier.codec else ""
             used, room = tier.used_bytes / 2**20, tier.capacity_bytes / 2**20
             print(f"  {name:7}{tier.blocks:8} blocks {used:10.1f} of {room:.1f} MiB{codec}{answer}")
+            if tier.measured_by:
+                write, read = tier.write_bytes_per_s / 1e9, tier.read_bytes_per_s / 1e9
+                by = {"probe": "a probe at the start"}.get(tier.measured_by, tier.measured_by)
+                print(f"          measured by {by}: {write:.3f} GB/s written, {read:.3f} read")

@@ -7,6 +7,7 @@ Buzen 1978). Only half the cores are counted on: the others are the engine's. Wi
 left this is the plain rule that a codec must save more of the store's time than it takes.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,6 +46,31 @@ class Cost:
     def of(self, nbytes: float) -> float:
         """Those of a frame of `nbytes`."""
         return self.block_s + nbytes * self.byte_s
+
+
+def median(timings: Sequence[Timing]) -> Timing:
+    """Of several timings of one codec, each figure by itself."""
+    return Timing(
+        timings[0].codec,
+        statistics.median(each.nbytes for each in timings),
+        statistics.median(each.encode_s for each in timings),
+        statistics.median(each.decode_s for each in timings),
+    )
+
+
+def line(rows: Sequence[tuple[float, float]]) -> Cost | None:
+    """The line of least squares through (bytes a frame, seconds a frame), no part below 0.
+
+    None where the frames are not of two sizes.
+    """
+    if len({nbytes for nbytes, _ in rows}) < 2:
+        return None
+    x = sum(nbytes for nbytes, _ in rows) / len(rows)
+    y = sum(seconds for _, seconds in rows) / len(rows)
+    spread = sum((nbytes - x) ** 2 for nbytes, _ in rows)
+    slope = sum((nbytes - x) * (seconds - y) for nbytes, seconds in rows) / spread
+    slope = min(max(slope, 0.0), y / x)
+    return Cost(y - slope * x, slope)
 
 
 @dataclass(frozen=True, slots=True)

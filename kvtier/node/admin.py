@@ -86,24 +86,24 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:
-    codecs = [("", False)]
-    codecs += [(each.codec_in_use.name, each.tuner is not None) for each in manager.lower]
+    tiers = [
+        node_pb2.TierStatus(
+            tier=TO_WIRE[spec.tier],
+            blocks=used.blocks,
+            used_bytes=used.nbytes,
+            capacity_bytes=spec.capacity,
+            available=available,
+        )
+        for spec, used, available in manager.usage()
+    ]
+    for tier, lower in zip(tiers[1:], manager.lower, strict=True):
+        tier.codec = lower.codec_in_use.name
+        tier.codec_chosen = lower.tuner is not None
+        if lower.tuner is not None and (measured := lower.tuner.measured):
+            tier.write_bytes_per_s, tier.read_bytes_per_s, tier.measured_by = measured
     return node_pb2.LayoutStatus(
         layout=manager.layout.describe(),
         leases=manager.leases,
         moves=manager.moves,
-        tiers=[
-            node_pb2.TierStatus(
-                tier=TO_WIRE[spec.tier],
-                blocks=used.blocks,
-                used_bytes=used.nbytes,
-                capacity_bytes=spec.capacity,
-                available=available,
-                codec=codec,
-                codec_chosen=chosen,
-            )
-            for (spec, used, available), (codec, chosen) in zip(
-                manager.usage(), codecs, strict=True
-            )
-        ],
+        tiers=tiers,
     )

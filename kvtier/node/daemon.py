@@ -4,6 +4,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,11 +22,12 @@ from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.probe import OpenTrial
 from kvtier.node.server import LocalServer
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
-from kvtier.stores.redis import RedisStore
+from kvtier.stores.redis import RedisStore, RedisTrial
 from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2_grpc
@@ -186,7 +188,9 @@ class NodeDaemon:
                 queue=disk.queue,
                 policy=POLICIES[disk.policy],
             )
-            lower = _lower_tier(Tier.DISK, layout, store, disk.codec, disk.threads, 1.0)
+            lower = _lower_tier(
+                Tier.DISK, layout, store, disk.codec, disk.threads, 1.0, store.trial
+            )
             tiers.append((spec, lower))
         if redis := self._config.redis:
             shared = RedisStore(redis, layout.id)
@@ -197,8 +201,9 @@ class NodeDaemon:
                 queue=redis.queue,
             )
             lower = _lower_tier(
-                Tier.SHARED, layout, shared, redis.codec, redis.threads, redis.retry_s
-            )
+                Tier.SHARED, layout, shared, redis.codec, redis.threads, redis.retry_s,
+                partial(RedisTrial, redis, layout.id),
+            )  # fmt: skip
             tiers.append((spec, lower))
 
     def counters(self) -> Mapping[str, float]:
@@ -245,11 +250,18 @@ class NodeDaemon:
 
 
 def _lower_tier(
-    tier: Tier, layout: BlockLayout, store: Store, codec: str, threads: int, retry_s: float
+    tier: Tier,
+    layout: BlockLayout,
+    store: Store,
+    codec: str,
+    threads: int,
+    retry_s: float,
+    open_trial: OpenTrial,
 ) -> LowerTier:
     if codec != AUTO:
         return LowerTier(tier, store, codecs.by_name(codec), threads, retry_s)
     tuner = Tuner(tier.label, layout, threads, cores_available())
+    tuner.probe(open_trial)
     return LowerTier(tier, tuner.metered(store), codecs.RAW, threads, retry_s, tuner)
 
 

@@ -61,6 +61,11 @@ class Pace:
                 self._add(self._nbytes / self._blocks, (now - self._since) / self._blocks)
             self._since, self._blocks, self._nbytes, self._spoiled = now, 0, 0, False
 
+    def expect(self, block_s: float) -> None:
+        """What a frame costs by itself, as another measurement had it: kept, and doubted."""
+        with self._lock:
+            self._block_s, self._block_at = block_s, self._clock()
+
     def cost(self) -> Cost:
         """Of a frame, of late. Asked only once it is `known`."""
         assert self.known

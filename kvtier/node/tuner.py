@@ -1,44 +1,58 @@
-"""Codec `auto`: measures codecs on the blocks that are saved, and the store on its own calls."""
+"""Codec `auto`: begins with what a probe says, then measures the blocks that are saved.
+
+The store is measured on its own calls, codecs on blocks that are about to be encoded.
+"""
 
 import contextlib
 import logging
-import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtier import metrics
-from kvtier.codec.auto import Device, Timing, choose, working
+from kvtier.codec.auto import Cost, Device, Timing, choose, median, working
 from kvtier.codec.base import Codec
 from kvtier.codec.codecs import CODECS, RAW
 from kvtier.codec.frame import frame_nbytes
-from kvtier.codec.measure import Measured, measure
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.errors import StoreUnavailable
 from kvtier.node.pace import Pace
+from kvtier.node.probe import OpenTrial, Probe, Probed, timed
 from kvtier.stores.base import Parts, Store
 
 PERIOD_S: Final = 30.0  # between two choices
-SAMPLES: Final = 3  # blocks that the first choice is made on
+SAMPLES: Final = 3  # blocks that the first choice on blocks is made on
 READ_BACK: Final = 2  # blocks of a batch, until enough was read
 _KEPT: Final = 5  # newest samples, whose median counts
 
 log = logging.getLogger(__name__)
 
 
+class Measured(NamedTuple):
+    """The store as it was reckoned with at the last choice: bytes of raw blocks a second.
+
+    `by` is "probe" until blocks were measured, then "blocks".
+    """
+
+    write: float
+    read: float
+    by: str
+
+
 class Tuner:
     """Chooses the codec of one tier of one layout; `codec` is the one in use, raw at first.
 
-    Only real KV says what a codec saves of it, so nothing is measured before the first blocks go
-    down: one of a batch is tried with every lossless codec, on the thread that is about to encode
-    it; three at first, then one a period. `metered` gives the store whose calls are measured.
-    Thread-safe.
+    A probe at the start times the store, and codecs on numbers that stand for KV; it makes the
+    first choice, unless blocks were faster. Only real KV says what a codec saves of it, so of
+    the first blocks that go down one of a batch is tried with every lossless codec, on the thread
+    that is about to encode it: three at first, then one a period. Chosen again is on these, as
+    soon as enough of the store's own calls are known, and then once a period. `metered` gives the
+    store whose calls are measured. Thread-safe.
 
     Args:
         name: The tier's label.
@@ -60,32 +74,59 @@ class Tuner:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.codec: Codec = RAW
+        self.measured: Measured | None = None
         self._name, self._layout = name, layout
         self._threads, self._cores = threads, cores
         self._working = working(threads, cores)
         self._period_s, self._clock = period_s, clock
         self._writes, self._reads = Pace(clock), Pace(clock)
+        self._probe: Probe | None = None
+        self._probed: Probed | None = None
         self._samples: dict[int, deque[Timing]] = {}
         self._sampled = 0
         self._due = float("-inf")
         self._measuring = threading.Lock()
 
     def metered(self, store: Store) -> Store:
-        """`store`, with its reads and writes measured."""
-        return _Metered(store, self._writes, self._reads)
+        """`store`, with its reads and writes measured; closing it ends the probe."""
+        return _Metered(store, self._writes, self._reads, self.close)
+
+    def probe(self, open_trial: OpenTrial) -> None:
+        """Begin to measure in the background, in what `open_trial` opens; at most once."""
+        assert self._probe is None
+        self._probe = Probe(
+            self._name, self._layout, self._working, open_trial, self.probed, self._clock
+        )
+        self._probe.start()
+
+    def probed(self, found: Probed) -> None:
+        """What a probe has measured: chosen by until blocks were."""
+        with self._measuring:
+            self._probed = found
+            self._writes.expect(found.write.block_s)
+            self._reads.expect(found.read.block_s)
+            if self._sampled < SAMPLES:
+                self._choose(found.timings)
+
+    def close(self) -> None:
+        """End the probe."""
+        if self._probe is not None:
+            self._probe.close()
 
     def offer(self, block: memoryview) -> None:
         """`block` (layout.nbytes bytes) is about to be encoded: maybe measure, maybe choose."""
-        waits_for_store = self._sampled >= SAMPLES and not self._known
-        if waits_for_store or self._clock() < self._due:
+        sampled = self._sampled >= SAMPLES
+        if sampled and self._cost() is None:  # until the store has shown enough
+            return
+        by_probe = self.measured is None or self.measured.by == "probe"
+        if self._clock() < self._due and not (by_probe and self._known):
             return
         if not self._measuring.acquire(blocking=False):
             return
         try:
             self._sample(block)
-            if self._sampled >= SAMPLES and self._known:
-                self._choose()
-                self._due = self._clock() + self._period_s
+            if self._sampled >= SAMPLES:
+                self._choose([median(each) for each in self._samples.values()])
         finally:
             self._measuring.release()
 
@@ -93,33 +134,33 @@ class Tuner:
     def _known(self) -> bool:
         return self._writes.known and self._reads.known
 
+    def _cost(self) -> tuple[Cost, Cost] | None:
+        """Of the store, each way: of real blocks where enough of them were seen."""
+        if self._known:
+            return self._writes.cost(), self._reads.cost()
+        return (self._probed.write, self._probed.read) if self._probed else None
+
     def _sample(self, block: memoryview) -> None:
         blocks = np.frombuffer(block, np.uint8).reshape(1, -1)
         with ThreadPoolExecutor(self._working, f"tune-{self._name}") as pool:
             for codec in CODECS:
-                if codec.exact:
-                    self._try(codec, blocks, pool)
+                if not codec.exact:
+                    continue
+                found = timed(codec, blocks, self._layout, self._working, pool, self._clock)
+                if found is None:
+                    self._samples.pop(codec.id, None)
+                else:
+                    self._samples.setdefault(codec.id, deque(maxlen=_KEPT)).append(found)
         self._sampled += 1
 
-    def _try(self, codec: Codec, blocks: npt.NDArray[np.uint8], pool: Executor) -> None:
-        """On as many threads as will work at once: they share an interpreter and its lock."""
-
-        def once(_: int) -> Measured | None:
-            return measure(codec, blocks, self._layout, rounds=1, clock=self._clock)
-
-        timings = [
-            Timing(codec, found.nbytes, found.encode[0], found.decode[0])
-            for found in pool.map(once, range(self._working))
-            if found is not None
-        ]
-        if timings:
-            self._samples.setdefault(codec.id, deque(maxlen=_KEPT)).append(_median(timings))
-        else:
-            self._samples.pop(codec.id, None)
-
-    def _choose(self) -> None:
-        device = Device(self._writes.cost(), self._reads.cost(), self._threads, self._cores)
-        timings = [_median(each) for each in self._samples.values()]
+    def _choose(self, timings: Sequence[Timing]) -> None:
+        if (cost := self._cost()) is None:
+            return
+        self._due = self._clock() + self._period_s if self._sampled >= SAMPLES else self._due
+        self._tell(*cost, timings)
+        if not timings:
+            return
+        device = Device(*cost, self._threads, self._cores)
         codec = choose(timings, self._layout.nbytes, device, self.codec)
         if codec is not self.codec:
             log.info(
@@ -128,21 +169,33 @@ class Tuner:
             metrics.CODEC_CHANGES.labels(self._name, codec.name).inc()
             self.codec = codec
 
+    def _tell(self, write: Cost, read: Cost, timings: Sequence[Timing]) -> None:
+        """What is reckoned with, for people."""
+        nbytes = self._layout.nbytes
+        by = "blocks" if self._known else "probe"
+        self.measured = Measured(
+            _rate(nbytes, write.of(nbytes)), _rate(nbytes, read.of(nbytes)), by
+        )
+        metrics.STORE_SPEED.labels(self._name, "write").set(self.measured.write)
+        metrics.STORE_SPEED.labels(self._name, "read").set(self.measured.read)
+        for each in timings:
+            names = self._name, each.codec.name
+            metrics.CODEC_RATIO.labels(*names).set(_rate(nbytes, each.nbytes))
+            metrics.CODEC_SPEED.labels(*names, "encode").set(_rate(nbytes, each.encode_s))
+            metrics.CODEC_SPEED.labels(*names, "decode").set(_rate(nbytes, each.decode_s))
 
-def _median(timings: Sequence[Timing]) -> Timing:
-    return Timing(
-        timings[0].codec,
-        statistics.median(each.nbytes for each in timings),
-        statistics.median(each.encode_s for each in timings),
-        statistics.median(each.decode_s for each in timings),
-    )
+
+def _rate(nbytes: int, by: float) -> float:
+    return nbytes / by if by > 0 else 0.0
 
 
 class _Metered:
     """`inner`, its reads and writes measured. See `Store`."""
 
-    def __init__(self, inner: Store, writes: Pace, reads: Pace) -> None:
-        self._inner, self._writes, self._reads = inner, writes, reads
+    def __init__(
+        self, inner: Store, writes: Pace, reads: Pace, closing: Callable[[], None]
+    ) -> None:
+        self._inner, self._writes, self._reads, self._closing = inner, writes, reads, closing
 
     def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
         """See `Store.write`."""
@@ -190,4 +243,5 @@ class _Metered:
 
     def close(self) -> None:
         """See `Store.close`."""
+        self._closing()
         self._inner.close()

@@ -75,3 +75,25 @@ class PlacingStore(Store, Protocol):
         A place may hold anything unless its frame is `Placed` and then proves whole.
         """
         ...
+
+
+class Trial(Protocol):
+    """A few frames at once in a place of a store's kind that are nobody's blocks, to time it by.
+
+    Used by one thread.
+
+    Raises:
+        StoreUnavailable: As a store says it; by any method but `close`.
+    """
+
+    def write(self, nbytes: int) -> bool:
+        """Write frames of `nbytes` each over those of before; False: there is no room."""
+        ...
+
+    def read(self, nbytes: int) -> bool:
+        """Read so much of each of the frames that were written; False: it is not there."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it took."""
+        ...

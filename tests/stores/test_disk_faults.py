@@ -418,3 +418,25 @@ def test_a_read_gets_all_of_a_frame_whatever_happens_to_it_meanwhile(tmp_path: P
             thread.join()
         assert wrong == []
         assert store.nbytes == bytes_on_disk(tmp_path) <= 60 * PAGE
+
+
+def test_a_trial_on_a_disk_that_fails_is_no_answer_and_leaves_its_slots_free(
+    tmp_path: Path,
+) -> None:
+    disk = Broken()
+    with opened(tmp_path, open_folder=disk.folder) as store:
+        trial = store.trial(32 << 10, 4)
+        assert trial.write(32 << 10)
+        for operation, use in (("write", trial.write), ("read", trial.read)):
+            disk.errors[operation] = errno.EIO
+            with pytest.raises(StoreUnavailable):
+                use(32 << 10)
+            disk.errors.clear()
+        trial.close()
+        assert all(store.write(frames(range(64))))
+    disk.errors["create"] = errno.EROFS
+    with opened(tmp_path / "new", open_folder=disk.folder) as store:
+        with pytest.raises(StoreUnavailable):
+            store.trial(32 << 10, 4)
+        disk.errors.clear()
+        assert all(store.write(frames(range(4))))

@@ -21,6 +21,7 @@ from kvtier.stores.disk.record import Header, record_nbytes
 _SEGMENTS: Final = 256  # about as many files, whatever the capacity
 _RECORDS: Final = 16  # in a segment, where the capacity is large enough for it
 _MOST_SLOTS: Final = 2**20  # of a segment
+_WASTE: Final = 0.125  # of a slot, by a record that is smaller
 _RECENT: Final = 64  # record sizes remembered, to choose a slot's size
 
 
@@ -89,21 +90,24 @@ class Space:
         """How many bytes of frames of that size fit."""
         return self.capacity // record_nbytes(frame_nbytes) * frame_nbytes
 
-    def take(self, nbytes: int, *, waste: float = 0.125) -> Place | None:
+    def take(self, nbytes: int, *, waste: float = _WASTE) -> Place | None:
         """The smallest free slot for a record that wastes at most that share of itself."""
         self._recent.append(nbytes)
         fits = [
             segment
             for segment in self.segments.values()
-            if segment.free
-            and not segment.closed
-            and nbytes <= segment.shape.slot_nbytes
-            and segment.shape.slot_nbytes * (1 - waste) <= nbytes
+            if segment.free and not segment.closed and self.fits(segment, nbytes, waste=waste)
         ]
         if not fits:
             return None
         best = min(fits, key=lambda each: (each.shape.slot_nbytes, each.shape.number))
         return Place(best, heapq.heappop(best.free))
+
+    @staticmethod
+    def fits(segment: Segment, nbytes: int, *, waste: float = _WASTE) -> bool:
+        """Whether a record fits a slot of `segment` and wastes at most that share of it."""
+        slot = segment.shape.slot_nbytes
+        return nbytes <= slot and slot * (1 - waste) <= nbytes
 
     def give(self, place: Place, *, bad: bool = False) -> None:
         """Take a slot back; a bad one is left alone until the next start."""

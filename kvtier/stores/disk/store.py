@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from kvtier.stores.disk.record import PAGE, record_nbytes
 from kvtier.stores.disk.room import NO_ROOM, Room
 from kvtier.stores.disk.space import Place, Record, Segment, Space
 from kvtier.stores.disk.transfer import Transfer, Write, at_once
+from kvtier.stores.disk.trial import DiskTrial
 from kvtier.stores.disk.usage import Usage
 
 # Of a read: this record is lost, the disk goes on.
@@ -74,6 +76,7 @@ class DiskStore:
         self._folder = open_folder(path)
         self._transfer = Transfer()
         self._room = Room(self._folder, self._space, self._state, self._move_all)
+        self.trial = partial(DiskTrial, self._room, self._space, self._state, self._budget, clock)
         self._read_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-read")
         self._write_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-write")
         self._erase_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-erase")
@@ -326,8 +329,8 @@ class DiskStore:
                     if record is not None:
                         record.readers += 1
             found = at_once(self._read_pool, lambda one: self._get(*one), records)
-            if failed := [each for each in found if isinstance(each, OSError)]:
-                raise self._unavailable(failed[0]) from failed[0]
+            if failed := next((each for each in found if isinstance(each, OSError)), None):
+                raise self._unavailable(failed) from failed
             return [each for each in found if not isinstance(each, OSError)]
 
     def _get(

@@ -1,6 +1,7 @@
 """The shared tier: Redis or Valkey, alone, behind Sentinels, or as a cluster.
 
     store.py       frames by key: what a node calls
+    trial.py       values of a process's own, to measure the way there
     purge.py       the one thing that removes what is shared, on a person's word
     parts.py       a frame as the values that it is kept in (pure)
     servers.py     which server has a key
@@ -14,5 +15,6 @@ a client library.
 """
 
 from kvtier.stores.redis.store import RedisStore
+from kvtier.stores.redis.trial import RedisTrial
 
-__all__ = ["RedisStore"]
+__all__ = ["RedisStore", "RedisTrial"]

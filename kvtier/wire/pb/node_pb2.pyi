@@ -47,7 +47,7 @@ class LayoutStatus(_message.Message):
     def __init__(self, layout: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., leases: _Optional[int] = ..., moves: _Optional[int] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "blocks", "used_bytes", "capacity_bytes", "available", "codec", "codec_chosen")
+    __slots__ = ("tier", "blocks", "used_bytes", "capacity_bytes", "available", "codec", "codec_chosen", "write_bytes_per_s", "read_bytes_per_s", "measured_by")
     TIER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,9 @@ class TierStatus(_message.Message):
     AVAILABLE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CODEC_CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_BY_FIELD_NUMBER: _ClassVar[int]
     tier: _feed_pb2.Tier
     blocks: int
     used_bytes: int
@@ -62,7 +65,10 @@ class TierStatus(_message.Message):
     available: bool
     codec: str
     codec_chosen: bool
-    def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., available: _Optional[bool] = ..., codec: _Optional[str] = ..., codec_chosen: _Optional[bool] = ...) -> None: ...
+    write_bytes_per_s: float
+    read_bytes_per_s: float
+    measured_by: str
+    def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., available: _Optional[bool] = ..., codec: _Optional[str] = ..., codec_chosen: _Optional[bool] = ..., write_bytes_per_s: _Optional[float] = ..., read_bytes_per_s: _Optional[float] = ..., measured_by: _Optional[str] = ...) -> None: ...
 
 class NodeClearRequest(_message.Message):
     __slots__ = ("tiers",)
