@@ -7,19 +7,30 @@ prints their addresses as JSON. RATE: prompt tokens a second.
 
 import asyncio
 import json
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import grpc
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvtier.core.blocks import BlockKey, block_keys
-from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvtier.wire.pb import (
+    feed_pb2,
+    feed_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 
 ROOT = b"bench" * 4
 BLOCK = 16
 WORDS = 4096
 MODEL = "fake"
+RATE = 1_000_000.0
 WARM = list(range(512))  # a prompt that every worker holds
 
 
@@ -100,6 +111,35 @@ class Http(asyncio.Protocol):
             self._got = b""
             wait_s = len(body) / 5 / self._rate
             asyncio.get_running_loop().call_later(wait_s, self._transport.write, self._answer)
+
+
+@contextmanager
+def workers(count: int, port: int = 0) -> Iterator[list[dict[str, str]]]:
+    """`count` fake workers in a process of their own; their addresses."""
+    command = [sys.executable, "-m", "benchmarks.fake_engine", str(count), str(port), str(RATE)]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def ready(address: str, workers: int) -> None:
+    """All workers are candidates, and what they hold is known."""
+    prompt = router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=WARM))
+    request = router_pb2.RouteRequest(prompt=prompt)
+    async with asyncio.timeout(120), grpc.aio.insecure_channel(address) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                choices = (await stub.Explain(request)).choices
+                warm = [sum(t.tokens for t in c.warm) for c in choices]
+                if warm == [len(keys(WARM)) * BLOCK] * workers:
+                    return
+            await asyncio.sleep(0.01)
 
 
 async def main(count: int, port: int, rate: float) -> None:

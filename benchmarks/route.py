@@ -9,32 +9,28 @@ import asyncio
 import itertools
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import AsyncExitStack
 
 import grpc
 
 from benchmarks.common import Bar, scratch, server, summary
-from benchmarks.fake_engine import BLOCK, MODEL, WARM, WORDS, keys
+from benchmarks.fake_engine import MODEL, WARM, WORDS, ready, workers
 from benchmarks.proxies import envoy, free_port, sglang
 from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-WORKERS, RATE = 8, 1_000_000.0
+WORKERS = 8
 AT_ONCE = 32
 PROMPT_BYTES = 2000
 LONG_BYTES = 500_000
-GROW_REQUESTS, GROW_STREAMS, GROW_AHEAD = 1_000_000, 4, 64
 RECOVERY_S = 3.0
 
 Ask = Callable[[], Awaitable[object]]
 
 
 def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
-    with scratch() as folder, _workers(WORKERS, 0) as ends:
+    with scratch() as folder, workers(WORKERS, 0) as ends:
         ways, bars, other = {}, [], {}
         members = ", ".join(
             f'{{ node = "n{i}", worker = "{end["grpc"]}" }}' for i, end in enumerate(ends)
@@ -48,12 +44,11 @@ def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
             members = [{members}]
         """
         with server("router", toml, folder) as address:
-            asyncio.run(_ready(address, WORKERS))
+            asyncio.run(ready(address, WORKERS))
             sizes = (30, 60) if tiny else (500, 2000)
             asyncio.run(_grpc(address, ends, ways, bars, other, sizes))
             asyncio.run(_http(http, epp, ends, ways, bars, other, sizes, folder, peers))
             asyncio.run(_held_up(address, ways, bars, tiny))
-            asyncio.run(_growth(address, folder, bars, other, tiny))
         _recovery(folder, ways, bars, tiny)
     return {"workers": WORKERS, **other, "times": ways, "bars": [bar.as_dict() for bar in bars]}
 
@@ -162,47 +157,6 @@ async def _held_up(address, ways, bars, tiny) -> None:
     bars.append(Bar("Route beside two prompts of 500 KB, p99 in ms", p99, at_most=100))
 
 
-async def _growth(address, folder, bars, other, tiny) -> None:
-    """Memory of the router over prompts that never come again; real sockets to the end."""
-    pid = _pid_of(folder)
-    limit = 500 if tiny else GROW_REQUESTS
-    fresh, answers = iter(range(limit)), itertools.count(1)
-    start, settled = time.monotonic(), (0, 0)
-
-    async def ask(stub) -> None:
-        nonlocal settled
-        stream, room = stub.RouteStream(), asyncio.Semaphore(GROW_AHEAD)
-
-        async def write() -> None:
-            for number in fresh:
-                await room.acquire()
-                given = b"".join((number * 8 + i).to_bytes(16, "big") for i in range(8))
-                prompt = router_pb2.BlockKeys(keys=given, block_tokens=BLOCK)
-                request = router_pb2.RouteRequest(prompt=router_pb2.Prompt(keys=prompt))
-                await stream.write(router_pb2.RouteStreamRequest(request=request))
-            await stream.done_writing()
-
-        writing = asyncio.ensure_future(write())
-        while (answer := await stream.read()) is not grpc.aio.EOF:
-            assert answer.response.choice.worker_id
-            room.release()
-            if (count := next(answers)) == limit // 4:
-                settled = (count, _rss(pid))
-        await writing
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = router_pb2_grpc.RouterStub(channel)
-        await asyncio.gather(*(ask(stub) for _ in range(GROW_STREAMS)))
-    count, rss, took = next(answers) - 1, _rss(pid), time.monotonic() - start
-    assert count == limit
-    grown = (rss - settled[1]) / 2**20
-    other["growth"] = {
-        "requests": count, "from": settled[0], "mib": grown, "rss_mib": rss / 2**20,
-        "requests_per_s": count / took,
-    }  # fmt: skip
-    bars.append(Bar("growth over prompts that never come again, MiB", grown, at_most=16))
-
-
 def _recovery(folder, ways, bars, tiny) -> None:
     """A worker is killed and comes back: how long until the index is what it holds."""
     port = free_port()
@@ -214,29 +168,14 @@ def _recovery(folder, ways, bars, tiny) -> None:
     """
     with server("router", toml, folder) as address:
         for _ in range(2 if tiny else 10):
-            with _workers(1, port):
+            with workers(1, port):
                 start = time.perf_counter()
-                asyncio.run(_ready(address, 1))
+                asyncio.run(ready(address, 1))
                 taken.append(time.perf_counter() - start)
     ways["a worker's return is known"] = summary(taken)
     bars.append(
         Bar("index true after a worker's return, worst in s", max(taken), at_most=RECOVERY_S)
     )
-
-
-async def _ready(address: str, workers: int) -> None:
-    """All workers are candidates, and what they hold is known."""
-    prompt = router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=WARM))
-    request = router_pb2.RouteRequest(prompt=prompt)
-    async with asyncio.timeout(120), grpc.aio.insecure_channel(address) as channel:
-        stub = router_pb2_grpc.RouterStub(channel)
-        while True:
-            with suppress(grpc.aio.AioRpcError):
-                choices = (await stub.Explain(request)).choices
-                warm = [sum(t.tokens for t in c.warm) for c in choices]
-                if warm == [len(keys(WARM)) * BLOCK] * workers:
-                    return
-            await asyncio.sleep(0.01)
 
 
 class Pool:
@@ -334,19 +273,6 @@ async def _stream_rate(stub, route, count: int) -> float:
     return count / took
 
 
-@contextmanager
-def _workers(count: int, port: int):
-    command = [sys.executable, "-m", "benchmarks.fake_engine", str(count), str(port), str(RATE)]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
-    try:
-        assert process.stdout is not None
-        yield json.loads(process.stdout.readline())
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def _text(nbytes: int) -> str:
     words = (f"w{i % WORDS}" for i in itertools.count())
     parts, size = [], 0
@@ -354,17 +280,3 @@ def _text(nbytes: int) -> str:
         parts.append(next(words))
         size += len(parts[-1]) + 1
     return " ".join(parts)
-
-
-def _pid_of(folder: Path) -> int:
-    """The router's process, by the settings that it was given."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes().split(b"\0")
-            if b"router" in words and any(w.startswith(str(folder).encode()) for w in words):
-                return int(path.parent.name)
-    raise RuntimeError("no router")
-
-
-def _rss(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096

@@ -27,6 +27,7 @@ NAMES = (
     "restore",
     "index",
     "route",
+    "route_growth",
     "route_sim",
 )
 ALONE = ("vllm",)  # each needs a venv of its own, so `all` leaves it out

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         "disk",
         "redis",
         "route",
+        "route_growth",
         "index",
         "route_sim",
         "cascade",

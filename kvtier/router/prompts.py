@@ -172,7 +172,7 @@ class Prompts:
         kind = asked.WhichOneof("kind")
         if kind == "text":
             check_text(asked.text, "prompt.text")
-            return await self._texts.run(lambda: text.encode(asked.text))
+            return await self._texts.encode(text, asked.text)
         if kind == "chat":
             messages = [Message(each.role, each.content) for each in asked.chat.messages]
             check_chat(messages)

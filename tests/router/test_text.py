@@ -1,5 +1,6 @@
 import asyncio
 import random
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -9,6 +10,8 @@ from kvtier.errors import InvalidRequest, RemoteProtocolError
 from kvtier.router.text import (
     MAX_MESSAGES,
     MAX_TEXT_BYTES,
+    SHORT,
+    THREADS,
     Decoder,
     Message,
     Text,
@@ -17,6 +20,7 @@ from kvtier.router.text import (
     check_text,
 )
 from tests.router.stub_engine import files, ids, tokenizer
+from tests.router.support import eventually
 
 WORDS = "naïve café 😀👩‍👩‍👧 日本語 Привет, how are you? "
 
@@ -256,4 +260,20 @@ async def test_a_long_prompt_does_not_hold_up_the_loop(kind):
         turns += 1
     before, after = await job
     assert after - before > 100
+    pool.close()
+
+
+async def test_a_short_text_waits_for_no_thread_and_a_long_one_never_holds_the_loop():
+    text, pool, go = Text(files()), TextPool(), threading.Event()
+    busy = [asyncio.create_task(pool.run(go.wait)) for _ in range(THREADS)]
+    short, long = "é" * (SHORT // 2), "é" * (SHORT // 2) + "x"
+    try:
+        assert await pool.encode(text, short) == text.encode(short)
+        waiting = asyncio.create_task(pool.encode(text, long))
+        await eventually(lambda: pool.running > THREADS, "the long text waits for a thread")
+        assert not waiting.done()
+    finally:
+        go.set()
+    assert await waiting == text.encode(long)
+    await asyncio.gather(*busy)
     pool.close()
