@@ -182,7 +182,9 @@ class Cascade(Residency):
         below = self._tiers[tier + 1] if tier + 1 < len(self._tiers) else None
         if tier == HOST:  # what a lower tier has is not undrained here: one look instead of many
             block = self._blocks.shards[key[-1]][key]
-            if block.move is not None or (block.slot is not None and self._pins[block.slot]):
+            if block.phase is Phase.LOADING or block.move is not None:
+                return False
+            if block.slot is not None and self._pins[block.slot]:
                 return False
             return block.undrained_in != HOST or below is None or below.paused
         if not self._idle(key, tier):

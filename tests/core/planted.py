@@ -64,7 +64,22 @@ BUGS = [
         "self._pins[block.slot] -= 1\n            self._free_slot(block)",
         "self._pins[block.slot] -= 1",
     ),
-    bug("a paused tier is read", "if key in copies and not copies.paused", "if key in copies"),
+    bug(
+        "moving host blocks are dropped",
+        "if block.phase is Phase.LOADING or block.move is not None:",
+        "if block.phase is Phase.LOADING:",
+    ),
+    bug(
+        "the slot of a load that nobody waits for is taken",
+        "if block.phase is Phase.LOADING or block.move is not None:",
+        "if block.move is not None:",
+    ),
+    bug(
+        "leased host blocks make room",
+        "if block.slot is not None and self._pins[block.slot]:",
+        "if False:",
+    ),
+    bug("a paused tier is read", "if held and not copies.paused and", "if held and"),
     bug("a paused tier is written", "return not self.paused and", "return"),
     bug("the queue has no limit", "and self.coming < self.spec.queue", ""),
     bug("capacity is not respected", "while not copies.fits(nbytes)", "while False"),
@@ -103,8 +118,8 @@ BUGS = [
     ),
     bug(
         "loads come from the coldest copy",
-        "in enumerate(self._tiers[start:], start):\n            if key in copies and",
-        "in reversed([*enumerate(self._tiers[start:], start)]):\n            if key in copies and",
+        "for tier in range(start, len(tiers)):",
+        "for tier in reversed(range(start, len(tiers))):",
     ),
     bug(
         "copies go in a circle",
