@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.common import Bar, paired_ratio, scratch, summary
 from kvtier.arena import Arena
 from kvtier.codec.codecs import RAW
-from kvtier.codec.frame import decode, encode
+from kvtier.codec.frame import LINKED_NBYTES, decode, encode
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Slot
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.disk.buffers import BufferPool
@@ -204,13 +204,20 @@ def _in_turn(names: list[str], number: int) -> list[str]:
 
 
 def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
-    """A store of that many blocks whose headers are there and whose payloads are holes."""
+    """A store of that many blocks whose headers are there and whose payloads are holes.
+
+    Each names the one before it.
+    """
     slot_nbytes = record_nbytes(frame_nbytes)
     segments = 256
     slots = -(-blocks // segments)
     (folder / "segments").mkdir(parents=True)
     page = memoryview(mmap.mmap(-1, PAGE))
-
+    layout, (before,) = (
+        _layout(32768),
+        _keys(1 << 64, 1),
+    )  # of frames only the first bytes are looked at
+    block = memoryview(bytes(layout.nbytes))
     made = 0
     for number in range(1, segments + 1):
         shape = Shape(number, slot_nbytes, slots)
@@ -219,8 +226,11 @@ def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
         file = SegmentFile(folder, shape, fd)
         for slot in range(min(slots, blocks - made)):
             (key,) = _keys(made, 1)
-            header = Header(number, slot, PAGE - 64, made + 1, key, frame_nbytes, 0)
+            head = encode(key, block, layout, RAW, before=before)[0]
+            header = Header(number, slot, PAGE - len(head), made + 1, key, frame_nbytes, 0)
             page[: len(packed)] = (packed := header.pack())
+            page[PAGE - len(head) :] = head
+            before = key
             file.write(slot, [page])
             made += 1
         os.fsync(fd)
@@ -231,13 +241,13 @@ def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
 
 def _start(folder: Path, blocks: int, turns: int) -> list[float]:
     """Seconds to open a store of that many 2 MiB blocks."""
-    capacity = _sparse(folder, blocks, 2 * MIB + 64)
+    capacity = _sparse(folder, blocks, 2 * MIB + LINKED_NBYTES)
     times = []
     for _ in range(turns):
         start = time.perf_counter()
         store = DiskStore(folder, capacity, requests=REQUESTS)
         times.append(time.perf_counter() - start)
-        assert store.usage().blocks == blocks
+        assert store.usage().blocks == len(store.take_before()) == blocks
         store.close()
     return times
 

@@ -42,7 +42,8 @@ def _check_store(folder: Path, *, blocks: bool) -> int:
         if each.state is State.DAMAGED or (blocks and each.state is State.BLOCK):
             name = each.header.key.hex() if each.header else "no block that can be named"
             where = f"segments/{each.shape.name} slot {each.slot}"
-            result = f"damaged: {each.why}" if each.state is State.DAMAGED else "ok"
+            whole = f"ok, behind {each.before.hex()}" if each.before else "ok"
+            result = f"damaged: {each.why}" if each.state is State.DAMAGED else whole
             print(f"  {name}  {where}  {result}")
     print(
         f"{folder}: {counts[State.BLOCK]} blocks whole ({nbytes / 2**20:.1f} MiB), "

@@ -22,8 +22,10 @@ could not go for want of a lower copy is copied down at once, whatever `drain_at
 `HASTE` of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from types import MappingProxyType
+from typing import Final
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Phase
@@ -33,6 +35,7 @@ from kvtier.core.residency import Residency
 
 LOOK = 64  # candidates that one search for a victim, or for a block to drain, looks at
 HASTE = 16  # copies that one search starts besides, for what could not go
+_NOTHING: Final[Mapping[BlockKey, BlockKey]] = MappingProxyType({})
 
 
 class Cascade(Residency):
@@ -42,10 +45,16 @@ class Cascade(Residency):
 
     # --- told by the manager ----------------------------------------------------------
 
-    def found(self, tier: int, held: Iterable[tuple[BlockKey, int]]) -> None:
+    def found(
+        self,
+        tier: int,
+        held: Iterable[tuple[BlockKey, int]],
+        before: Mapping[BlockKey, BlockKey] = _NOTHING,
+    ) -> None:
         """The store of a lower `tier` has these keys, with their frames' bytes, oldest first.
 
         Beyond the tier's capacity the coldest leave, and what finds no room does not enter.
+        `before` says which block comes before one, where that is known.
         """
         self._assert_lower(tier)
         copies = self._tiers[tier]
@@ -56,7 +65,8 @@ class Cascade(Residency):
             if key in copies or coming:
                 continue
             if self._make_room(tier, nbytes):
-                self._known(key)
+                block = self._known(key)
+                block.before = block.before or before.get(key)
                 self._place(key, tier, nbytes)
             elif not copies.spec.shared:
                 self._effects.append(Forget(key, tier))
@@ -222,7 +232,8 @@ class Cascade(Residency):
         if not self._make_room(tier + 1, target.frame_nbytes):
             return False
         target.coming += 1
-        block.move = Move(key, source, tier + 1, block.slot if source == HOST else None)
+        slot = block.slot if source == HOST else None
+        block.move = Move(key, source, tier + 1, slot, block.before)
         self._start(block.move)
         self._sort(key)
         return True

@@ -11,13 +11,14 @@ class Move(NamedTuple):
     """Copy one block from tier `source` to tier `target`, then report it by `Ledger.moved`.
 
     `slot` is the block's place in the arena when `source` or `target` is the host tier; it stays
-    the move's own until the report.
+    the move's own until the report. `before` is the block before it, where a copy down knows it.
     """
 
     key: BlockKey
     source: int
     target: int
     slot: Slot | None
+    before: BlockKey | None = None
 
 
 class Forget(NamedTuple):

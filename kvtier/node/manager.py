@@ -11,7 +11,7 @@ Everything here runs on the daemon's one loop, so there is no lock. Only `Movers
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Final
@@ -29,7 +29,7 @@ from kvtier.errors import StoreUnavailable
 from kvtier.node.movers import LowerTier, Movers, Outcome
 from kvtier.node.reading import Loading, Reading
 from kvtier.node.speed import Speed
-from kvtier.stores.base import Store
+from kvtier.stores.base import ChainedStore, Store
 
 MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared store
 SCAN_BATCH: Final = 4096
@@ -85,13 +85,13 @@ class TierManager:
         """Learn what the lower tiers still hold from an earlier life."""
         for tier, lower in enumerate(self.lower, 1):
             try:
-                held = await asyncio.to_thread(_scan, lower.store)
+                held, before = await asyncio.to_thread(_scan, lower.store)
             except StoreUnavailable as error:
                 self._pause(tier, str(error))
                 continue
             self._ask(tier, self._greeted)
             for at in range(0, len(held), SCAN_BATCH):
-                self._ledger.found(tier, held[at : at + SCAN_BATCH])
+                self._ledger.found(tier, held[at : at + SCAN_BATCH], before)
                 self._carry_out()
                 await asyncio.sleep(0)  # a large disk must not stop the loop
             if held:
@@ -388,8 +388,9 @@ class TierManager:
         self._carry_out()
 
 
-def _scan(store: Store) -> list[tuple[BlockKey, int]]:
-    return list(store.scan())
+def _scan(store: Store) -> tuple[list[tuple[BlockKey, int]], Mapping[BlockKey, BlockKey]]:
+    held = list(store.scan())
+    return held, store.take_before() if isinstance(store, ChainedStore) else {}
 
 
 def _question(store: Store) -> int:

@@ -310,12 +310,13 @@ class Movers:
         if target.tuner is not None:
             assert batch[0].slot is not None
             target.tuner.offer(self._arena.slot(batch[0].slot))
-        codec = target.codec_in_use
+        codec, shared = target.codec_in_use, self._shared(batch[0].target)
         frames: dict[BlockKey, _Frame] = {}
         for move in batch:
             assert move.slot is not None
             block, fidelity = self._arena.slot(move.slot), self._lineage.of(move.key)
-            parts = frame.encode(move.key, block, self._layout, codec, fidelity)
+            before = None if shared else move.before
+            parts = frame.encode(move.key, block, self._layout, codec, fidelity, before)
             frames[move.key] = _Frame(parts, fidelity or not codec.exact)
             metrics.ENCODED_BLOCKS.labels(target.tier.label, frame.codec_of(parts).name).inc()
         return frames
@@ -332,5 +333,6 @@ class Movers:
             except CorruptFrame:
                 metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
                 continue
-            frames[move.key] = _Frame([raw], info.fidelity)
+            parts = frame.unlinked(raw) if self._shared(move.target) else [raw]
+            frames[move.key] = _Frame(parts, info.fidelity)
         return frames

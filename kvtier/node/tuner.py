@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -23,7 +23,7 @@ from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.errors import StoreUnavailable
 from kvtier.node.pace import Pace
 from kvtier.node.probe import OpenTrial, Probe, Probed, timed
-from kvtier.stores.base import Parts, Store
+from kvtier.stores.base import ChainedStore, Parts, Store
 
 PERIOD_S: Final = 30.0  # between two choices
 SAMPLES: Final = 3  # blocks that the first choice on blocks is made on
@@ -240,6 +240,10 @@ class _Metered:
     def scan(self) -> Iterator[tuple[BlockKey, int]]:
         """See `Store.scan`."""
         return self._inner.scan()
+
+    def take_before(self) -> Mapping[BlockKey, BlockKey]:
+        """See `ChainedStore.take_before`; nothing where `inner` is none."""
+        return self._inner.take_before() if isinstance(self._inner, ChainedStore) else {}
 
     def close(self) -> None:
         """See `Store.close`."""

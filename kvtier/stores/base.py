@@ -1,6 +1,6 @@
 """The one seam between a node and its lower tiers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
@@ -74,6 +74,15 @@ class PlacingStore(Store, Protocol):
 
         A place may hold anything unless its frame is `Placed` and then proves whole.
         """
+        ...
+
+
+@runtime_checkable
+class ChainedStore(Store, Protocol):
+    """A store that can say how the blocks that `scan` tells of follow each other."""
+
+    def take_before(self) -> Mapping[BlockKey, BlockKey]:
+        """The block before each one whose frame names it, as found at the start; told once."""
         ...
 
 

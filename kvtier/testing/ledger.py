@@ -192,7 +192,7 @@ class _Node(World):
         self.carry_out()
         moving = [move for move in self.moves if move.source != HOST != move.target]
         if moving:
-            key, source, _, _ = self.rng.choice(moving)
+            key, source, *_ = self.rng.choice(moving)
             if self.rng.random() < 0.3:
                 self.stores[source].rotten.add(key)
             if self.rng.random() < 0.3:

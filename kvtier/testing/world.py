@@ -141,7 +141,7 @@ class World:
 
     def start(self, move: Move) -> None:
         """A move is handed out: it must make sense, and its slot must be free for it."""
-        key, source, target, slot = move
+        key, source, target, slot, _ = move
         for other in self.moves:  # of one block only a load beside a copy down
             if key == other.key:
                 assert target == HOST < source == other.source, "two moves of one block"

@@ -10,12 +10,15 @@ from kvtier.codec.base import Codec
 from kvtier.codec.codecs import CODECS, by_name
 from kvtier.codec.frame import (
     HEADER_NBYTES,
+    LINKED_NBYTES,
     FrameInfo,
+    before_of,
     decode,
     decode_in_place,
     encode,
     frame_nbytes,
     max_frame_nbytes,
+    unlinked,
     verify,
 )
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
@@ -34,16 +37,27 @@ NOISE = random.Random(1).randbytes(LAYOUT.nbytes)
 RUNS = b"".join(bytes([n]) * 16 for n in range(LAYOUT.nbytes // 16))
 
 
-def frame_of(block: bytes, codec: Codec, layout: BlockLayout = LAYOUT) -> bytes:
-    return b"".join(encode(KEY, memoryview(block), layout, codec))
+BEFORE = key("before")
+LINKS = pytest.mark.parametrize("before", [None, BEFORE], ids=["unlinked", "linked"])
+
+
+def frame_of(
+    block: bytes, codec: Codec, layout: BlockLayout = LAYOUT, before: BlockKey | None = None
+) -> bytes:
+    return b"".join(encode(KEY, memoryview(block), layout, codec, before=before))
+
+
+def head_nbytes(frame: bytes) -> int:
+    return LINKED_NBYTES if frame[4:5] == b"\x02" else HEADER_NBYTES
 
 
 def decoded(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> bytes:
     out = bytearray(layout.nbytes)
     info = decode(of, frame, memoryview(out), layout)
     if info.codec_id == RAW.id:  # the same, where the payload was read to where it belongs
-        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
-        assert decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout) == info
+        head = head_nbytes(frame)
+        in_place = memoryview(bytearray(frame[head:]))
+        assert decode_in_place(of, frame[:head], in_place, layout) == info
         assert in_place == out
     return bytes(out)
 
@@ -54,10 +68,11 @@ def refused(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> s
     with pytest.raises(CorruptFrame) as caught:
         decode(of, frame, memoryview(out), layout)
     assert out == b"\x5a" * layout.nbytes
-    if len(frame) == HEADER_NBYTES + layout.nbytes:
-        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
+    head = head_nbytes(frame)
+    if len(frame) == head + layout.nbytes:
+        in_place = memoryview(bytearray(frame[head:]))
         with pytest.raises(CorruptFrame):
-            decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout)
+            decode_in_place(of, frame[:head], in_place, layout)
     return str(caught.value)
 
 
@@ -69,10 +84,33 @@ def sealed(frame: bytes, offset: int, value: bytes) -> bytes:
     return bytes(changed)
 
 
+@LINKS
 @pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
 @pytest.mark.parametrize("block", [NOISE, RUNS], ids=["noise", "runs"])
-def test_a_block_comes_back(block: bytes, codec: Codec) -> None:
-    assert decoded(frame_of(block, codec)) == block
+def test_a_block_comes_back(block: bytes, codec: Codec, before: BlockKey | None) -> None:
+    assert decoded(frame_of(block, codec, before=before)) == block
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_a_frame_may_name_the_block_before(codec: Codec) -> None:
+    block = numbers(LAYOUT)
+    plain, linked = (frame_of(block, codec, before=before) for before in (None, BEFORE))
+    assert verify(KEY, linked, LAYOUT.id) == verify(KEY, plain)
+    assert before_of(KEY, memoryview(linked)) == BEFORE
+    assert before_of(KEY, memoryview(linked)[:LINKED_NBYTES]) == BEFORE
+    assert before_of(KEY, memoryview(plain)) is None
+    assert b"".join(unlinked(linked)) == b"".join(unlinked(plain)) == plain, "as nodes share it"
+
+
+def test_the_block_before_is_named_by_a_whole_header_of_this_block_only() -> None:
+    linked = frame_of(NOISE, RAW, before=BEFORE)
+    assert before_of(key("other"), memoryview(linked)) is None
+    for length in range(LINKED_NBYTES):
+        assert before_of(KEY, memoryview(linked)[:length]) is None
+    for bit in range(8 * LINKED_NBYTES):
+        changed = bytearray(linked)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert before_of(KEY, memoryview(changed)) is None
 
 
 def test_the_header_tells_what_is_inside() -> None:
@@ -98,6 +136,21 @@ def test_the_format_is_stable() -> None:
     assert frame[8:16].hex() == layout.id
     assert frame[48:56] == struct.pack("<Q", xxh3_64_intdigest(block))
     assert frame[56:64] == struct.pack("<Q", xxh3_64_intdigest(frame[:56]))
+
+
+def test_the_format_that_names_the_block_before_is_stable() -> None:
+    layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 1),), 1, "bfloat16")
+    frame = bytes.fromhex(
+        "4b56544602000000d04512716f0dd900000102030405060708090a0b0c0d0e0f"
+        "040000000000000004000000000000002246ac33907b8b98"
+        "101112131415161718191a1b1c1d1e1fd07c0f454d2f0b62"
+        "01020304"
+    )
+    name, before = BlockKey(bytes(range(16))), BlockKey(bytes(range(16, 32)))
+    block = b"\x01\x02\x03\x04"
+    assert b"".join(encode(name, memoryview(block), layout, RAW, before=before)) == frame
+    assert decoded(frame, name, layout) == block
+    assert frame[72:80] == struct.pack("<Q", xxh3_64_intdigest(frame[:72]))
 
 
 def test_a_raw_frame_copies_nothing() -> None:
@@ -131,14 +184,15 @@ def test_a_codec_that_saves_less_than_a_64th_gives_way_to_raw(saved: int, codec_
 
 
 def test_noise_is_never_larger_than_raw() -> None:
-    parts = encode(KEY, memoryview(NOISE), LAYOUT, LZ4)
-    assert frame_nbytes(parts) == max_frame_nbytes(LAYOUT) == HEADER_NBYTES + LAYOUT.nbytes
+    parts = encode(KEY, memoryview(NOISE), LAYOUT, LZ4, before=BEFORE)
+    assert frame_nbytes(parts) == max_frame_nbytes(LAYOUT) == LINKED_NBYTES + LAYOUT.nbytes
 
 
+@LINKS
 @pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
-def test_any_flipped_bit_is_found(codec: Codec) -> None:
-    frame = frame_of(RUNS, codec)
-    places = [*range(8 * HEADER_NBYTES), *range(8 * HEADER_NBYTES, 8 * len(frame), 97)]
+def test_any_flipped_bit_is_found(codec: Codec, before: BlockKey | None) -> None:
+    frame = frame_of(RUNS, codec, before=before)
+    places = [*range(8 * LINKED_NBYTES), *range(8 * LINKED_NBYTES, 8 * len(frame), 97)]
     for bit in places:
         changed = bytearray(frame)
         changed[bit // 8] ^= 1 << bit % 8
@@ -148,9 +202,10 @@ def test_any_flipped_bit_is_found(codec: Codec) -> None:
             verify(KEY, bytes(changed))
 
 
-def test_any_length_but_its_own_is_found() -> None:
-    frame = frame_of(NOISE, RAW)
-    for length in [*range(HEADER_NBYTES + 2), len(frame) - 1]:
+@LINKS
+def test_any_length_but_its_own_is_found(before: BlockKey | None) -> None:
+    frame = frame_of(NOISE, RAW, before=before)
+    for length in [*range(LINKED_NBYTES + 2), len(frame) - 1]:
         assert "length" in refused(frame[:length])
     assert "length" in refused(frame + b"\0")
 
@@ -159,12 +214,14 @@ def test_any_length_but_its_own_is_found() -> None:
 def test_anything_else_is_refused(noise: bytes) -> None:
     refused(noise)
     refused(frame_of(NOISE, RAW)[:HEADER_NBYTES] + noise)
+    refused(frame_of(NOISE, RAW, before=BEFORE)[:LINKED_NBYTES] + noise)
+    assert before_of(KEY, memoryview(noise)) is None
 
 
 def test_what_the_refusal_names() -> None:
     frame = frame_of(NOISE, RAW)
     assert "magic" in refused(b"KVTX" + frame[4:])
-    assert "version: 2" in refused(sealed(frame, 4, b"\x02"))
+    assert "version: 3" in refused(sealed(frame, 4, b"\x03"))
     assert "codec: 77" in refused(sealed(frame, 5, b"\x4d"))
     assert "fidelity: 4" in refused(sealed(frame, 6, b"\x04"))
     assert "header checksum" in refused(frame[:40] + b"\x01" + frame[41:])

@@ -13,6 +13,7 @@ from kvtier.wire import local
 from kvtier.wire.local import Op
 from tests.fuzz.targets import KEY, LAYOUT
 
+EXACT = [codec for codec in codecs.CODECS if codec.exact]
 CORPUS = Path(__file__).parent / "corpus"
 
 
@@ -22,6 +23,7 @@ def seeds() -> dict[str, list[bytes]]:
     numbers = struct.pack(f"<{LAYOUT.nbytes // 2}e", *(draw.gauss(0, 1) for _ in range(2048)))
     block = memoryview(numbers)
     frames = [b"".join(frame.encode(KEY, block, LAYOUT, each)) for each in codecs.CODECS]
+    links = [b"".join(frame.encode(KEY, block, LAYOUT, each, before=KEY)) for each in EXACT[:2]]
     keys = local.pack_keys([KEY] * 3)
     messages = [
         local.encode(Op.HELLO, local.VERSION, LAYOUT.describe(), "engine"),
@@ -32,7 +34,7 @@ def seeds() -> dict[str, list[bytes]]:
     record = Header(1, 2, 4032, 9, KEY, 4096, 0).pack()
     return {
         "wire": messages,
-        "frame": frames,
+        "frame": frames + links,
         # After the fields that the target makes itself: codec, fidelity, lies, a length, payload.
         "sealed_frame": [each[5:7] + bytes(10) + each[frame.HEADER_NBYTES :] for each in frames],
         "record": [record],

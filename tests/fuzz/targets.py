@@ -37,7 +37,12 @@ def wire(data: bytes) -> None:
 
 
 def any_frame(data: bytes) -> None:
-    """A frame as a store returns it."""
+    """A frame as a store returns it, and as a start looks at it."""
+    with contextlib.suppress(CorruptFrame):
+        info = frame.verify(KEY, data)
+        assert frame.verify(KEY, b"".join(frame.unlinked(data))) == info
+    before = frame.before_of(KEY, memoryview(data))
+    assert before is None or len(before) == len(KEY)
     frame.decode(KEY, data, memoryview(bytearray(LAYOUT.nbytes)), LAYOUT)
 
 
@@ -53,6 +58,8 @@ def sealed_frame(data: bytes) -> None:
         bytes.fromhex(LAYOUT.id), KEY, raw_nbytes, payload_nbytes, xxh3_64_intdigest(payload),
     )  # fmt: skip
     any_frame(fields + struct.pack("<Q", xxh3_64_intdigest(fields)) + payload)
+    linked = fields[:4] + bytes([frame.LINKED]) + fields[5:] + KEY
+    any_frame(linked + struct.pack("<Q", xxh3_64_intdigest(linked)) + payload)
 
 
 def any_record(data: bytes) -> None:

@@ -29,6 +29,7 @@ from tests.node.conftest import (
     status,
     wait_for_blocks,
 )
+from tests.stores.disk_support import at, overwrite
 
 FLOATS = LAYOUT.describe().replace("],16,", "],16.0,")  # block_tokens
 _clients: list[TierClient] = []
@@ -169,10 +170,8 @@ def test_a_flipped_bit_on_disk_is_a_miss(tmp_path: Path) -> None:
         wait_for_blocks(node, Tier.DISK, 8)
         client.close()
         node.terminate()
-        (file,) = (p for p in (tmp_path / "disk").rglob("*.seg") if keys[5] in p.read_bytes())
-        raw = bytearray(file.read_bytes())
-        raw[raw.index(keys[5]) + 5000] ^= 1
-        file.write_bytes(raw)
+        file, record = at(tmp_path / "disk" / LAYOUT.id, keys[5])
+        overwrite(file, record + 5000, bytes([file.read_bytes()[record + 5000] ^ 1]))
         node.restart()
         client = connect(tmp_path)
         assert restore(client, keys) == [Tier.DISK] * 5, "up to the bad one, and no wrong byte"
@@ -438,6 +437,37 @@ def test_routers_are_told_which_block_comes_before_which(tmp_path: Path) -> None
         _until(stream, {}, done)
         links.clear()
         _until(stub.Watch(feed_pb2.WatchRequest(), timeout=60), {}, done)
+
+
+def test_a_daemon_that_was_restarted_still_tells_it_of_its_disk(tmp_path: Path) -> None:
+    """Of prompts that share a beginning, written by two lives; also of what one found written."""
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    prompt = new_keys(12)
+    branch = [*prompt[:5], *new_keys(4)]
+    told: dict[bytes, bytes] = {}
+
+    def done(held, message):
+        for part in [*message.snapshot.held, *message.delta.added]:
+            if part.tier == feed_pb2.TIER_DISK:
+                told.update(_links(part))
+        return told == expected
+
+    with Process("node", toml, tmp_path) as node:
+        expected = dict(zip(prompt[1:], prompt, strict=False))
+        for path, blocks_there in ((prompt, 12), (branch, 16), ([], 16)):
+            if path:
+                client = connect(tmp_path)
+                save(client, path)
+                expected |= dict(zip(path[1:], path, strict=False))
+            wait_for_blocks(node, Tier.DISK, blocks_there)
+            node.kill()
+            node.restart()
+            told.clear()
+            with grpc.insecure_channel(node.address) as channel:
+                stub = feed_pb2_grpc.FeedStub(channel)
+                stream = stub.Watch(feed_pb2.WatchRequest(), timeout=120)
+                held, _ = _until(stream, {}, done)
+            assert {*held} == {feed_pb2.TIER_DISK}, "nothing else is held after a restart"
 
 
 def _links(part: feed_pb2.TierKeys) -> dict[bytes, bytes]:

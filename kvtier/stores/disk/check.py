@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from kvtier.codec.frame import verify
+from kvtier.codec.frame import before_of, verify
 from kvtier.core.blocks import BlockKey
 from kvtier.errors import ConfigError, CorruptFrame
 from kvtier.stores.disk.files import SegmentFile, Shape, parse_name
@@ -23,13 +23,17 @@ class State(StrEnum):
 
 
 class Slot(NamedTuple):
-    """One slot of a segment; `header` is None where there is none that is whole."""
+    """One slot of a segment; `header` is None where there is none that is whole.
+
+    `before` is the block before, where the frame names it.
+    """
 
     shape: Shape
     slot: int
     state: State
     header: Header | None = None
     why: str = ""  # damaged: which check failed
+    before: BlockKey | None = None
 
 
 def stores_below(path: Path) -> list[Path]:
@@ -87,7 +91,8 @@ def _slots_of(file: SegmentFile, *, payloads: bool) -> Iterator[Slot]:
         elif payloads and (why := _fault(file, header, memory)):
             yield Slot(shape, slot, State.DAMAGED, header, why)
         else:
-            yield Slot(shape, slot, State.BLOCK, header)
+            before = before_of(header.key, memory[header.start : PAGE])
+            yield Slot(shape, slot, State.BLOCK, header, before=before)
 
 
 def _fault(file: SegmentFile, header: Header, memory: memoryview) -> str:

@@ -5,7 +5,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.stores.base import Parts, Placed
 from kvtier.stores.disk.budget import WriteBudget
 from kvtier.stores.disk.files import Folder
+from kvtier.stores.disk.left import left_behind
 from kvtier.stores.disk.record import PAGE, record_nbytes
 from kvtier.stores.disk.room import NO_ROOM, Room
 from kvtier.stores.disk.space import Place, Record, Segment, Space
@@ -26,7 +27,6 @@ from kvtier.stores.disk.usage import Usage
 
 # Of a read: this record is lost, the disk goes on.
 _UNREADABLE: Final = {errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ}
-_HEADERS: Final = 16  # read at once at a start: small requests, so more of them in flight
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class DiskStore:
         self._sequence = self._frames = self._accepted = self._written = 0
         self._moved = self._calls = 0
         self._closed = False
+        self._before: Mapping[BlockKey, BlockKey] = {}
         self._folder = open_folder(path)
         self._transfer = Transfer()
         self._room = Room(self._folder, self._space, self._state, self._move_all)
@@ -154,6 +155,11 @@ class DiskStore:
         """See `Store.scan`; shows what was held when it began."""
         with self._state:
             return iter([(each, record.header.nbytes) for each, record in self._index.items()])
+
+    def take_before(self) -> Mapping[BlockKey, BlockKey]:
+        """See `ChainedStore.take_before`."""
+        before, self._before = self._before, {}
+        return before
 
     def close(self) -> None:
         """See `Store.close`; waits for calls under way, lets the next process have the folder."""
@@ -371,19 +377,11 @@ class DiskStore:
 
     def _load(self) -> None:
         """Index what earlier processes left, from the headers alone."""
-        segments: list[Segment] = []
-        for shape in self._folder.shapes():
-            if shape.nbytes > self.capacity:  # a name may claim any length
-                self._folder.remove(shape)
-            else:
-                segments.append(self._space.found(self._folder.open(shape)))
-        with ThreadPoolExecutor(_HEADERS, thread_name_prefix="disk-start") as pool:
-            by_segment = at_once(pool, self._transfer.headers, segments)
-        found = [record for records in by_segment for record in records]
-        found.sort(key=lambda record: record.header.sequence)
-        self._sequence = found[-1].header.sequence if found else 0
-        replaced = [older for record in found for older in self._enter(record)]
-        for segment in segments:
+        left = left_behind(self._folder, self._space, self._transfer)
+        self._sequence = left.records[-1].header.sequence if left.records else 0
+        replaced = [older for record in left.records for older in self._enter(record)]
+        self._before = left.before
+        for segment in left.segments:
             segment.free = [slot for slot in segment.free if slot not in segment.records]
         self._free_all(replaced)
         self._shrink()

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier import metrics
+from kvtier.codec.frame import before_of
 from kvtier.core.blocks import BlockKey
 from kvtier.stores.base import Placed
 from kvtier.stores.disk.buffers import BufferPool, aligned
@@ -127,9 +128,12 @@ class Transfer:
         self._buffers.give(buffer)
         return Placed(head) if whole else None
 
-    def headers(self, segment: Segment) -> list[Record]:
-        """The records of a segment by their headers; one that cannot be read is left out."""
-        records: list[Record] = []
+    def headers(self, segment: Segment) -> list[tuple[Record, BlockKey | None]]:
+        """The records of a segment by their headers, and the block before each if that is said.
+
+        One that cannot be read is left out.
+        """
+        records: list[tuple[Record, BlockKey | None]] = []
         buffer = self._buffers.take(PAGE)
         page = buffer[:PAGE]
         number, slot_nbytes, slots = segment.shape
@@ -142,7 +146,8 @@ class Transfer:
                 break  # a name may claim any length
             header = unpack(page[:got], number, slot, slot_nbytes)
             if header is not None:
-                records.append(Record(header, Place(segment, slot)))
+                before = before_of(header.key, page[header.start : got])
+                records.append((Record(header, Place(segment, slot)), before))
         self._buffers.give(buffer)
         return records
 
