@@ -1,19 +1,32 @@
 """How fast each worker was with its last requests, so that a mixed fleet needs no tuning.
 
+What a unit costs on a worker (seconds a token, seconds a byte) is the median of its last requests:
+one that was held up does not count. As long as there are fewer than ENOUGH of them, the worker is
+thought to be partly what is usual: by its own word, else by what all workers' requests taught, and
+as long as there are few of those too, by `DEFAULT_RATES`. So no single measurement sends a prompt
+away from where it is warm. (Shrinkage: Efron and Morris, 1975; in logarithms, as a speed is wrong
+by a factor.)
+
 What is learned counts for FORGET_S after the last request that taught it. Then the worker's own
 word, or else what is usual, counts again: a worker that was slow once gets no requests that could
 show that it is fast now, so its past must not be held against it for ever.
 """
 
+from collections import deque
 from collections.abc import Collection
+from math import exp, log
+from statistics import median_low
 from typing import Final, NamedTuple
 
-from kvtier.core.score import Rates
+from kvtier.core.score import DEFAULT_RATES, Rates
 from kvtier.core.tiers import Tier
 
 FORGET_S: Final = 30.0
-_WEIGHT: Final = 0.3  # of the latest request in the running mean
+ENOUGH: Final = 8  # requests, from which on only they count
+_NEWEST: Final = 9  # requests that count
+_AFRESH_S: Final = 1.0  # so long the other workers' requests may go unnoticed
 _LEAST_TOKENS: Final = 128  # of a prefill: fewer take about as long as one, and teach no speed
+_LEAST_NBYTES: Final = 1 << 20  # of a load, likewise
 _LEAST_S: Final = 0.001  # a shorter time says nothing about a speed
 
 _OF_TIER: Final = {
@@ -32,28 +45,40 @@ class Sample(NamedTuple):
     load_s: float = 0.0
 
 
+class _Costs(NamedTuple):
+    newest: deque[float]  # seconds a unit
+    last: float  # when the newest came
+
+
+class _Made(NamedTuple):
+    told: Rates
+    until: float
+    rates: Rates
+
+
 class _Worker:
-    """Running means of seconds per unit, by the rate's name, and when each was last taught."""
+    """The newest costs by the rate's name, and the rates that were last made of them."""
 
     def __init__(self) -> None:
-        self.costs: dict[str, tuple[float, float]] = {}
+        self.costs: dict[str, _Costs] = {}
+        self.made: _Made | None = None
 
     def teach(self, name: str, amount: float, seconds: float, now: float) -> None:
         if amount <= 0 or not _LEAST_S <= seconds < 1e6:
             return
-        cost = seconds / amount
+        newest = self.newest(name, now) or deque(maxlen=_NEWEST)
+        newest.append(seconds / amount)
+        self.costs[name] = _Costs(newest, now)
+        self.made = None
+
+    def newest(self, name: str, now: float) -> deque[float] | None:
+        """The costs that count at `now`."""
         known = self.costs.get(name)
-        if known is not None and now - known[1] < FORGET_S:
-            cost = _WEIGHT * cost + (1 - _WEIGHT) * known[0]
-        self.costs[name] = cost, now
+        return known.newest if known is not None and now - known.last < FORGET_S else None
 
 
 class Learned:
-    """What requests taught about each worker. Time is passed in.
-
-    Means are of costs (seconds a token, seconds a byte), not of speeds: so a request counts by
-    the time that it took.
-    """
+    """What requests taught about each worker. Time is passed in."""
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
@@ -68,7 +93,7 @@ class Learned:
             known.teach("prefill_tokens_per_s", sample.computed_tokens, sample.prefill_s, now)
         if len(sample.loaded) == 1:
             ((tier, nbytes),) = sample.loaded
-            if tier in _OF_TIER:
+            if tier in _OF_TIER and nbytes >= _LEAST_NBYTES:
                 known.teach(_OF_TIER[tier], nbytes, sample.load_s, now)
 
     def rates(self, worker: str, told: Rates, now: float) -> Rates:
@@ -76,27 +101,57 @@ class Learned:
         known = self._workers.get(worker)
         if known is None:
             return told
+        made = known.made
+        if made is None or made.told is not told or now >= made.until:
+            made = self._make(known, told, now)
+            if not known.costs:
+                del self._workers[worker]
+                return told
+            known.made = made
+        return made.rates
+
+    def keep_only(self, workers: Collection[str]) -> None:
+        """All others are gone."""
+        for worker in self._workers.keys() - set(workers):
+            del self._workers[worker]
+
+    def _make(self, known: _Worker, told: Rates, now: float) -> _Made:
+        """Its rates now, and how long they are true; forgets what is past."""
         rates = {
             "prefill_tokens_per_s": told.prefill_tokens_per_s,
             "host_bytes_per_s": told.host_bytes_per_s,
             "disk_bytes_per_s": told.disk_bytes_per_s,
             "shared_bytes_per_s": told.shared_bytes_per_s,
         }
-        for name, (cost, at) in list(known.costs.items()):
-            if now - at < FORGET_S:
-                rates[name] = 1 / cost
-            else:
+        until = now + _AFRESH_S
+        for name, costs in list(known.costs.items()):
+            newest = known.newest(name, now)
+            if newest is None:
                 del known.costs[name]
-        if not known.costs:
-            del self._workers[worker]
-        return Rates(
+                continue
+            until = min(until, costs.last + FORGET_S)
+            usual = 0.0
+            if len(newest) < ENOUGH:
+                usual = 1 / rates[name] if rates[name] else self._usual(name, now)
+            rates[name] = 1 / _shrunk(newest, usual)
+        made = Rates(
             **rates,
             peer_bytes_per_s=told.peer_bytes_per_s,
             doubles_at=told.doubles_at,
             decode_drag=told.decode_drag,
         )
+        return _Made(told, until, made)
 
-    def keep_only(self, workers: Collection[str]) -> None:
-        """All others are gone."""
-        for worker in self._workers.keys() - set(workers):
-            del self._workers[worker]
+    def _usual(self, name: str, now: float) -> float:
+        """What a unit costs in this fleet."""
+        workers = (each.newest(name, now) for each in self._workers.values())
+        costs = [cost for newest in workers if newest for cost in newest]
+        return _shrunk(costs, 1 / getattr(DEFAULT_RATES, name))
+
+
+def _shrunk(costs: Collection[float], usual: float) -> float:
+    """The median of at least one cost, drawn to what is `usual` while there are not ENOUGH."""
+    # The lower of two: what goes wrong with a measurement makes it too long.
+    own = median_low(costs)
+    share = min(1.0, len(costs) / ENOUGH)
+    return own if share == 1 else exp(share * log(own) + (1 - share) * log(usual))

@@ -91,6 +91,7 @@ class Candidate(NamedTuple):
     wait_s: float = 0.0  # until its queue is empty, besides the waiting tokens
     decoding: int = 0  # requests
     lends: int = 0  # leading blocks of the prompt that others could load from its node
+    loads_all: bool = False  # also what it would compute sooner than it is loaded
 
 
 class Load(NamedTuple):
@@ -276,7 +277,9 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
         slow = 1 + rate.decode_drag * each.decoding
         wait_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
         prefill_s = rate.prefill_s(min(blocks * block_tokens, tokens - 1), tokens) * slow
-        if disk or shared:
+        if each.loads_all:
+            load_s += nbytes * (disk / rate.disk_bytes_per_s + shared / rate.shared_bytes_per_s)
+        elif disk or shared:
             blocks, more_s, prefill_s = worth(
                 each.warmth, rate, prompt_tokens=tokens, block_tokens=block_tokens,
                 block_nbytes=nbytes, slow=slow,

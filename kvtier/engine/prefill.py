@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvtier.core.blocks import BlockLayout
 from kvtier.core.breakeven import ComputeCost
+from kvtier.engine.newest import FEW
 
 _LEAST_TOKENS: Final = 64  # steps smaller than this say nothing about speed
 _NEWEST: Final = 16  # measurements that count
@@ -58,7 +59,7 @@ class PrefillSpeed:
         self._work = work
         self._block_tokens = block_tokens
         self._steps: deque[tuple[float, float]] = deque(maxlen=_NEWEST)
-        self.tokens_per_s = 0.0  # 0: not known yet
+        self.tokens_per_s = 0.0  # as routers are told: 0 until there are FEW steps
         self._flops_per_s = 0.0
 
     def measure(self, tokens: int, position: int, seconds: float) -> None:
@@ -66,7 +67,8 @@ class PrefillSpeed:
         if tokens < _LEAST_TOKENS or seconds <= 0:
             return
         self._steps.append((tokens / seconds, self._work.flops(tokens, position) / seconds))
-        self.tokens_per_s = median(rate for rate, _ in self._steps)
+        if len(self._steps) >= FEW:
+            self.tokens_per_s = median(rate for rate, _ in self._steps)
         self._flops_per_s = median(flops for _, flops in self._steps)
 
     def cost(self, among: int = 1) -> ComputeCost | None:

@@ -3,12 +3,10 @@
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from statistics import median
 from typing import Final, TypeVar
 
 from kvtier import metrics
@@ -18,6 +16,7 @@ from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import HangUp, ReadLease, TierClient
 from kvtier.engine.copier import ArenaTensor
+from kvtier.engine.newest import Newest
 from kvtier.engine.paged import Done, PagedKV
 from kvtier.wire.local import MAX_KEYS
 
@@ -74,7 +73,7 @@ class EngineTier:
         # At once: by the time of the first request the arena is there.
         self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = _beside(self._attach)
         self._began = clock()
-        self._speeds: dict[Tier, deque[float]] = {}
+        self._speeds: dict[Tier, Newest] = {}
         self._bytes_per_s: dict[Tier, float] = {}  # read by other threads as well
 
     def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
@@ -299,10 +298,10 @@ class EngineTier:
         tier = lease.sources[0]
         if lease.sources.count(tier) < len(lease.sources):
             return
-        speeds = self._speeds.setdefault(tier, deque(maxlen=_RATES))
-        speeds.append(len(lease.sources) * self._layout.nbytes / seconds)
-        # Not the mean: other work on the machine makes a few restores very slow.
-        self._bytes_per_s[tier] = median(speeds)
+        speeds = self._speeds.setdefault(tier, Newest(_RATES))
+        speeds.measure(len(lease.sources) * self._layout.nbytes / seconds)
+        if speeds.usual:
+            self._bytes_per_s[tier] = speeds.usual
 
     def _save(
         self,

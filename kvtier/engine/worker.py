@@ -55,6 +55,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         # As far as the feed was told, each with the block before it.
         self._held: dict[BlockKey, BlockKey | None] = {}
         self._loaded = loaded
+        self._loads_all = config.worker.loads == "always"
         self.feed = FeedServicer(
             lambda: {Tier.VRAM: list(self._held)}, self._heartbeat, self._held.get
         )
@@ -79,6 +80,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             eos_token_ids=sorted(loaded.eos_token_ids),
             vocab_size=loaded.vocab_size,
             kv_bytes_per_token=loaded.layout.nbytes_per_token,
+            loads_all=self._loads_all,
             spaces=[
                 worker_pb2.Space(tenant=name, root=loaded.namespace(name).root())
                 for name in loaded.tenants

@@ -341,9 +341,10 @@ class Placement:
                 last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),
                 decoding=link.heartbeat.load.running,
+                loads_all=known.loads_all,
                 lends=_own(warmth[f"{_LENDER}{name}"]) if pulls else 0,
             )
-            for name, (link, *_) in alike.items()
+            for name, (link, known, _) in alike.items()
         ]
         if tie is not None:
             open_to_all = [each for each in candidates if not each.draining]

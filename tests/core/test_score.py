@@ -10,6 +10,7 @@ from hypothesis import given
 
 from kvtier.core.audience import Warmth
 from kvtier.core.score import DEFAULT_RATES, Candidate, Choice, Rates, rank, why
+from kvtier.core.tiers import Tier
 
 RATES = Rates(
     prefill_tokens_per_s=1000.0, host_bytes_per_s=1e6, disk_bytes_per_s=1e5, shared_bytes_per_s=1e4
@@ -99,6 +100,24 @@ def test_warm_beats_cold_and_warmer_beats_warm():
         candidate("half", Warmth(vram=4)),
     )
     assert order == ["vram", "host", "disk", "half", "shared", "cold"]
+
+
+def test_a_worker_that_loads_all_it_finds_is_charged_for_it():
+    """800 tokens are computed in 0.8 s; the disk would take 8 s."""
+    rates = replace(RATES, disk_bytes_per_s=RATES.host_bytes_per_s / 1000)
+    warmth = Warmth(disk=8)
+    declines, loads = (
+        candidate(name, warmth, rates=rates, loads_all=name == "loads")
+        for name in ("declines", "loads")
+    )
+    assert names(declines, loads, candidate("cold"))[-1] == "loads"
+    (choice,) = ranked(loads)
+    (other,) = ranked(declines)
+    assert choice.used == 8
+    assert other.used == 0
+    assert [each.tier for each in choice.loads(BLOCK_NBYTES)] == [Tier.DISK]
+    assert choice.load_s == pytest.approx(sum(e.seconds for e in choice.loads(BLOCK_NBYTES)))
+    assert choice.prefill_s < other.prefill_s
 
 
 def test_a_long_queue_outweighs_warmth():

@@ -1,6 +1,7 @@
 """What a worker on vLLM tells routers of its speed."""
 
 from kvtier.core.tiers import Tier
+from kvtier.engine.newest import FEW
 from kvtier.engine.sequence import Started
 from kvtier.engine.vllm.speeds import Speeds
 
@@ -22,13 +23,18 @@ def test_a_few_tokens_teach_nothing():
 
 def test_prefill_and_restores_are_measured_apart():
     speeds = Speeds(1000)
-    speeds.measure(started(1000, 2.0, {}, 0.0))
-    speeds.measure(started(24, 0.1, {Tier.VRAM: 500, Tier.DISK: 2000}, 0.5))
+    for _ in range(FEW):
+        assert (speeds.prefill, speeds.restore(Tier.DISK)) == (0.0, 0.0)
+        speeds.measure(started(1000, 2.0, {}, 0.0))
+        speeds.measure(started(24, 0.1, {Tier.VRAM: 500, Tier.DISK: 2000}, 0.5))
     assert speeds.prefill == 500.0
     assert speeds.restore(Tier.DISK) == 2000 * 1000 / 0.5
     assert speeds.restore(Tier.HOST) == 0.0
-    speeds.measure(started(1000, 1.0, {}, 0.0))
-    assert 500.0 < speeds.prefill < 1000.0
+    speeds.measure(started(1000, 60.0, {}, 0.0))
+    assert speeds.prefill == 500.0, "one that was held up changes nothing"
+    for _ in range(FEW + 2):
+        speeds.measure(started(1000, 1.0, {}, 0.0))
+    assert speeds.prefill == 1000.0
 
 
 def test_a_restore_from_two_tiers_teaches_of_neither():

@@ -70,6 +70,31 @@ async def test_what_a_node_holds_beats_what_all_can_fetch(engines, routers, tier
     assert [[t.tier for t in c.warm] for c in choices] == [[tier + 1], [4]]
 
 
+@pytest.mark.parametrize("loads_all", [False, True])
+async def test_a_worker_that_loads_all_it_finds_is_charged_for_a_slow_disk(
+    engines, routers, loads_all
+):
+    worker, daemon = await node(engines, "w", Tier.DISK)
+    worker.info.loads_all = loads_all
+    worker.info.kv_bytes_per_token = 100_000
+    load = worker.heartbeat.load
+    load.prefill_tokens_per_s, load.disk_bytes_per_s = 2000.0, 1e6  # 0.0005 and 0.1 s a token
+    router = await routers((worker, daemon))
+
+    async def heard() -> bool:
+        (choice,) = await router.explain(PROMPT)
+        return choice.terms.prefill_tokens_per_s == 2000.0
+
+    await eventually(heard, "the worker's speed was told")
+    (choice,) = await router.explain(PROMPT)
+    (warm,) = choice.warm
+    loaded = sum(each.tokens for each in choice.terms.loads)
+    assert loaded == (warm.tokens if loads_all else 0)
+    assert choice.load_s == pytest.approx(loaded * 0.1)
+    computed = max(1, len(ids(PROMPT)) - loaded)
+    assert choice.prefill_s == pytest.approx(computed / 2000)
+
+
 async def test_a_choice_tells_why(engines, routers):
     worker = await engines(StubWorker("w", KEYS[:2]))
     daemon = await engines(StubSource({Tier.HOST: KEYS[2:5]}))

@@ -126,7 +126,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             max_tokens=served.max_tokens, root=served.none_hash + served.root,
             eos_token_ids=served.eos_token_ids, vocab_size=served.vocab_size,
             kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
-            http_address=self._http,
+            http_address=self._http, loads_all=True,  # vLLM declines nothing
             spaces=[
                 worker_pb2.Space(adapter=adapter, tenant=tenant, root=root)
                 for adapter, tenant, root in served.spaces.roots(served.none_hash, served.root)
