@@ -191,13 +191,14 @@ class TierClient:
             with suppress(ArenaLost):
                 self._note(Op.RELEASE, lease)
 
-    def more(self, lease: ReadLease) -> None:
-        """Wait until more of a lease's blocks have arrived, or those that will not are cut off.
+    def more(self, lease: ReadLease, step: int = 1) -> None:
+        """Wait until `step` more of a lease's blocks have arrived, or all that will.
 
-        Do not call it once `lease.arrived` is the number of slots.
+        Those that will not are cut off. Do not call it once `lease.arrived` is the number of slots.
         """
         timeout_s = self._wait_s + ANSWER_S
-        arrived, blocks = self._ask(timeout_s, Op.AWAIT, lease.id, lease.arrived)
+        have = min(lease.arrived + step, len(lease.slots)) - 1
+        arrived, blocks = self._ask(timeout_s, Op.AWAIT, lease.id, have)
         if not (isinstance(arrived, int) and isinstance(blocks, int)):
             raise self._broken("AWAIT")
         if not lease.arrived <= arrived <= blocks <= len(lease.slots):

@@ -213,6 +213,46 @@ def test_a_daemon_that_hangs_costs_no_more_than_the_deadlines(tmp_path, node):
     tier.hub.close()
 
 
+def test_a_request_is_known_to_wait_for_us_until_there_is_an_answer(tier, node):
+    some = stored(tier)
+    assert tier.held(some) == 8
+    hub = tier.hub
+    node.process.send_signal(19)  # SIGSTOP
+    try:
+        assert hub.lookups.lookup("a", some[0]) is None
+        hub.lookups.flush()
+        hub.transfers.submit(99, storing=False, keys=some, rows=list(range(20, 28)), request="b")
+        hub.transfers.submit(98, storing=True, keys=keys(1, 60), rows=[9], request="c")
+        assert [hub.pending(request) for request in "abcd"] == [True, True, False, False]
+        assert not hub.answered("a"), "only a moment is waited"
+        assert not hub.answered("d"), "nothing was asked"
+    finally:
+        node.process.send_signal(18)  # SIGCONT
+    wait_for("an answer", lambda: hub.answered("a") or not hub.pending("a"))
+    assert hub.lookups.lookup("a", some[0]) is True
+    wait_for("a load", lambda: not hub.pending("b"))
+    assert np.array_equal(tier.region[20:28], tier.region[:8])
+
+
+def test_nobody_waits_longer_than_a_lookup_may_last(tmp_path, node):
+    now = [0.0]
+    region = np.zeros((ROWS, ROW), np.int8)
+    table = TierSettings(socket=str(tmp_path / "node.sock"), lookup_s=1.0)
+    who = Identity(b"root", LAYOUT)
+    hub = Hub(memoryview(region), lambda: who, table, clock=lambda: now[0])
+    node.process.send_signal(19)  # SIGSTOP
+    try:
+        assert hub.lookups.lookup("a", keys(1)[0]) is None
+        hub.lookups.flush()
+        assert hub.pending("a")
+        now[0] = 1.0
+        assert not hub.pending("a")
+        assert hub.lookups.lookup("a", keys(1)[0]) is False
+    finally:
+        node.process.send_signal(18)  # SIGCONT
+    hub.close()
+
+
 def test_stores_under_way_leave_room_in_the_region(tmp_path):
     tier = Tier(tmp_path / "node.sock")
     tier.hub.transfers.drain()

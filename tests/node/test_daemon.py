@@ -147,6 +147,24 @@ def test_a_lease_is_given_at_once_and_its_blocks_as_they_come(tmp_path: Path) ->
             assert lease.arrived == 40, "from host memory all is there at once"
 
 
+def test_a_lease_is_waited_for_in_steps(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(40)
+        assert save(client, keys) == 40
+        wait_for_blocks(node, Tier.DISK, 40)
+        node.kill()
+        node.restart()
+        client = connect(tmp_path)
+        with client.read(keys, wait_s=30.0, wanted=0) as lease:
+            while (done := lease.arrived) < 40:
+                client.more(lease, 12)
+                assert lease.arrived >= min(done + 12, 40)
+            for key, slot in zip(keys, lease.slots, strict=True):
+                assert bytes(client.arena.slot(slot)) == content(key), "a wrong block"
+
+
 def test_what_was_not_committed_is_never_served(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path), tmp_path):
         client = connect(tmp_path)

@@ -16,7 +16,8 @@ from kvtier.engine.vllm.transfers import Transfers
 # That an idle engine waits for us before it looks for new requests: a step without anything to
 # compute costs it and its worker a millisecond or two. What ends in between wakes it.
 REST_S: Final = 0.002
-LOADING_REST_S: Final = 0.005  # where a request waits for us, which will take much longer
+LOADING_REST_S: Final = 0.01  # where a request waits for us, which will take longer
+ANSWER_REST_S: Final = 0.002  # for the answer to a question: what an empty step takes, at most
 LEAVE_S: Final = 1.0  # for a thread to end; a daemon thread keeps no process
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,21 @@ class Hub:
             self._news.rest(LOADING_REST_S)
         elif self.transfers.under_way:
             self._news.rest(REST_S)
+
+    def pending(self, request: str) -> bool:
+        """Whether nothing can have changed for a request since it was told to wait for us."""
+        return self.lookups.pending(request) or self.transfers.pending(request)
+
+    def answered(self, request: str) -> bool:
+        """For an engine that has nothing to compute: wait a moment for what a request has asked.
+
+        False where there is no answer yet, or it has asked nothing.
+        """
+        if not self.lookups.pending(request):
+            return False
+        self.lookups.flush()
+        self._news.wait(lambda: not self.lookups.pending(request), ANSWER_REST_S)
+        return not self.lookups.pending(request)
 
     def close(self) -> None:
         """Let stores end, then let go of the region and of the daemon."""

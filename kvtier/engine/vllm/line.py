@@ -30,10 +30,12 @@ class News:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
+        self._told = False  # since the last rest
 
     def tell(self) -> None:
         """Something ended."""
         with self._condition:
+            self._told = True
             self._condition.notify_all()
 
     def wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
@@ -42,9 +44,10 @@ class News:
             self._condition.wait_for(condition, timeout_s)
 
     def rest(self, timeout_s: float) -> None:
-        """Return when something ends, or at the latest."""
+        """Return when something has ended since the last rest, or at the latest."""
         with self._condition:
-            self._condition.wait(timeout_s)
+            self._condition.wait_for(lambda: self._told, timeout_s)
+            self._told = False
 
 
 class Attached:

@@ -113,6 +113,13 @@ class Lookups:
         """Whether any question has no answer yet."""
         return any(asked.waiting for asked in self._asked.values())
 
+    def pending(self, request: str) -> bool:
+        """Whether a question of this request has no answer yet, and still has time."""
+        asked = self._asked.get(request)
+        if asked is None or not asked.waiting or self._answers:
+            return False
+        return self._clock() < asked.deadline
+
     def _drain(self) -> None:
         while self._answers:
             asked, keys, held = self._answers.popleft()

@@ -99,27 +99,44 @@ class CpuWorker(OffloadingWorker):
         nbytes = first_block = first_chunk = 0
         for group, count in enumerate(blocks.group_sizes):
             skip = blocks.block_indices[group] % self._factor  # of a chunk that is half there
+            places = []
             for index in range(count):
-                block = int(blocks.block_ids[first_block + index])
                 at, sub = divmod(skip + index, self._factor)
-                chunk = int(chunks.chunk_ids[first_chunk + at])
-                nbytes += self._copy_block(group, block, chunk, sub, storing=storing)
+                block = int(blocks.block_ids[first_block + index])
+                places.append((block, int(chunks.chunk_ids[first_chunk + at]), sub))
+            for run in _runs(places):
+                nbytes += self._copy_run(group, *run, storing=storing)
             first_block += count
             first_chunk += -(-(count + skip) // self._factor) if count else 0
         seconds = time.perf_counter() - start
         self._finished.append(TransferResult(job_id, True, nbytes, seconds))
         return True
 
-    def _copy_block(self, group: int, block: int, chunk: int, sub: int, *, storing: bool) -> int:
+    def _copy_run(
+        self, group: int, block: int, chunk: int, sub: int, count: int, *, storing: bool
+    ) -> int:
         nbytes = 0
         # numpy, not torch: its small copies cost a fraction, and wait for no thread pool.
         for ref in self._refs[group]:
             size = ref.page_size_bytes
-            device = self._device[ref.tensor_idx][block, :size]
-            host = self._host[ref.tensor_idx][chunk, sub, :size]
+            device = self._device[ref.tensor_idx][block : block + count, :size]
+            host = self._host[ref.tensor_idx][chunk : chunk + count, sub, :size]
             if storing:
                 host[:] = device
             else:
                 device[:] = host
-            nbytes += size
+            nbytes += size * count
         return nbytes
+
+
+def _runs(places: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Block, chunk, place in the chunk, and length of each run of neighbours on both sides."""
+    runs: list[tuple[int, int, int, int]] = []
+    for block, chunk, sub in places:
+        if runs:
+            first_block, first_chunk, first_sub, count = runs[-1]
+            if (block, chunk, sub) == (first_block + count, first_chunk + count, first_sub):
+                runs[-1] = (first_block, first_chunk, first_sub, count + 1)
+                continue
+        runs.append((block, chunk, sub, 1))
+    return runs

@@ -110,6 +110,14 @@ class KvtierTier(SecondaryTierManager):
         """So many tokens of a request are given from outside of VRAM: tell who asked for it."""
         self._shielded(None, lambda: self._tell(request, tokens))
 
+    def pending(self, request: str) -> bool:
+        """See `Hub.pending`."""
+        return self._shielded(False, lambda: self._hub.pending(request))
+
+    def answered(self, request: str) -> bool:
+        """See `Hub.answered`."""
+        return self._shielded(False, lambda: self._hub.answered(request))
+
     def rest(self) -> None:
         """The engine has nothing to compute; see `Hub.rest`."""
         self._shielded(None, self._hub.rest)

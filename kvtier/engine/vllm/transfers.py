@@ -15,7 +15,9 @@ from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Bytes, Line, News
 from kvtier.engine.vllm.lookups import Keys
 
-PIECE_NBYTES: Final = 64 << 20  # leased at once: a small arena still serves a long prompt
+PIECE_NBYTES: Final = 256 << 20  # leased at once, and
+PIECE_SHARE: Final = 4  # no more than a fourth of the arena: a small one serves a long prompt, too
+STEP_NBYTES: Final = 16 << 20  # of a load from lower tiers, copied while the next are on their way
 
 
 class Outcome(NamedTuple):
@@ -81,6 +83,7 @@ class Transfers:
     ) -> None:
         self._region: Bytes = np.asarray(region).view(np.uint8)
         self._piece = max(1, PIECE_NBYTES // self._region.shape[1])
+        self._step = max(1, STEP_NBYTES // self._region.shape[1])
         self._lines = {False: loads, True: stores}
         self._limits = {False: load_s, True: store_s}
         self._keys = keys
@@ -140,6 +143,13 @@ class Transfers:
         """Whether a load is among them."""
         return any(not job.storing for job in self._jobs.values())
 
+    def pending(self, request: str) -> bool:
+        """Whether a load for this request has not ended."""
+        return any(
+            job.request == request and not job.storing and not job.ended
+            for job in self._jobs.values()
+        )
+
     def drain(self) -> None:
         """End every job now; after that nobody touches the region. Waits for copies under way."""
         for job in list(self._jobs.values()):
@@ -186,34 +196,36 @@ class Transfers:
         copy = self._store if job.storing else self._load
         start = 0
         while start < len(keys) and not job.ended:
-            end = self._piece_end(job.keys, start)
+            most = min(self._piece, max(1, attached.client.arena.slots // PIECE_SHARE))
+            end = _piece_end(job.keys, start, most)
             if not copy(attached, job, keys, start, end):
                 return
             start = end
-
-    def _piece_end(self, keys: Sequence[bytes], start: int) -> int:
-        """Where the piece from `start` on ends: it has one group of layers only."""
-        end = start + 1
-        while end < min(len(keys), start + self._piece) and keys[end][-4:] == keys[start][-4:]:
-            end += 1
-        return end
 
     def _load(
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
     ) -> bool:
         wait_s = max(0.0, job.deadline - self._clock())
-        with attached.client.read(keys[start:end], wait_s=wait_s, use=job.use) as lease:
-            with job.lock:
-                if not job.ended:
-                    self._fill(attached, job, lease, start)
-            return lease.arrived == end - start
+        client, done = attached.client, 0
+        with client.read(keys[start:end], wait_s=wait_s, wanted=self._step, use=job.use) as lease:
+            while True:
+                if lease.arrived > done:
+                    with job.lock:
+                        if job.ended:
+                            return False
+                        self._fill(attached, job, lease, start, done)
+                    done = lease.arrived
+                if done == len(lease.slots):
+                    return done == end - start
+                client.more(lease, self._step)
 
-    def _fill(self, attached: Attached, job: _Job, lease: ReadLease, start: int) -> None:
-        for index, slot in enumerate(lease.slots[: lease.arrived], start):
-            np.copyto(self._region[job.rows[index]], attached.slots[slot])
+    def _fill(self, attached: Attached, job: _Job, lease: ReadLease, start: int, done: int) -> None:
+        """Copy what has arrived since `done` blocks had."""
+        for index in range(done, lease.arrived):
+            np.copyto(self._region[job.rows[start + index]], attached.slots[lease.slots[index]])
         job.done = start + lease.arrived
-        job.sources += lease.sources[: lease.arrived]
-        job.nbytes += lease.arrived * self._region.shape[1]
+        job.sources += lease.sources[done : lease.arrived]
+        job.nbytes += (lease.arrived - done) * self._region.shape[1]
 
     def _store(
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
@@ -236,3 +248,11 @@ class Transfers:
             np.copyto(attached.slots[slot], self._region[job.rows[index]])
         lease.filled = len(lease.slots)
         job.nbytes += len(lease.slots) * self._region.shape[1]
+
+
+def _piece_end(keys: Sequence[bytes], start: int, most: int) -> int:
+    """Where the piece from `start` on ends: it has one group of layers only."""
+    end = start + 1
+    while end < min(len(keys), start + most) and keys[end][-4:] == keys[start][-4:]:
+        end += 1
+    return end
