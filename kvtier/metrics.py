@@ -1,5 +1,6 @@
 """Every counter and gauge of kvtier, with its unit and meaning. Served by `serve`."""
 
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable
@@ -91,14 +92,16 @@ MEMBERS = _gauge("members", "Workers known, by state", "state")
 
 
 def serve(
+    host: str,
     port: int,
     name: str,
     tls: ssl.SSLContext | None = None,
     allowed: Callable[[str], bool] | None = None,
 ) -> None:
-    """Serve the metrics page on all interfaces at `port`; 0 means don't.
+    """Serve the metrics page at `host` and `port`; port 0 means don't.
 
     Args:
+        host: An address of this machine; 0.0.0.0 and :: are all of them.
         port: Where.
         name: The setting that says so.
         tls: For HTTPS.
@@ -118,9 +121,10 @@ def serve(
         return cast("Iterable[bytes]", page(request, start))
 
     try:
-        server = make_server("0.0.0.0", port, app, _Server, handler_class=_Silent)  # noqa: S104
+        kind = _Server6 if ":" in host else _Server
+        server = make_server(host.strip("[]"), port, app, kind, handler_class=_Silent)
     except OSError as error:
-        raise ConfigError(f"{name} is {port}: {error.strerror}") from None
+        raise ConfigError(f"{name} is {port}: {error.strerror} at {host}") from None
     if tls is not None:
         server.socket = tls.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
@@ -133,6 +137,12 @@ class _Server(ThreadingWSGIServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing."""
+
+
+class _Server6(_Server):
+    """The same for an address of IPv6."""
+
+    address_family = socket.AF_INET6
 
 
 class _Silent(WSGIRequestHandler):

@@ -94,8 +94,18 @@ def test_what_is_no_command_is_told_in_one_line(
     assert not out
 
 
-def test_who_has_read_enough_may_close_the_pipe(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvtier.cli", "plan", "--model", "list"]
+@pytest.mark.parametrize(
+    "arguments",
+    [("plan", "--model", "list"), ("plan", "--model", "llama-3-8b"),
+     ("simulate", "route", "--nodes", "1", "--seeds", "1", "--policy", "random", "--trace", "t")],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)  # fmt: skip
+def test_who_has_read_enough_may_close_the_pipe(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t").write_text('{"timestamp": 0, "input_length": 512, "hash_ids": [1]}\n')
+    command = [sys.executable, "-m", "kvtier.cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.close()

@@ -36,6 +36,17 @@ _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status, as `parser.EXIT_CODES` says."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be told from a mistake
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else arguments
@@ -57,9 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

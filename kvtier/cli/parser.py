@@ -1,7 +1,10 @@
 """The parser that every command shares: defaults in the help, mistakes in one line."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
+
+from kvtier.errors import ConfigError
 
 CONFIG_HELP = "a TOML file of settings, see docs/config.md (default: none, so all defaults)"
 ACCESS_HELP = "a TOML file whose [tls] and [auth] say how to connect (default: none, plain)"
@@ -42,3 +45,26 @@ class Parser(argparse.ArgumentParser):
 def takes_value(action: argparse.Action) -> bool:
     """Whether it is an option with a value: no flag, and no bare argument."""
     return bool(action.option_strings) and action.nargs != 0
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """See before the work, not after it, that `--json` and `--plot` can be written.
+
+    Raises:
+        ConfigError: There is no such folder, or pictures are not drawn in that format.
+    """
+    for flag in ("json", "plot"):
+        given = getattr(options, flag, None)
+        if given is None:
+            continue
+        path = Path(given)
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{flag} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ConfigError(f"--{flag} {path}: is a folder")
+        if flag == "plot":
+            from matplotlib.backend_bases import FigureCanvasBase
+
+            known = FigureCanvasBase.get_supported_filetypes()
+            if path.suffix[1:].lower() not in known:
+                raise ConfigError(f"--plot {path}: must end in one of .{', .'.join(sorted(known))}")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier.cli.parser import JSON_HELP
+from kvtier.cli.parser import JSON_HELP, check_outputs
 from kvtier.config import parse_size
 from kvtier.errors import ConfigError
 
@@ -73,7 +73,7 @@ def _add_machine(plan: argparse.ArgumentParser) -> None:
         "--kv",
         default="fp16",
         metavar="TYPE",
-        help="what KV is kept in: fp16, bf16, fp8, int8 or int4",
+        help="what KV is kept in: fp32, fp16, bf16, fp8, int8 or int4",
     )
     plan.add_argument(
         "--weights", type=int, default=16, metavar="BITS", help="bits of one parameter"
@@ -103,6 +103,7 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(shapes.known()))
         return 0
     _check(options)
+    check_outputs(options)
     shape = shapes.load(options.model)
     bits = shapes.KV_BITS[options.kv]
     token_nbytes = float(shape.token_nbytes(bits)) * plan.replication(shape, options.gpus)

@@ -72,5 +72,11 @@ def _more(present: Outcome, more: Mapping[str, Outcome | None]) -> Table:
         if outcome:
             gained = outcome.hit_ratio - present.hit_ratio
             share = 1 - outcome.mean_s / present.mean_s if present.mean_s else 0.0
-            table.add_row(name, f"{gained:+.2%}", f"{outcome.mean_s:.3f} s ({-share:+.1%})")
+            change = _signed(-share, 1)
+            table.add_row(name, _signed(gained, 2), f"{outcome.mean_s:.3f} s ({change})")
     return table
+
+
+def _signed(share: float, digits: int) -> str:
+    """A change in percent; what rounds to nothing has no minus."""
+    return f"{round(share, digits + 2) + 0.0:+.{digits}%}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier.cli.parser import JSON_HELP, PLOT_HELP
+from kvtier.cli.parser import JSON_HELP, PLOT_HELP, check_outputs
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def _evict(options: argparse.Namespace) -> int:
     size = options.block_tokens
     if size is not None and not 1 <= size <= 2**20:
         raise ConfigError(f"--block-tokens {size}: must be 1 to {2**20}")
-    for flag, path in (("json", options.json), ("plot", options.plot)):
-        if path is not None and not path.parent.is_dir():  # said before the work, not after it
-            raise ConfigError(f"--{flag} {path}: there is no folder {path.parent}")
+    check_outputs(options)
     workload = Workload(load_trace(options.trace, size), options.trace.name)
     total = len(names) * len(capacities) * len(workload.prompts)
     with _progress() as bar:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from kvtier.cli.parser import JSON_HELP, PLOT_HELP
+from kvtier.cli.parser import JSON_HELP, PLOT_HELP, check_outputs
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _route(options: argparse.Namespace) -> int:
         raise ConfigError("--lose-at: one node can't be lost of one")
     utilizations = _numbers("--utilization", options.utilization, 0.001, 10)
     names = [name.strip() for name in options.policy.split(",")]
+    check_outputs(options)
     results = compare(
         load_trace(options.trace, options.block_tokens), names, nodes, utilizations, setup,
         range(1, options.seeds + 1),

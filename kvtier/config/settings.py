@@ -22,6 +22,7 @@ class NodeConfig:
     max_layouts: int = field(default=1, metadata=limits(1, 16))  # share the host tier evenly
     allow_uids: tuple[int, ...] = ()  # besides the daemon's own
     metrics_port: int = field(default=0, metadata=_PORTS)  # 0: no metrics page
+    metrics_host: str = "0.0.0.0"  # noqa: S104 - for its scraper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,7 @@ class RouterConfig:
     stale_s: float = field(default=3.0, metadata=limits(0.2, 3600))  # silence that means trouble
     peer_bytes_per_s: Size = field(default=0, metadata=limits(0, 2**50))  # 0: nobody pulls
     metrics_port: int = field(default=0, metadata=_PORTS)
+    metrics_host: str = "0.0.0.0"  # noqa: S104
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

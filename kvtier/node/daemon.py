@@ -303,7 +303,8 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     server = Server(config.node.listen, "node.listen", services, access=access)
     node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)
     feed_pb2_grpc.add_FeedServicer_to_server(daemon.feed, server.grpc)
-    access.serve_metrics(config.node.metrics_port, "node.metrics_port")
+    at = config.node.metrics_host, config.node.metrics_port
+    access.serve_metrics(*at, "node.metrics_port")
     try:
         await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()

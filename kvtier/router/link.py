@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -19,6 +19,7 @@ from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
+from kvtier.router.absence import Absence
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
@@ -104,6 +105,7 @@ class Link:
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
         self._tries = 0  # in vain, in a row
+        self._absence = Absence()
         self._blamed = ""  # what a person was told to change
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
@@ -146,8 +148,8 @@ class Link:
                 if not gap.replay:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
-                log.info("%s at %s: %s", self.serves, self.address, _line(error))
-                await self._blame(error)
+                self._say_away(_line(error))
+                self._beside(self._blame(error, self._tries))
                 silent = isinstance(error, TimeoutError)
                 self._end_life(0 if silent else self._context.config.timeout_s)
                 self._settle()
@@ -156,16 +158,26 @@ class Link:
             self._tries = min(self._tries + 1, 16)
             await asyncio.sleep(pause * self._context.rng.uniform(0.5, 1.0))
 
-    async def _blame(self, error: Exception) -> None:
+    def _say_away(self, why: str) -> None:
+        away_s = self._absence.missed(asyncio.get_running_loop().time())
+        if away_s is not None:
+            how = f"still away after {away_s:.0f} s" if away_s else "away"
+            log.info("%s at %s is %s: %s", self.serves, self.address, how, why)
+
+    def _say_back(self) -> None:
+        away_s = self._absence.met(asyncio.get_running_loop().time())
+        if away_s is not None:
+            log.info("%s at %s is there, after %.1f s", self.serves, self.address, away_s)
+
+    async def _blame(self, error: Exception, tries: int) -> None:
         """Say once what a person must change for this connection to come about.
 
         At the second failure in a row only: somebody who is being started is nobody's mistake.
         """
-        access = self._context.access
         refused = isinstance(error, grpc.RpcError) and error.code() is _REFUSED
-        if not refused and not (access.secure and self._tries == 1):
+        if not refused and tries != 1:
             return
-        why = await access.why(self.address, error)
+        why = await self._context.access.why(self.address, error)
         if why != self._blamed:
             self._blamed = why
             if why:
@@ -247,6 +259,12 @@ class Link:
         if turned:
             self._context.changed()
 
+    def _beside(self, work: Coroutine[object, object, None]) -> None:
+        """Does `work` without waiting for it, until `stop`."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     def _settle(self) -> None:
         if not self.settled:
             self.settled = True
@@ -254,6 +272,8 @@ class Link:
 
     def _become(self, state: State) -> None:
         self.settled |= state is State.READY
+        if state is State.READY:
+            self._say_back()
         if state is not self.state:
             self.state = state
             self._context.changed()
@@ -261,9 +281,7 @@ class Link:
     def _end_life(self, grace_s: float) -> None:
         channel, self.channel = self.channel, None
         if channel is not None:
-            closing = asyncio.get_running_loop().create_task(_close(channel, grace_s))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._beside(_close(channel, grace_s))
         self.text = None
         self.heartbeat = feed_pb2.Heartbeat()
         self._context.directory.remove(self.source)

@@ -136,6 +136,11 @@ class Prompts:
             )
         return Space(model, adapter, tenant)
 
+    def knows(self, tenant: str) -> bool:
+        """Whether some worker, of whichever model, knows this tenant."""
+        workers = [link for link in self._members.workers() if link.info is not None]
+        return any(tenant == each for link in workers for _, each in link.roots)
+
     def adapters(self) -> list[tuple[str, str]]:
         """Every adapter that some worker serves, and its model."""
         links = [link for link in self._members.workers() if link.info is not None]

@@ -79,6 +79,8 @@ def load(model: str) -> Shape:
     if model.lower() in configs:
         return parse(model.lower(), configs[model.lower()])
     path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"--model {model}: the folder has no config.json")
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         names = ", ".join(sorted(configs))

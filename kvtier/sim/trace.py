@@ -53,8 +53,8 @@ class Request(NamedTuple):
 def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Request]:
     """The requests of a trace file, one by one; `.gz` is unpacked on the way.
 
-    `block_tokens` is the size of a block where the trace names none. See `load_trace` for
-    requests in the order of their times.
+    `block_tokens` is the size of a block where the trace names none; one that the trace
+    contradicts is refused. See `load_trace` for requests in the order of their times.
 
     Raises:
         ConfigError: The file cannot be read, or a line breaks the format: names file, line, field.
@@ -72,12 +72,20 @@ def read_trace(path: str | Path, block_tokens: int | None = None) -> Iterator[Re
             fields = _object(line, where)
             if "block_size" in fields:
                 size, known = _integer(fields, "block_size", where, 1, _MAX_BLOCK), True
+                if block_tokens not in (None, size):
+                    raise ConfigError(f"{where}: block_size is {size}, not {block_tokens} as given")
                 if "hash_ids" not in fields and "input_length" not in fields:
                     continue
             if not known and (guessed := _guessed_size(fields, size)):
                 size, known = guessed, True
             at_ms = _time(fields, where, at_ms)
             request = _request(fields, where, size, at_ms)
+            if block_tokens is not None and len(request.blocks) < request.input_tokens // size:
+                tokens, count = request.input_tokens, len(request.blocks)
+                raise ConfigError(
+                    f"{where}: hash_ids has {count} blocks, but {tokens} tokens fill "
+                    f"{tokens // size} of {size} tokens, the block size given"
+                )
             known = known or len(request.blocks) > 1  # it fits: later lines are held to it
             yield request
 

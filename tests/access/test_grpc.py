@@ -87,6 +87,17 @@ def test_who_does_not_is_told_in_one_line_what_to_change(
     )  # fmt: skip
 
 
+def test_a_plain_router_says_in_its_log_that_a_member_speaks_tls(node: Process, keys: Keys) -> None:
+    toml = f"""
+        [router]
+        listen = "127.0.0.1:0"
+        members = [{{ node = "a", worker = "{node.address}" }}]
+    """
+    with Process("router", toml, keys.folder) as router:
+        said = f"worker at {node.address}: {node.address} speaks TLS, and no [tls] is set here"
+        wait_for("the reason", lambda: said in router.log.read_text())
+
+
 def test_a_certificate_with_another_name_needs_server_name(keys: Keys) -> None:
     toml = node_toml(keys.folder, more=keys.tls("elsewhere"))
     with Process("node", toml, keys.folder) as node:

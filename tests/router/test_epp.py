@@ -417,22 +417,46 @@ async def test_an_address_in_the_settings_wins_and_needs_no_host(engines):
 
 async def test_an_engine_without_an_http_address_is_not_picked(engines, routers):
     router = await routers(await engines(StubWorker("a")), epp="127.0.0.1:0")
+    status, line = await _status(router.epp)
+    assert status == 503
+    assert line.startswith("no endpoint of 'tiny' is ready")
+
+
+async def _status(epp: str, tenant: str = "") -> tuple[int, str]:
+    """What the picker says to headers alone: a refusal, or 200 for a pick."""
     import grpc
 
     from kvtier.wire.pb import ext_proc_pb2 as pb
 
-    async with grpc.aio.insecure_channel(router.epp) as channel:
+    async with grpc.aio.insecure_channel(epp) as channel:
         process = channel.stream_stream(
             f"/{SERVICE}/Process",
             pb.ProcessingRequest.SerializeToString,
             pb.ProcessingResponse.FromString,
         )
         headers = pb.HttpHeaders(end_of_stream=True)
+        if tenant:
+            headers.headers.headers.add(key=TENANT_HEADER, raw_value=tenant.encode())
         (answer,) = [
             each async for each in process([pb.ProcessingRequest(request_headers=headers)])
         ]
-    assert answer.immediate_response.status.code == 503
-    assert b"no endpoint of 'tiny' is ready" in answer.immediate_response.body
+    refusal = answer.immediate_response
+    if not refusal.status.code:
+        return 200, ""
+    return refusal.status.code, json.loads(refusal.body)["error"]["message"]
+
+
+async def test_a_tenant_whom_no_model_knows_is_told_so_also_where_no_model_is_named(
+    engines, routers
+):
+    workers = [StubWorker(model, model=model) for model in ("one", "two")]
+    for worker in workers:
+        worker.info.spaces.add(tenant="red", root=b"r" * 32)
+        worker.info.http_address = ":1"
+        await engines(worker)
+    router = await routers(*workers, epp="127.0.0.1:0")
+    assert await _status(router.epp, "green") == (403, "tenant 'green' is not known to any worker")
+    assert (await _status(router.epp, "red"))[0] == 200
 
 
 async def test_a_bad_http_address_of_a_member_is_named(routers):

@@ -153,6 +153,23 @@ async def test_the_metrics_page_tells_the_members(engines, routers, free_port):
     assert 'kvtier_members{state="ready"} 1.0' in page
 
 
+async def test_the_metrics_page_is_where_the_settings_say(routers, free_port):
+    await routers(metrics_port=free_port, metrics_host="127.0.0.1")
+    url = f"http://127.0.0.1:{free_port}/metrics"
+    page = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
+    assert "kvtier_members" in page
+    with socket.socket() as other:  # not at every address
+        assert other.connect_ex(("127.0.0.2", free_port))
+
+
+async def test_an_address_for_metrics_that_is_not_ours_is_named(free_port):
+    settings = RouterConfig(
+        listen="127.0.0.1:0", metrics_port=free_port, metrics_host="203.0.113.1"
+    )
+    with pytest.raises(ConfigError, match=r"router\.metrics_port is \d+: .* at 203\.0\.113\.1"):
+        await RunningRouter(settings).start()
+
+
 @pytest.fixture
 def free_port():
     with socket.socket() as probe:

@@ -225,7 +225,8 @@ class TestCommands:
             (["--block-tokens", "0"], "--block-tokens 0: must be 1 to 1048576"),
             (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder"),
             (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png: there is no folder"),
-            (["--plot", "out.nothing"], "--plot out.nothing: "),
+            (["--plot", "out.nothing"], "--plot out.nothing: must end in one of ."),
+            (["--plot", "."], "--plot .: is a folder"),
         ],
     )
     def test_a_mistake_is_one_line(

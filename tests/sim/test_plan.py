@@ -1,6 +1,7 @@
 """`kvtier plan`: the replay against a slow one, and the command as a person uses it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvtier.sim import plan, shapes
 from kvtier.sim.evict import Prompt, Workload
+from kvtier.sim.shapes import KV_BITS
 from kvtier.sim.trace import Request, write_trace
 
 SHAPE = shapes.load("smollm2-135m")
@@ -121,6 +123,22 @@ def test_made_up_traffic_and_a_policy_will_do() -> None:
     done = run("--model", "llama-3-8b", "--host", "50GB", "--workload", "chat:300")
     assert done.returncode == 0, done.stderr
     assert "300 requests" in done.stdout
+    assert "-0.0" not in done.stdout, "what changes nothing has no sign"
+    assert "+0.00%" in done.stdout
+
+
+def test_a_block_size_that_the_trace_contradicts_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    write_trace(trace, prompts([[1, 2, 3], [4, 5]]))
+    done = run("--model", "llama-3-8b", "--trace", str(trace), "--block-tokens", str(2 * BLOCK))
+    assert done.returncode == 2
+    assert f"trace {trace}, line 1: block_size is {BLOCK}, not {2 * BLOCK}" in done.stderr
+
+
+def test_every_kind_of_kv_is_in_the_help() -> None:
+    text = " ".join(run("--help").stdout.split())
+    (told,) = re.findall(r"what KV is kept in: (.*?) \(default", text)
+    assert set(re.split(r", | or ", told)) == set(KV_BITS)
 
 
 def test_without_a_trace_it_still_says_what_fits() -> None:
@@ -143,6 +161,8 @@ def test_without_a_trace_it_still_says_what_fits() -> None:
         (("--model", "llama-3-8b", "--workload", "mail"), "must be one of chat, agents, shared"),
         (("--model", "llama-3-8b", "--trace", "/no/such"), "trace /no/such: No such file"),
         (("--model", "nothing"), "no such file, and none of the known"),
+        (("--model", "/"), "--model /: the folder has no config.json"),
+        (("--model", "llama-3-8b", "--json", "/no/out"), "--json /no/out: there is no folder /no"),
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments: tuple[str, ...], message: str) -> None:

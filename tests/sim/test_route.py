@@ -153,7 +153,9 @@ def test_the_command_writes_what_it_found(tmp_path, capsys):
         (["--seeds", "0"], "--seeds is 0"),
         (["--stale-s", "-1"], "--stale-s is -1"),
         (["--nodes", "1", "--lose-at", "0.5"], "--lose-at: one node"),
-        (["--json", "/nowhere/out.json"], "/nowhere/out.json: No such file"),
+        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
+        (["--plot", "a.xyz"], "--plot a.xyz: must end in one of ."),
+        (["--block-tokens", "16"], "tokens, the block size given"),
         (["--trace", "/nowhere.jsonl"], "trace /nowhere.jsonl: No such file"),
     ],
 )

@@ -48,6 +48,16 @@ def test_the_block_size_may_be_given_for_a_trace_without_one(tmp_path: Path) -> 
         next(read_trace(path, block_tokens=32))
 
 
+def test_a_block_size_that_the_trace_contradicts_is_refused(tmp_path: Path) -> None:
+    said = trace_of(tmp_path, {**LINE, "block_size": 512})
+    assert len([*read_trace(said, block_tokens=512)]) == 1
+    with pytest.raises(ConfigError, match="line 1: block_size is 512, not 16 as given"):
+        next(read_trace(said, block_tokens=16))
+    counted = trace_of(tmp_path, LINE)
+    with pytest.raises(ConfigError, match="has 3 blocks, but 1100 tokens fill 68 of 16 tokens"):
+        next(read_trace(counted, block_tokens=16))
+
+
 def test_the_block_size_is_guessed_where_512_can_not_be(tmp_path: Path) -> None:
     lines = [
         {"timestamp": 0, "input_length": 40, "hash_ids": [1, 2, 3]},

@@ -8,7 +8,7 @@ from typing import Final
 
 from kvtier import metrics
 from kvtier.config import RouterConfig, parse_address
-from kvtier.errors import ConfigError, InvalidRequest, Overloaded, WorkerLost
+from kvtier.errors import ConfigError, InvalidRequest, Overloaded, UnknownTenant, WorkerLost
 from kvtier.router.http.openai import LONG_BODY, BadRequest, prompt_of
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt, Sent
@@ -108,6 +108,8 @@ class Picker:
                 pass  # what we cannot read the engine perhaps can, and if not, it says so itself
         names = self._prompts.models()
         if not model and len(names) != 1:
+            if names and tenant and not self._prompts.knows(tenant):
+                raise UnknownTenant(f"tenant {tenant[:200]!r} is not known to any worker")
             spaces = [Space(name, "", tenant) for name in names]
             space = Space("", "", tenant)
         else:
