@@ -10,6 +10,7 @@ KVTierError
 ├── ArenaLost                 the node daemon behind an arena is gone
 └── RequestError              a request that cannot be served; carries the gRPC status name
     ├── InvalidRequest        the caller's fault: INVALID_ARGUMENT
+    │   └── PromptTooLong     more tokens than any worker of the model takes
     ├── UnknownModel          no worker serves that model: NOT_FOUND
     ├── Unauthenticated       no token, or a wrong one: UNAUTHENTICATED
     ├── UnknownTenant         no worker knows that tenant: PERMISSION_DENIED
@@ -63,6 +64,10 @@ class InvalidRequest(RequestError):
     """The request itself is wrong; sending it again cannot help."""
 
     grpc_status = "INVALID_ARGUMENT"
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt has more tokens than any worker of its model takes."""
 
 
 class UnknownModel(RequestError):

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, Protocol
 
 from kvtier.core.blocks import KEY_NBYTES, MAX_BLOCK_TOKENS, BlockKey
 from kvtier.core.sessions import MAX_SESSION
-from kvtier.errors import InvalidRequest, UnknownModel, UnknownTenant, WorkerLost
+from kvtier.errors import InvalidRequest, PromptTooLong, UnknownModel, UnknownTenant, WorkerLost
 from kvtier.router.link import Link
 from kvtier.router.members import Members
 from kvtier.router.placement import Placement, Prompt
@@ -252,9 +252,13 @@ def _shared_text(links: list[Link]) -> Text:
     return texts[min(texts, key=lambda each: (-counts[each], each))]
 
 
+def _too_long(prompt: Prompt, info: worker_pb2.WorkerInfo) -> bool:
+    return len(prompt.ids) + 1 > info.max_tokens
+
+
 def _misfit(prompt: Prompt, info: worker_pb2.WorkerInfo) -> str | None:
     """Why this worker can't take the prompt, or None."""
-    if len(prompt.ids) + 1 > info.max_tokens:
+    if _too_long(prompt, info):
         return (
             f"prompt: {len(prompt.ids)} tokens, and one more for the answer, but model "
             f"{info.model!r} takes {info.max_tokens} in all"
@@ -271,7 +275,7 @@ def _fitting(prompt: Prompt, links: list[Link]) -> list[Link]:
     """The workers that can take the prompt.
 
     Raises:
-        InvalidRequest: None can; the numbers are those of the widest.
+        PromptTooLong, InvalidRequest: None can; the numbers are those of the widest.
         WorkerLost: None was left while the text was read.
     """
     found = [link for link in links if fits(prompt, link)]
@@ -281,4 +285,5 @@ def _fitting(prompt: Prompt, links: list[Link]) -> list[Link]:
     if not infos:
         raise WorkerLost(f"no worker of {prompt.model!r} is ready")
     widest = max(infos, key=lambda info: (info.max_tokens, info.vocab_size))
-    raise InvalidRequest(_misfit(prompt, widest) or "prompt: fits no worker")
+    told = _misfit(prompt, widest) or "prompt: fits no worker"
+    raise (PromptTooLong if _too_long(prompt, widest) else InvalidRequest)(told)

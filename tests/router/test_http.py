@@ -210,6 +210,9 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
         ("completions", {"prompt": "x", "stop": [""]}, 400, "stop: must be", "stop"),
         ("completions", {"prompt": "x", "stream": 1}, 400, "stream: must be", "stream"),
         ("completions", {"prompt": "x", "stream_options": {}, "top_p": 0.5}, 400, "top_p", "top_p"),
+        ("completions", {"prompt": "x", "logprobs": 0}, 400, "logprobs: not", "logprobs"),
+        ("completions", {"prompt": "x", "top_k": 20}, 400, "top_k: not supported", "top_k"),
+        ("chat/completions", {**CHAT, "guided_json": {}}, 400, "guided_json", "guided_json"),
         ("chat/completions", {"messages": []}, 400, "messages: must be", "messages"),
         ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", "tools"),
         ("chat/completions", {**CHAT, "n": 17}, 400, "n is 17", "n"),
@@ -237,6 +240,55 @@ async def test_a_bad_request_is_told_in_openais_shape(
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert worker.requests == []
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_what_changes_nothing_is_taken(engines, fronts, chat):
+    """As frameworks send it: every field that they know, at its default."""
+    client, _ = await fronts(await engines(StubWorker("a")))
+    usual = {
+        "model": "tiny", "top_p": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+        "logit_bias": {}, "n": 1, "stop": None, "user": "me",
+        "extra_body": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
+                       "skip_special_tokens": True, "stop_token_ids": []},
+    }  # fmt: skip
+    if chat:
+        answer = await client.chat.completions.create(
+            **CHAT, **usual, logprobs=False, tool_choice="auto", parallel_tool_calls=True
+        )
+        assert answer.choices[0].message.content == "hello"
+    else:
+        answer = await client.completions.create(prompt="x", **usual, echo=False, best_of=1)
+        assert answer.choices[0].text == "hello"
+
+
+async def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(engines, fronts):
+    client, _ = await fronts(await engines(StubWorker("a", max_tokens=20)))
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="tiny", prompt="x" * 20)
+    assert caught.value.code == "context_length_exceeded"
+    assert "20 tokens" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="tiny", prompt=[10**6])
+    assert caught.value.code is None
+
+
+async def test_an_idle_connection_outlives_those_of_clients_and_proxies(engines, fronts):
+    """Else the end that closes first meets a request under way; nginx and AWS keep 60 s."""
+    _, raw = await fronts(await engines(StubWorker("a")))
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    assert (await raw.get("/health")).status_code == 200
+
+    def closing() -> list[float]:
+        return [
+            timer.when() - before
+            for timer in loop._scheduled
+            if "keep_alive" in repr(timer) and not timer.cancelled()
+        ]
+
+    await eventually(closing, "the server has set when it will close the connection")
+    assert min(closing()) > 60
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvtier.core.sessions import MAX_SESSION
-from kvtier.errors import Overloaded, RequestError
+from kvtier.errors import Overloaded, PromptTooLong, RequestError
+from kvtier.router.http.unsupported import unsupported
 from kvtier.wire.pb import router_pb2, worker_pb2
 
 TENANT_HEADER: Final = "x-kvtier-tenant"  # for a proxy that knows who asks; see docs/router.md
@@ -30,14 +31,6 @@ _HTTP: Final = {
 _TYPES: Final = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
                  404: "invalid_request_error", 413: "invalid_request_error",
                  429: "rate_limit_error"}  # fmt: skip
-# What is taken only at the value that changes nothing.
-_NEUTRAL: Final[Mapping[str, tuple[object, ...]]] = {
-    "top_p": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
-    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
-    "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
-}  # fmt: skip
-
 Table = Mapping[str, object]
 
 
@@ -76,7 +69,8 @@ def read(
         BadRequest: A field is missing, wrong, or asks for what there is not.
     """
     table = _table(body)
-    _refuse_unsupported(table)
+    if name := unsupported(table):
+        raise BadRequest(f"{name}: not supported", name)
     prompts = [_chat(table)] if chat else _prompts(table)
     model = _string(table, "model")
     n = _whole(table, "n", 1, 1, MAX_CHOICES)
@@ -155,6 +149,8 @@ def error_body(error: RequestError) -> dict[str, object]:
     """The error as OpenAI's clients read it."""
     status = status_of(error)
     code = "model_not_found" if status == 404 and not isinstance(error, BadRequest) else None
+    if isinstance(error, PromptTooLong):
+        code = "context_length_exceeded"  # clients cut or sum up their prompt at this word
     return {
         "error": {
             "message": str(error),
@@ -257,13 +253,6 @@ def _overlap(text: str, stop: str) -> int:
     """How much of the end of `text` is the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _refuse_unsupported(table: Table) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = table.get(name)
-        if value is not None and not any(value == each for each in neutral):
-            raise BadRequest(f"{name}: not supported", name)
 
 
 def _prompts(table: Table) -> list[router_pb2.Prompt]:

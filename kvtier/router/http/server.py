@@ -6,6 +6,7 @@ import math
 import random
 import socket
 from collections.abc import Generator
+from typing import Final
 
 import uvicorn
 
@@ -16,6 +17,10 @@ from kvtier.router.http.app import make_app
 from kvtier.router.http.guard import guarded
 from kvtier.router.members import Members
 from kvtier.wire.access import Access
+
+# Idle connections live longer than a client or proxy keeps them (httpx 5 s, nginx and AWS 60 s):
+# one that closes first meets a request that is on its way, which then fails.
+KEEP_ALIVE_S: Final = 75
 
 
 class _Server(uvicorn.Server):
@@ -53,6 +58,7 @@ class HttpServer:
         config = uvicorn.Config(
             guarded(make_app(front, members, rng), access), lifespan="off", log_config=None,
             log_level="warning", access_log=False, server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )  # fmt: skip
         access.warn_if_open("router.http", self.address)
         config.load()
