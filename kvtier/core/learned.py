@@ -82,6 +82,8 @@ class Learned:
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
+        self._fleet: dict[str, float] = {}  # `_usual` by the rate's name, as it was at `_fleet_at`
+        self._fleet_at = 0.0
 
     def observe(self, worker: str, sample: Sample, now: float) -> None:
         """A request on `worker` got its first token.
@@ -89,6 +91,7 @@ class Learned:
         A load from several tiers at once tells the speed of none.
         """
         known = self._workers.setdefault(worker, _Worker())
+        self._fleet.clear()
         if sample.computed_tokens >= _LEAST_TOKENS:
             known.teach("prefill_tokens_per_s", sample.computed_tokens, sample.prefill_s, now)
         if len(sample.loaded) == 1:
@@ -143,10 +146,15 @@ class Learned:
         return _Made(told, until, made)
 
     def _usual(self, name: str, now: float) -> float:
-        """What a unit costs in this fleet."""
-        workers = (each.newest(name, now) for each in self._workers.values())
-        costs = [cost for newest in workers if newest for cost in newest]
-        return _shrunk(costs, 1 / getattr(DEFAULT_RATES, name))
+        """What a unit costs in this fleet; found once for all workers of a ranking."""
+        if now != self._fleet_at:
+            self._fleet.clear()
+            self._fleet_at = now
+        if name not in self._fleet:
+            workers = (each.newest(name, now) for each in self._workers.values())
+            costs = [cost for newest in workers if newest for cost in newest]
+            self._fleet[name] = _shrunk(costs, 1 / getattr(DEFAULT_RATES, name))
+        return self._fleet[name]
 
 
 def _shrunk(costs: Collection[float], usual: float) -> float:
