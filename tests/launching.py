@@ -103,10 +103,11 @@ drain_at = 0.0
 """
 
 
-def redis_toml(url: str) -> str:
+def redis_toml(url: str, timeout_s: float = 5.0) -> str:
+    """A shared tier; only a server that hangs takes so long as `timeout_s`."""
     return f"""
 [redis]
 url = "{url}"
-timeout_s = 5.0  # only a server that hangs takes so long
+timeout_s = {timeout_s}
 retry_s = 0.2
 """

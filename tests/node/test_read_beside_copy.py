@@ -119,7 +119,7 @@ def test_a_daemon_serves_its_disk_while_the_shared_store_hangs(
     tmp_path: Path, valkey: ValkeyServer
 ) -> None:
     """An engine attaches right after a restart, when all that the disk has is compared."""
-    shared = redis_toml(valkey.url).replace("timeout_s = 1.0", "timeout_s = 60.0")
+    shared = redis_toml(valkey.url, 60.0)
     toml = node_toml(tmp_path, more=disk_toml(tmp_path) + shared)
     keys = new_keys(20)
     with Process("node", toml, tmp_path) as process:

@@ -67,7 +67,7 @@ def nodes(tmp_path: Path, valkey: ValkeyServer) -> Iterator[list[Node]]:
 
 def patient(valkey: ValkeyServer) -> str:
     """A busy machine is no reason for a miss."""
-    return redis_toml(valkey.url).replace("timeout_s = 1.0", "timeout_s = 60.0")
+    return redis_toml(valkey.url, 60.0)
 
 
 def restored(node: Node, keys: Sequence[BlockKey]) -> list[Tier]:

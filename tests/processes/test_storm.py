@@ -149,7 +149,7 @@ class Storm:
     def __init__(self, folder: Path, valkey: ValkeyServer, rng: random.Random) -> None:
         self.valkey = valkey
         self.rng = rng
-        shared = redis_toml(valkey.url).replace("timeout_s = 5.0", "timeout_s = 0.5")
+        shared = redis_toml(valkey.url, 0.5)
         raw = "".join((disk_toml(folder / "a", "3MiB"), shared))
         lz4 = raw.replace(f"{folder}/a", f"{folder}/b").replace("bytes", 'codec = "lz4"\nbytes')
         self.nodes: list[Node] = []

@@ -198,7 +198,7 @@ async def test_kill_9_after_the_first_token_ends_in_one_clear_line(routers):
 async def test_a_frozen_worker_is_a_lost_worker(engines, routers):
     cold = await engines(StubWorker("cold"))
     async with Process("warm", 0, PROMPT) as warm:
-        router = await routers(warm.address, cold, stale_s=0.3)
+        router = await routers(warm.address, cold, stale_s=1.0)
         call = router.stub.Generate(generate_request(PROMPT))
         assert (await call.read()).routed.choice.worker_id == "warm"
         warm.send(signal.SIGSTOP)

@@ -29,6 +29,17 @@ def transfer(socket: Path | str, *, cpu_blocks: int = 64, **kvtier: object) -> d
     }
 
 
+def shared_memory(group: int) -> frozenset[Path]:
+    """Files in /dev/shm that processes of a group have mapped."""
+    found: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getpgid(int(entry.name)) == group:
+                lines = (entry / "maps").read_text().splitlines()
+                found |= {line.split()[5] for line in lines if " /dev/shm/" in line}
+    return frozenset(map(Path, found))
+
+
 class Engine:
     """One vLLM engine, in a process group of its own. A context manager."""
 
@@ -144,18 +155,22 @@ class Engine:
 
     def close(self) -> None:
         """As a user would: let it save, and wait."""
+        shared = shared_memory(self.process.pid)
         if self.process.poll() is None:
             assert self.process.stdin is not None
             self.process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60)
-        self.kill()
+        self.kill(shared)
 
-    def kill(self) -> None:
-        """SIGKILL for all of it."""
+    def kill(self, shared: frozenset[Path] = frozenset()) -> None:
+        """SIGKILL for all of it; what its processes share memory by goes, too."""
+        shared |= shared_memory(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
+        for each in shared:
+            each.unlink(missing_ok=True)
         with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.close()
         self._answers.close()
