@@ -176,7 +176,7 @@ class Ledger(Cascade):
         if not 0 <= filled <= granted:
             raise ValueError(f"lease {lease_id} has {granted} blocks, so {filled} are not filled")
         self._close(lease)
-        self._filled(lease.keys[:filled], lease.slots[:filled])
+        self._filled(lease.keys[:filled], lease.slots[:filled], lease.use)
         self._undo(lease.keys[filled:])
         self._touch(lease)
         self._drain()
@@ -396,5 +396,4 @@ class Ledger(Cascade):
         self._drain()
 
     def _touch(self, lease: Lease) -> None:
-        for copies in self._tiers:
-            copies.touch(lease.path, lease.use)
+        self._used(lease.path, lease.use)
