@@ -50,6 +50,10 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "VRAM's, and the tiers below it have 4 and 40 times as much (default: 1, one tier)",
     )  # fmt: skip
     evict.add_argument(
+        "--admission", choices=("all", "second-use"), default="all",
+        help="what disk takes, as disk.admission says it for a node; with --tiers A:B:C",
+    )  # fmt: skip
+    evict.add_argument(
         "--cache", choices=("bare", "host", "vram"), default="bare",
         help="what the policy orders: blocks alone, or a node's host tier or a worker's pool, "
         "to the block as they do; without --tiers",
@@ -68,6 +72,8 @@ def _evict(options: argparse.Namespace) -> int:
     capacities, tiers = _shares(options.capacity), _tiers(options.tiers)
     if len(tiers) > 1 and options.cache != "bare":
         raise ConfigError(f"--cache {options.cache} is one tier alone, and --tiers names several")
+    if options.admission != "all" and len(tiers) < 3:
+        raise ConfigError(f"--admission {options.admission}: --tiers {options.tiers} has no disk")
     names = sweep.NAMES if options.policy == "all" else tuple(options.policy.split(","))
     for name in names:
         if name not in sweep.NAMES:
@@ -83,7 +89,7 @@ def _evict(options: argparse.Namespace) -> int:
         task = bar.add_task("replaying", total=total)
         rows = sweep.sweep(
             workload, names, capacities, lambda done: bar.advance(task, done), tiers,
-            CACHES[options.cache],
+            CACHES[options.cache], second_use=options.admission == "second-use",
         )  # fmt: skip
     _print(workload, rows)
     if options.json is not None:
@@ -133,11 +139,14 @@ def _print(workload: "Workload", rows: "list[Row]") -> None:
 
     tiers = NAMES[: max(len(row.by_tier) for row in rows)]
     table = Table(title=f"{workload.name}: {len(workload.prompts)} requests")
-    more = tiers or ("prefill saved", "us a block")
+    disk = len(tiers) == len(NAMES)
+    more = (*tiers, *(("disk writes",) if disk else ())) or ("prefill saved", "us a block")
     for heading in ("policy", "capacity", "blocks", "tokens found", *more):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for row in rows:
         parts = [f"{100 * part:.2f}%" for part in row.by_tier]
+        if disk:
+            parts.append(str(row.disk_writes or "-"))
         table.add_row(
             row.policy, f"{100 * row.capacity_fraction:g}%", str(row.capacity_blocks),
             f"{100 * row.token_hit_ratio:.2f}%",

@@ -47,6 +47,7 @@ class DiskConfig:
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
     requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
     write_bytes_per_day: Size = field(default=0, metadata=limits(0, 2**60))  # 0: no limit
+    admission: str = field(default="all", metadata=one_of("all", "second-use"))  # what is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 Every tier but the last obeys one rule: when the blocks that have no copy further down exceed
 `drain_at` bytes, the coldest of them are copied one tier down, from the warmest tier that has
 them. A block that has a lower copy can be dropped at no cost. So room is made ahead of need, and
-a write never waits for a copy: it gets a slot now or it is refused.
+a write never waits for a copy: it gets a slot now or it is refused. A block of the host tier that
+the tier below does not admit is in no need of a copy, and so may be dropped as one that has it.
 
 What may be dropped to make room, coldest first and at most `LOOK` candidates deep:
 

@@ -128,5 +128,4 @@ class Leases(Cascade):
         self._effects.append(Settled(lease.id))
 
     def _touch(self, lease: Lease) -> None:
-        for copies in self._tiers:
-            copies.touch(lease.path, lease.use)
+        self._used(lease.path, lease.use)

@@ -160,7 +160,7 @@ class Ledger(Leases):
         if not 0 <= filled <= granted:
             raise ValueError(f"lease {lease_id} has {granted} blocks, so {filled} are not filled")
         self._close(lease)
-        self._filled(lease.keys[:filled], lease.slots[:filled])
+        self._filled(lease.keys[:filled], lease.slots[:filled], lease.use)
         self._undo(lease.keys[filled:])
         self._touch(lease)
         self._drain()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
-from kvtier.core.policy import NO_USE, Learning
+from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.shards import KeyMap
 from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
@@ -28,6 +28,8 @@ class Residency:
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
         self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
+        admission = tiers[1].admission if len(tiers) > 1 else None
+        self.admission = admission() if admission else None  # of the tier below the host's
         self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
@@ -99,7 +101,15 @@ class Residency:
         self._effects.append(Held(key, tier))
         self._sort(key)
 
-    def _filled(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
+    def _used(self, path: Sequence[BlockKey], use: Use) -> None:
+        """A request used `path`: what of it is somewhere becomes warm there."""
+        for copies in self._tiers:
+            copies.touch(path, use)
+        if self.admission is not None:
+            for key in self.admission.used(path, use.request):
+                self._sort(key)
+
+    def _filled(self, keys: Sequence[BlockKey], slots: Sequence[Slot], use: Use) -> None:
         """An engine has put `keys`, deep end last, into `slots`; the caller touches their path.
 
         Their deep end goes down first, as it is dropped first. Later uses change nothing about
@@ -108,6 +118,8 @@ class Residency:
         """
         self._tiers[HOST].add_all(keys, self.block_nbytes)
         self._in_host.enter_all(keys, slots)
+        if self.admission is not None:
+            self.admission.entered(keys, use.request)
         self._effects += [Held(key, HOST) for key in keys]
         for key, slot in zip(reversed(keys), reversed(slots), strict=True):
             self._blocks[key].phase = Phase.STABLE
@@ -123,6 +135,8 @@ class Residency:
             self._effects.append(Gone(key, tier))
         if tier == HOST:
             self._in_host.leave(key)
+            if self.admission is not None:
+                self.admission.left(key)
             self._free_slot(self._blocks[key])
         self._sort(key)
 
@@ -142,11 +156,14 @@ class Residency:
         assert not any(self._pins[slot] for slot in slots)
         self._free += slots
         self._effects += [Gone(key, HOST) for key in keys]
-        shards, alone = self._blocks.shards, len(self._tiers) == 1
+        shards, once, alone = self._blocks.shards, self.admission, len(self._tiers) == 1
         for key in keys:
             block = shards[key[-1]][key]
             block.slot = None
-            if alone or block.undrained_in == HOST:  # else what lies lower stays as it was
+            refused = once is not None and once.left(key)
+            if (
+                alone or refused or block.undrained_in == HOST
+            ):  # else what lies lower stays as it was
                 self._sort(key)
 
     def _free_slot(self, block: Block) -> None:
@@ -169,6 +186,8 @@ class Residency:
             del self._blocks[key]
         else:
             wanted = None if block.move or lowest == len(self._tiers) - 1 else lowest
+            if wanted == HOST and self.admission is not None and key in self.admission:
+                wanted = None  # it may be dropped as if it lay lower
         if block.undrained_in == wanted:
             return
         if block.undrained_in is not None:
@@ -188,6 +207,7 @@ class Residency:
         host = {key: blocks[key].slot for key in self._tiers[HOST].sizes}
         assert dict(self._in_host.of.items()) == host, "a block is not where it should be"
         self._in_host.check()
+        assert all(key in host for key in self.admission or ()), "a block is held back for ever"
         assert not any(self._pins[slot] for slot in self._free), "a free slot is pinned"
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target for move in moves)
@@ -220,6 +240,9 @@ class Residency:
             assert (load.target, load.slot) == (HOST, block.slot)
             assert move is None or move.source == load.source, "a copy down is not of the warmest"
         undrained = move is None and bool(tiers) and tiers[-1] < len(self._tiers) - 1
+        if tiers == [HOST] and self.admission is not None and key in self.admission:
+            undrained = False
+            assert move is None, "a block is copied that is not worth it"
         assert block.undrained_in == (tiers[-1] if undrained else None)
         for tier, copies in enumerate(self._tiers):
             assert (key in copies.undrained) == (block.undrained_in == tier)

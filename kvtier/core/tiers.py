@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
+from kvtier.core.admission import AdmissionFactory
 from kvtier.core.policy import LRU, PolicyFactory
 
 
@@ -28,7 +29,8 @@ class TierSpec:
     keeps is the store's business. `drain_at` is how much may lie in this tier without a copy
     further down; above it the coldest such blocks are copied one tier down. `queue` bounds the
     copies into this tier that are under way; the host tier is bounded by its slots instead.
-    `policy` makes the order in which a full tier gives up its blocks.
+    `policy` makes the order in which a full tier gives up its blocks. `admission` says what is
+    copied from the host tier into the tier below it; None: everything.
 
     Raises:
         ValueError: A limit makes no sense; the message names it and its value.
@@ -39,6 +41,7 @@ class TierSpec:
     drain_at: int
     queue: int = 64
     policy: PolicyFactory = LRU
+    admission: AdmissionFactory | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

@@ -12,7 +12,8 @@ from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
 from kvtier.codec.frame import max_frame_nbytes
-from kvtier.config import Config, cores_available, memory_available, node_name
+from kvtier.config import Config, DiskConfig, cores_available, memory_available, node_name
+from kvtier.core.admission import AdmissionFactory, SecondUse
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier, TierSpec
@@ -34,6 +35,7 @@ from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2_grpc
 from kvtier.wire.rpc import Server
 
 AUTO: Final = "auto"  # the codec that is none but chooses one
+MOST_REMEMBERED: Final = 2**20  # keys that were used once: 0.1 KB each
 LAYOUT_FILE: Final = "layout.json"
 DRAIN_S: Final = 10.0  # at SIGTERM, for what has no lower copy yet
 
@@ -187,6 +189,7 @@ class NodeDaemon:
                 drain_at=int(usable * disk.drain_at),
                 queue=disk.queue,
                 policy=POLICIES[disk.policy],
+                admission=_admission(disk, usable // layout.nbytes),
             )
             lower = _lower_tier(
                 Tier.DISK, layout, store, disk.codec, disk.threads, 1.0, store.trial
@@ -247,6 +250,14 @@ class NodeDaemon:
         if learned := self._learned.pop(manager.layout.id, None):
             await learned.close()
         await manager.close()
+
+
+def _admission(disk: DiskConfig, blocks: int) -> AdmissionFactory | None:
+    """What `disk` lets in, of a tier of so many blocks: as many keys are remembered."""
+    if disk.admission == "all":
+        return None
+    refused = metrics.DISK_REFUSED.labels("admission").inc
+    return partial(SecondUse, max(1, min(blocks, MOST_REMEMBERED)), refused)
 
 
 def _lower_tier(

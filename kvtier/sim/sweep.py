@@ -26,6 +26,7 @@ class Row(NamedTuple):
     flop_saved: float
     us_per_block: float
     by_tier: tuple[float, ...] = ()  # of token_hit_ratio, the parts, where there are tiers
+    disk_writes: int = 0  # blocks, where there is a disk; the optimum's are not known
 
 
 def sweep(
@@ -35,18 +36,21 @@ def sweep(
     progress: Progress,
     tiers: Sequence[float] = (1.0,),
     cache: MakeCache = Bare,
+    *,
+    second_use: bool = False,
 ) -> list[Row]:
     """Every policy of `NAMES` at every share of the footprint.
 
     With several `tiers`, whose sizes are to one another as those numbers, a share is the first
-    one's; with one, `cache` keeps its books. The optimum's part of a tier is what the tiers down
+    one's; with one, `cache` keeps its books. With `second_use` disk takes only what was asked for
+    twice. The optimum's part of a tier is what the tiers down
     to it can find together, less what those above it can.
 
     Raises:
         KeyError: There is no such policy.
     """
     return [
-        _row(workload, name, fraction, progress, tiers, cache)
+        _row(workload, name, fraction, progress, tiers, cache, second_use=second_use)
         for name in policies
         for fraction in capacities
     ]
@@ -59,9 +63,12 @@ def _row(
     progress: Progress,
     tiers: Sequence[float],
     cache: MakeCache,
+    *,
+    second_use: bool,
 ) -> Row:
     sizes = [workload.capacity(fraction * size / tiers[0]) for size in tiers]
     by_tier: tuple[float, ...] = ()
+    writes = 0
     if name == OPT:
         hits, cost = optimum(workload, sum(sizes), progress)
         if len(tiers) > 1:
@@ -69,10 +76,12 @@ def _row(
             ratios = [0.0, *(each.token_ratio for each in down_to), hits.token_ratio]
             by_tier = tuple(below - above for above, below in pairwise(ratios))
     elif len(tiers) > 1:
-        hits, by_tier, cost = tiered.replay(workload, POLICIES[name], sizes, progress)
+        hits, by_tier, writes, cost = tiered.replay(
+            workload, POLICIES[name], sizes, progress, second_use=second_use
+        )
     else:
         hits, cost = replay(workload, POLICIES[name], sizes[0], progress, cache)
-    return Row(name, fraction, sizes[0], hits.token_ratio, hits.flop_ratio, cost, by_tier)
+    return Row(name, fraction, sizes[0], hits.token_ratio, hits.flop_ratio, cost, by_tier, writes)
 
 
 def write_json(path: Path, workload: Workload, rows: Sequence[Row]) -> None:
@@ -97,6 +106,8 @@ def _figures(row: Row) -> dict[str, object]:
     figures = row._asdict()
     if not row.by_tier:
         del figures["by_tier"]
+    if not row.disk_writes:
+        del figures["disk_writes"]
     return figures
 
 

@@ -3,7 +3,8 @@
 A block enters VRAM. What VRAM gives up is written to host memory, and what that gives up to disk,
 unless it lies further down already; the last tier drops. What is found in a lower tier comes up to
 all above it, and its copy stays and is warm again, so that giving it up a second time costs no
-write. VRAM and host memory have the policy that is tried, disk has LRU.
+write. VRAM and host memory have the policy that is tried, disk has LRU. With `second_use` disk
+takes only what was asked for twice, by the class that a node has for it.
 """
 
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
+from kvtier.core.admission import SecondUse
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import LRU, EvictionPolicy, Keep, PolicyFactory, Use
 from kvtier.sim.evict import Hits, Progress, Workload
@@ -25,14 +27,22 @@ class TieredResult(NamedTuple):
 
     hits: Hits
     by_tier: tuple[float, ...]
+    disk_writes: int  # blocks
     us_per_block: float  # of all tiers' policies, for each full block of each prompt
 
 
 class Cascade:
     """Tiers of so many blocks each, warmest first."""
 
-    def __init__(self, policy: PolicyFactory, capacities: Sequence[int]) -> None:
+    def __init__(
+        self, policy: PolicyFactory, capacities: Sequence[int], *, second_use: bool = False
+    ) -> None:
+        self.disk_writes = 0
         self._capacities = capacities
+        self._disk = NAMES.index("disk")
+        self._once: SecondUse | None = None
+        if second_use and len(capacities) > self._disk:
+            self._once = SecondUse(capacities[self._disk])
         self._tiers: list[EvictionPolicy] = [
             policy() if n < _TRIED else LRU() for n in range(len(capacities))
         ]
@@ -53,6 +63,10 @@ class Cascade:
         for at in range(len(found), len(path)):
             if at:
                 self._above[path[at]] = path[at - 1]
+        if self._once is not None:
+            self._once.used(path, use.request)
+            new = [key for key in path[len(found) :] if not any(key in t for t in self._tiers)]
+            self._once.entered(new, use.request)
         self._tiers[0].touch(path, use)
         for n in range(1, max(found, default=0) + 1):
             tier = self._tiers[n]
@@ -71,6 +85,10 @@ class Cascade:
         if not lower:
             return
         sinking = {key: None for key in going if not any(key in each for each in lower)}
+        if n + 1 == self._disk:
+            if self._once is not None:
+                sinking = {key: None for key in sinking if not self._once.left(key)}
+            self.disk_writes += len(sinking)
         while sinking:
             deepest = next(iter(sinking))
             lower[0].touch(self._path(deepest, sinking, lower[0].__contains__), Use(now))
@@ -92,9 +110,12 @@ def replay(
     policy: PolicyFactory,
     capacities: Sequence[int],
     progress: Progress | None = None,
+    *,
+    second_use: bool = False,
 ) -> TieredResult:
     """Play all prompts to tiers of `capacities` blocks; `progress` is told of prompts."""
-    cascade, hits, spent = Cascade(policy, capacities), Hits(), 0.0
+    cascade = Cascade(policy, capacities, second_use=second_use)
+    hits, spent = Hits(), 0.0
     tokens = [0] * len(capacities)
     for request, prompt in enumerate(workload.prompts):
         found = cascade.find(prompt.keys)
@@ -110,4 +131,5 @@ def replay(
     if progress is not None:
         progress(len(workload.prompts) % _STEP)
     by_tier = tuple(count / max(1, hits.tokens) for count in tokens)
-    return TieredResult(hits, by_tier, spent / max(1, hits.blocks) * 1e6)
+    us_per_block = spent / max(1, hits.blocks) * 1e6
+    return TieredResult(hits, by_tier, cascade.disk_writes, us_per_block)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
+from kvtier.core.admission import SecondUse
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
@@ -33,7 +34,7 @@ STATES = (
     "read cut by a failed load", "read cut by settle", "read checked", "read in part",
     "load declined",
     "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
-    "dropped for good while refused",
+    "dropped for good while refused", "dropped after one use",
     "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
@@ -102,6 +103,7 @@ def _random_tiers(rng: Random) -> list[TierSpec]:
                 drain_at=drain_at,
                 queue=rng.randint(1, 4),
                 policy=rng.choice(policies),
+                admission=rng.choice([None, lambda: SecondUse(8)]),
             )
         )
     return specs
@@ -329,6 +331,7 @@ class _Node(World):
                 self.stores[tier].frames[key] if tier != HOST else BLOCK_NBYTES
                 for key in self.announced[tier]
                 if not any(key in held for held in self.announced[tier + 1 :])
+                and not (tier == HOST and key in self.held_back())
             ]
             assert sum(undrained) <= spec.drain_at or self._is_full(tier + 1)
         self.seen["quiet"] += 1

@@ -182,7 +182,10 @@ class World:
         if tier == HOST and not self.clearing and len(self.specs) > 1:
             copied = any(key in held for held in self.announced)
             free = self.ledger.paused(1) or self.refused[1]
-            assert copied or free, "the only copy of a block was dropped"
+            admission = self.ledger.admission
+            once = admission is not None and admission.remembers(key)
+            self.seen["dropped after one use"] += once
+            assert copied or free or once, "the only copy of a block was dropped"
             self.seen["dropped for good while refused"] += not copied and not self.ledger.paused(1)
             self.seen["dropped for good while paused"] += not copied
 
@@ -241,10 +244,15 @@ class World:
             return
         lower = set[BlockKey]().union(*self.announced[1:])
         waiting = self.announced[HOST] - lower - {move.key for move in self.moves}
+        waiting -= self.held_back()
         coming = sum(move.target == 1 for move in self.moves)
         used = self.ledger.usage()[1].nbytes + (coming + 1) * MAX_FRAME_NBYTES
         full = coming == self.specs[1].queue or used > self.specs[1].capacity
         assert full or len(waiting) * BLOCK_NBYTES <= self.specs[HOST].drain_at
+
+    def held_back(self) -> set[BlockKey]:
+        """What of the host tier the tier below does not take yet."""
+        return set(self.ledger.admission or ())
 
     def check_match(self, key: BlockKey) -> None:
         """What a match says of one block is what was announced of it."""

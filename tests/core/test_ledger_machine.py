@@ -7,15 +7,17 @@ import hypothesis.strategies as st
 from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvtier.core.admission import SecondUse
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
-from kvtier.core.policy import LRU
+from kvtier.core.policy import LRU, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.testing.world import BLOCK_NBYTES, World
 
 PROMPTS = [[BlockKey(f"{name}{n}".encode()) for n in range(4)] for name in "abc"]
 paths = st.builds(lambda prompt, n: prompt[:n], st.sampled_from(PROMPTS), st.integers(1, 4))
+requests = st.one_of(st.none(), st.integers(1, 3))
 clients = st.integers(0, 2)
 picks = st.integers(0, 99)
 LOWER = {
@@ -34,12 +36,13 @@ class NodeMachine(RuleBasedStateMachine):
         drain_at=st.integers(0, 4),
         queue=st.integers(1, 3),
         policy=st.sampled_from([LRU, PHD]),
+        admission=st.sampled_from([None, lambda: SecondUse(8)]),
     )
-    def start(self, lower, drain_at, queue, policy):
+    def start(self, lower, drain_at, queue, policy, admission):
         specs = [
             TierSpec(
                 tier=tier, capacity=blocks * BLOCK_NBYTES, drain_at=drain_at * BLOCK_NBYTES,
-                queue=queue, policy=policy,
+                queue=queue, policy=policy, admission=admission,
             )
             for tier, blocks in [(Tier.HOST, 4), *LOWER[lower]]
         ]  # fmt: skip
@@ -48,16 +51,16 @@ class NodeMachine(RuleBasedStateMachine):
     def lower_tier(self, pick: int) -> int:
         return 1 + pick % (len(self.world.specs) - 1)
 
-    @rule(client=clients, path=paths)
-    def read(self, client, path):
-        lease = self.world.ledger.read(client, path)
+    @rule(client=clients, path=paths, request=requests)
+    def read(self, client, path, request):
+        lease = self.world.ledger.read(client, path, use=Use(request=request))
         self.world.leases[lease.id] = lease
         self.world.carry_out()
         event(f"read waits: {bool(lease.loading)}")
 
-    @rule(client=clients, path=paths)
-    def write(self, client, path):
-        lease = self.world.ledger.write(client, path)
+    @rule(client=clients, path=paths, request=requests)
+    def write(self, client, path, request):
+        lease = self.world.ledger.write(client, path, use=Use(request=request))
         self.world.leases[lease.id] = lease
         self.world.carry_out()
         for key, slot in zip(lease.keys, lease.slots, strict=True):

@@ -90,6 +90,20 @@ class TestTiers:
         assert found.hits.hit_blocks <= optimum(workload, sum(sizes)).hits.hit_blocks
         assert all(found.by_tier)
 
+    def test_disk_takes_only_what_was_asked_for_twice_if_told_to(self) -> None:
+        workload = asked("ab", "cd", "ef", "gh", "ab", "cd", "ef", "gh", "ab")
+        every = tiers.replay(workload, LRU, (2, 2, 9))
+        assert every.disk_writes == 8
+        assert every.hits.hit_blocks == 10
+        few = tiers.replay(workload, LRU, (2, 2, 9), second_use=True)
+        # The second "ab" is computed again, as it had gone, and sinks to disk then, as cd and ef.
+        assert few.hits.hit_blocks == 2
+        assert few.disk_writes == 6
+
+    def test_without_a_disk_nothing_is_refused(self) -> None:
+        workload = asked("ab", "cd", "ef", "ab")
+        assert tiers.replay(workload, LRU, (2, 4), second_use=True).hits.hit_blocks == 2
+
     def test_one_tier_is_no_cascade(self) -> None:
         workload = Workload(generate("chat", 3, 300))
         capacity = workload.capacity(0.1)
