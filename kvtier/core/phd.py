@@ -29,7 +29,7 @@ GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys 
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
-CYCLE: Final = 128  # requests between two looks at what a class has learned
+CYCLE: Final = 256  # requests between two looks at what a class has learned
 
 
 class PHD:
@@ -204,7 +204,7 @@ class PHD:
     def _learn(self) -> None:
         """Look at one class, or at what all have in common: no request waits for all of them."""
         self._requests += 1
-        turn, rest = divmod(self._requests % CYCLE, 3)
+        turn, rest = divmod(self._requests % CYCLE, 6)
         if rest or turn > SHARED + 1:
             return
         if turn <= SHARED:
@@ -216,16 +216,18 @@ class PHD:
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
-        run = self._forest.remove(key)
+        forest = self._forest
+        run = forest.remove(key)
         if run is None:
             return
-        if not run.blocks:
-            self._victims.emptied(run, self._forest.parent(run))
+        left = run.blocks
+        if not left:
+            self._victims.emptied(run, forest.parent(run))
         if run.request is not None:
-            here = self._forest.size
+            here = forest.size
             limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
-            waits = run.open and not run.blocks  # the observation is its first block's
-            self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
+            # The observation is its first block's.
+            self._ghosts.put(key, run.t, run.cls if run.open and not left else -1, limit)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`, and `Victims.coldest`."""

@@ -6,7 +6,6 @@ a sample are compared again in the next one, which is as good as to look at all 
 meets cannot go: after FRESH of them it goes on with the next worst of all that it has compared.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
@@ -40,7 +39,8 @@ class Victims:
         self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
-        self._victim: Run | None = None  # goes on being given up until something is touched
+        self._victim: Run | None = None  # goes on being given up until it is gone, or used
+        self._since = 0  # when it was used last
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
 
@@ -49,7 +49,6 @@ class Victims:
         if now > self.now:
             self._moving = self._moving or self.turn > 0
             self.now = now
-        self._victim = None
         self.turn += 1
         if self._compared is not None:
             self._poor = _next_to_go(*self._compared)
@@ -79,7 +78,8 @@ class Victims:
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`; O(SAMPLE) a run, of FRESH runs.
 
-        The first run is the worst of a sample, and stays so until something is touched.
+        The first run is the worst of a sample, and stays so until it is gone, or used: blocks
+        that came together go together.
         """
         passed: set[Run] = set()
         freed: dict[Run, int] = {}  # children that were passed
@@ -88,21 +88,24 @@ class Victims:
         rest: list[tuple[float, int, int, Run]] = []  # a heap of what they had
         hidden = 0
         run = self._victim
-        if run is None or run.place < 0:
+        if run is None or run.place < 0 or run.seq != self._since:
+            self._victim = None
             run = self._sampled(passed, bared)
         while run is not None and hidden < HIDDEN:
             passed.add(run)
             whole = True
+            if self._victim is None:
+                self._victim, self._since = run, run.seq
             if keep is None:
-                self._victim = self._victim or run
                 yield from reversed(run.blocks)
             else:
                 for key in reversed(run.blocks):
                     if keep(key):
                         whole = False
-                        hidden += key is run.blocks[-1]
+                        if key is run.blocks[-1]:
+                            hidden += 1
+                            self._victim = None if run is self._victim else self._victim
                         break
-                    self._victim = self._victim or run
                     yield key
             above = self._forest.parent(run)
             if whole and above is not None:
@@ -195,9 +198,14 @@ class Victims:
 
 def _next_to_go(runs: list[Run], worths: list[float]) -> list[Run]:
     """Those of a sample that are worth least; numbers are sorted faster than tuples."""
-    limit = sorted(worths)[POOR] if len(runs) > POOR else math.inf
-    poor = [(worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit]
-    return [runs[i] for _, _, i in sorted(poor)[: POOR + 1]]
+    if len(runs) <= POOR:
+        return runs
+    limit = sorted(worths)[POOR]
+    poor = [run for run, worth in zip(runs, worths, strict=True) if worth <= limit]
+    if len(poor) <= POOR + 1:
+        return poor
+    ranked = [(worth, run.seq, i) for i, (run, worth) in enumerate(zip(runs, worths, strict=True))]
+    return [runs[i] for _, _, i in sorted(ranked)[: POOR + 1]]
 
 
 def _aged(run: Run, now: float) -> int:
