@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.duel import Duel
 from kvtier.core.hazards import BIN_OF, BINS, END_OF, MAX_AGE, TRUSTED, Hazards
 from kvtier.core.policy import Keep
 from kvtier.core.runs import Forest, Run
@@ -30,12 +31,12 @@ _used = attrgetter("seq")
 class Victims:
     """The order in which the runs of `forest` go, by what `hazards` has learned."""
 
-    def __init__(self, forest: Forest, hazards: Hazards) -> None:
+    def __init__(self, forest: Forest, hazards: Hazards, duel: Duel) -> None:
         self.now = 0.0
         self.turn = 0  # touches so far; also where the next sample begins
         self._forest = forest
         self._hazards = hazards
-        self._no_index = [[0.0] * BINS] * len(hazards.index)
+        self._duel = duel
         self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
@@ -113,7 +114,8 @@ class Victims:
                 if freed[above] == above.children:
                     bared.append(above)
                     if rest:
-                        heappush(rest, (self._worth(above), above.seq, len(passed), above))
+                        (worth,) = self._worths([above])
+                        heappush(rest, (worth, above.seq, len(passed), above))
             if self._compared is not None and (not met or met[-1] is not self._compared):
                 met.append(self._compared)
             if len(met) == FRESH and not rest:
@@ -127,7 +129,7 @@ class Victims:
         worths: dict[Run, float] = {}
         for sample in samples:
             worths.update(zip(*sample, strict=True))
-        worths.update((run, self._worth(run)) for run in bared)
+        worths.update(zip(bared, self._worths(bared), strict=True))
         rest = [
             (worth, run.seq, -i, run)
             for i, (run, worth) in enumerate(worths.items())
@@ -172,24 +174,24 @@ class Victims:
                 return min([run, *(each for each in bared if each not in passed)], key=_used)
         return None
 
-    def _index(self) -> list[list[float]]:
-        """What is believed; as long as little was learned, or no clock moves, what LRU believes."""
-        known = self._moving and self._hazards.uses >= TRUSTED
-        return self._hazards.index if known else self._no_index
+    def _by_recency(self) -> bool:
+        """Whether LRU's order holds: little was learned, no clock moves, or LRU finds more."""
+        return not self._moving or self._hazards.uses < TRUSTED or self._duel.lru_leads
 
-    def _worth(self, run: Run) -> float:
-        return self._index()[run.cls][_aged(run, self.now)]
+    def _worths(self, runs: list[Run]) -> list[float]:
+        if self._by_recency():
+            return [run.seq for run in runs]
+        index, now = self._hazards.index, self.now
+        return [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again later."""
-        index, now = self._index(), self.now
         if passed:
             runs = [run for run in runs if run not in passed]
-        if not runs:
-            self._compared = [], []
-            return None
-        worths = [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
+        worths = self._worths(runs)
         self._compared = runs, worths
+        if not runs:
+            return None
         least = min(worths)
         if worths.count(least) == 1:
             return runs[worths.index(least)]
