@@ -1,4 +1,4 @@
-"""`kvtier trace record`: the requests of a running router, as a trace without any text."""
+"""`kvtier trace record`: the requests of a router or a node daemon, as a trace without any text."""
 
 import argparse
 import heapq
@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from kvtier import config as configuration
 from kvtier.cli.parser import ACCESS_HELP
 from kvtier.errors import ConfigError
-from kvtier.sim.record import Numbering
+from kvtier.sim.record import Numbering, Pieces
 from kvtier.sim.trace import Request, write_trace
+
+if TYPE_CHECKING:
+    import grpc
 
 # Requests are told of when they end, and a trace is in the order in which they came.
 _HELD_S = 600.0  # so long a request is held back for one that came before it and runs longer
@@ -24,9 +28,11 @@ _HELD = 1 << 16  # and so many of them
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parser of `kvtier trace record`."""
-    text = "write down a router's requests: lengths and numbered blocks, no text"
+    text = "write down a router's or a node daemon's requests: lengths and numbered blocks, no text"
     record = actions.add_parser("record", help=text, description=text)
-    record.add_argument("router", metavar="HOST:PORT", help="the router's gRPC address")
+    record.add_argument(
+        "router", metavar="HOST:PORT", help="the router's or the node daemon's gRPC address"
+    )
     record.add_argument(
         "--out", required=True, metavar="FILE", help="where it goes; a .gz is packed"
     )
@@ -112,19 +118,18 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
     """What ends until one of the limits, the router's end, or an item in `told`.
 
     Raises:
-        ConfigError: There is no router, or it refuses.
+        ConfigError: There is nobody, or who is there refuses.
     """
     import grpc
 
     from kvtier.wire.access import Access
-    from kvtier.wire.pb import router_pb2, router_pb2_grpc
 
     access = Access(configuration.load(options.config), serving=False)
     access.preflight(options.router)
-    numbering, count = Numbering(options.block_tokens), 0
+    count = 0
     with access.blocking_channel(options.router) as channel:
-        stub = router_pb2_grpc.RouterStub(channel)
-        call = stub.Record(router_pb2.RecordRequest(), timeout=options.seconds or None)
+        begin = _of_node if _is_node(channel) else _of_router
+        call, requests = begin(channel, options)
 
         def stop() -> None:
             told.get()
@@ -135,12 +140,8 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
         try:
             call.initial_metadata()  # comes at once: from here on nothing is missed
             print(f"recording {options.router}; Ctrl-C ends it", file=sys.stderr, flush=True)
-            for message in call:
-                if message.dropped:
-                    print(f"kvtier: {message.dropped} requests lost so far", file=sys.stderr)
-                tokens = message.input_tokens, message.output_tokens
-                keys = list(message.keys)
-                yield numbering.request(message.at_s, tokens, keys, message.block_tokens)
+            for request in requests:
+                yield request
                 count += 1
                 if count == options.requests:
                     return
@@ -152,6 +153,74 @@ def _requests(options: argparse.Namespace, told: "SimpleQueue[None]") -> Iterato
             stopping.join()
 
 
+def _is_node(channel: "grpc.Channel") -> bool:
+    import grpc
+
+    from kvtier.wire.pb import node_pb2, node_pb2_grpc
+
+    try:
+        node_pb2_grpc.NodeStub(channel).Status(node_pb2.NodeStatusRequest(), timeout=10)
+    except grpc.RpcError:
+        return False  # a router, or nobody: which of them is found out by asking it
+    return True
+
+
+def _of_router(
+    channel: "grpc.Channel", options: argparse.Namespace
+) -> "tuple[grpc.Call, Iterator[Request]]":
+    from kvtier.wire.pb import router_pb2, router_pb2_grpc
+
+    stub = router_pb2_grpc.RouterStub(channel)
+    call = stub.Record(router_pb2.RecordRequest(), timeout=options.seconds or None)
+    numbering = Numbering(options.block_tokens)
+
+    def requests() -> Iterator[Request]:
+        for message in call:
+            _lost(message.dropped)
+            tokens = message.input_tokens, message.output_tokens
+            keys = list(message.keys)
+            yield numbering.request(message.at_s, tokens, keys, message.block_tokens)
+
+    return call, requests()
+
+
+def _of_node(
+    channel: "grpc.Channel", options: argparse.Namespace
+) -> "tuple[grpc.Call, Iterator[Request]]":
+    import grpc
+
+    from kvtier.wire.local import unpack_keys
+    from kvtier.wire.pb import node_pb2, node_pb2_grpc
+
+    stub = node_pb2_grpc.NodeStub(channel)
+    call = stub.Record(node_pb2.NodeRecordRequest(), timeout=options.seconds or None)
+    pieces = Pieces(Numbering(options.block_tokens))
+
+    def requests() -> Iterator[Request]:
+        begun = 0
+        try:
+            for use in call:
+                _lost(use.dropped)
+                if not pieces.knows(use.request):
+                    begun += 1
+                    if options.requests and begun > options.requests:
+                        break  # the last one that is wanted may have had more to tell until now
+                keys = unpack_keys(use.keys)
+                output = use.output_tokens
+                yield from pieces.add(use.at_s, use.request, keys, use.block_tokens, output)
+        except grpc.RpcError:
+            yield from pieces.rest()
+            raise
+        yield from pieces.rest()
+
+    return call, requests()
+
+
+def _lost(dropped: int) -> None:
+    if dropped:
+        print(f"kvtier: {dropped} requests lost so far", file=sys.stderr)
+
+
 def _ended(router: str, code: object, details: object, count: int) -> None:
     """What the call's end means: time is up, we were told to stop, or the router is gone."""
     import grpc
@@ -160,4 +229,4 @@ def _ended(router: str, code: object, details: object, count: int) -> None:
         return
     if not count:
         raise ConfigError(f"no recording from {router}: {details}")
-    print(f"kvtier: the router has gone: {details}", file=sys.stderr)
+    print(f"kvtier: {router} has gone: {details}", file=sys.stderr)

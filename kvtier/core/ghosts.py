@@ -17,6 +17,7 @@ class _Page(NamedTuple):
     key: list[BlockKey | None]
     at: "array[float]"
     cls: "array[int]"
+    epoch: "array[int]"
 
 
 class Ghosts:
@@ -30,12 +31,14 @@ class Ghosts:
         self._number = KeyMap[int]()  # of the last departure, by key
         self.shards = self._number.shards  # to ask of many keys whether they are here
         self._pages: dict[int, _Page] = {}
-        self._page = _Page([], array("d"), array("b"))  # the newest
+        self._page = _Page([], array("d"), array("b"), array("I"))  # the newest
         self._first = self._next = 0  # numbers of the departures in the pages
         self._size = 0
 
-    def put(self, key: BlockKey, at: float, cls: int, limit: int) -> None:
+    def put(self, key: BlockKey, at: float, cls: int, epoch: int, limit: int) -> None:
         """`key` leaves; `cls` is that of the observation that is still open, -1: none is.
+
+        `epoch` is that of its last use (`Duel`).
 
         Of departures the last `limit`, at least 1, are kept.
         """
@@ -45,26 +48,29 @@ class Ghosts:
         place = number & (_PLACES - 1)
         if not place:
             self._pages[number >> _BITS] = self._page = _Page(
-                [None] * _PLACES, array("d", bytes(8 * _PLACES)), array("b", bytes(_PLACES))
+                [None] * _PLACES,
+                array("d", bytes(8 * _PLACES)),
+                array("b", bytes(_PLACES)),
+                array("I", bytes(8 * _PLACES)),
             )
-        keys, times, classes = self._page
-        keys[place], times[place], classes[place] = key, at, cls
+        keys, times, classes, epochs = self._page
+        keys[place], times[place], classes[place], epochs[place] = key, at, cls, epoch
         self._next = number + 1
         shard = self.shards[key[-1]]
         if key not in shard:
             self._size += 1
         shard[key] = number
 
-    def take(self, key: BlockKey) -> tuple[float, int] | None:
-        """`key` is back: when it was last used, and its class; None: it is not remembered."""
+    def take(self, key: BlockKey) -> tuple[float, int, int] | None:
+        """`key` is back: time, class and epoch of its last use; None: it is not remembered."""
         number = self.shards[key[-1]].pop(key, None)
         if number is None:
             return None
         self._size -= 1
-        keys, times, classes = self._pages[number >> _BITS]
+        keys, times, classes, epochs = self._pages[number >> _BITS]
         place = number & (_PLACES - 1)
         keys[place] = None
-        return times[place], classes[place]
+        return times[place], classes[place], epochs[place]
 
     def _forget(self) -> None:
         number = self._first

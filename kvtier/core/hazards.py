@@ -18,9 +18,9 @@ MAX_AGE: Final = 3600  # seconds that an observation stays open
 _FIRST: Final = 2.0  # seconds of bin 0; each of the others is wider than the one before by
 _GROWTH: Final = 1.2
 _PRIOR: Final = 20.0  # observations that the prior weighs
-_DECAY: Final = 0.98  # of what was learned, at each rebuild
+_DECAY: Final = 0.96  # of what was learned, at each rebuild
 _EMPTY: Final = 1e-12
-_NEWS: Final = 0.02  # of what is known of a class: so much news is worth a rebuild
+_NEWS: Final = 0.04  # of what is known of a class: so much news is worth a rebuild
 _TURNS: Final = 8  # turns after which there is one all the same
 STATE_VERSION: Final = 1
 TRUSTED: Final = 500  # uses that must have come before an index says more than recency does
@@ -41,6 +41,7 @@ _AGES: Final = [
 END_OF: Final = [next((end for j, _, end in _AGES if j == b), math.inf) for b in range(BINS)]
 _SPAN: Final = 60  # seconds whose sum is kept as well
 _NEAR: Final = [ages for ages in _AGES if ages[1] < 6 * _SPAN]  # bins of few seconds
+_NEAR_AGES: Final = [(j, slice(start, stop)) for j, start, stop in _NEAR]
 _FAR: Final = _AGES[len(_NEAR) :]
 _WIDTHS: Final = [_FIRST, *(_FIRST * _GROWTH ** (j - 1) * (_GROWTH - 1) for j in range(1, BINS))]
 # Nothing is known: uses become rarer in proportion to age, as LRU believes.
@@ -53,28 +54,23 @@ def index(hazard: Sequence[float]) -> list[float]:
     `hazard` is by age too: the probability of a use in a bin, if there was none before. The
     answer is the slope, right of each point, of the upper hull of hits over seconds.
     """
-    alive, hits, held = 1.0, 0.0, 0.0
-    xs, ys = [0.0], [0.0]
+    alive, steps = 1.0, list[tuple[float, float]]()
     for rate, width in zip(hazard, _WIDTHS, strict=True):
-        hits += alive * rate
-        held += alive * width * (1 - rate / 2)
+        steps.append((alive * rate, alive * width * (1 - rate / 2)))
         alive *= 1 - rate
-        xs.append(held)
-        ys.append(hits)
-    slopes = [0.0] * BINS
-    # The hull from here on, nearest last; its nearest point is (x1, y1), the next (x2, y2).
-    hull: list[tuple[float, float]] = []
-    x1, y1 = xs[BINS], ys[BINS]
-    for i in range(BINS - 1, -1, -1):
-        x, y = xs[i], ys[i]
-        while hull:
-            x2, y2 = hull[-1]
-            if (y1 - y) * (x2 - x) > (y2 - y) * (x1 - x):
-                break
-            x1, y1 = hull.pop()
-        slopes[i] = (y1 - y) / (x1 - x + _EMPTY)
-        hull.append((x1, y1))
-        x1, y1 = x, y
+    slopes: list[float] = []
+    # The edges of the hull from here on, nearest last: hits, seconds, and the first by the other.
+    hull: list[tuple[float, float, float]] = []
+    for hits, held in reversed(steps):
+        slope = hits / (held + _EMPTY)
+        while hull and slope <= hull[-1][2]:
+            more, longer, _ = hull.pop()
+            hits += more
+            held += longer
+            slope = hits / (held + _EMPTY)
+        hull.append((hits, held, slope))
+        slopes.append(slope)
+    slopes.reverse()
     return slopes
 
 
@@ -132,8 +128,8 @@ class _Class:
         start = end - near
         ages = self.open[start:end] if start >= 0 else self.open[start:] + self.open[:end]
         ages.reverse()  # by age in seconds
-        for j, first, last in _NEAR:
-            found[j] = sum(ages[first:last])
+        for j, span in _NEAR_AGES:
+            found[j] = sum(ages[span])
         # Of the others: all up to each end, less all up to the one before.
         before = [0, *accumulate(self.spans)]
         younger = sum(ages)
@@ -175,30 +171,30 @@ class Hazards:
 
     def closed(self, c: int, at: float, now: float) -> None:
         """The run that was used at `at` is used again."""
-        if self._taken(c, at, now):
-            each, age = self._classes[c], int(now - at)
-            j = BIN_OF[age] if age < MAX_AGE else BINS - 1
-            each.hit[j] += 1
-            each.end[j] += 1
-            each.news += 1
-            self.uses += c not in self._apart
-
-    def moved(self, old: int, new: int, at: float, now: float) -> None:
-        """The class of an open observation was another one."""
-        if self._taken(old, at, now):
-            self.opened(new, at)
-
-    def _taken(self, c: int, at: float, now: float) -> bool:
-        """Take an open observation out of the ring; False where it has ended by its age."""
         each, second, newest = self._classes[c], int(at), int(now)
         if newest > each.upto:
             each.advance(newest)
         place = second % MAX_AGE
-        if second <= each.upto - MAX_AGE or not each.open[place]:
-            return False
-        each.open[place] -= 1
-        each.spans[place // _SPAN] -= 1
-        return True
+        if each.open[place] and second > each.upto - MAX_AGE:
+            each.open[place] -= 1
+            each.spans[place // _SPAN] -= 1
+            age = int(now - at)
+            j = BIN_OF[age] if age < MAX_AGE else BINS - 1
+            each.hit[j] += 1
+            each.end[j] += 1
+            each.news += 1
+            if c not in self._apart:
+                self.uses += 1
+
+    def moved(self, old: int, new: int, at: float, now: float) -> None:
+        """The class of an open observation was another one."""
+        each, second = self._classes[old], int(at)
+        each.advance(int(now))
+        place = second % MAX_AGE
+        if each.open[place] and second > each.upto - MAX_AGE:
+            each.open[place] -= 1
+            each.spans[place // _SPAN] -= 1
+            self.opened(new, at)
 
     def turn(self, c: int, now: float) -> None:
         """Learn from what class c has seen, if that is something new: a rebuild costs."""
@@ -215,12 +211,12 @@ class Hazards:
             self.index[c] = self._pool_index
             return
         each.advance(int(now))
-        waiting, later = each.open_by_age(), 0.0
-        risk = [0.0] * BINS
-        for j in range(BINS - 1, -1, -1):
-            later += each.end[j]
-            risk[j] = later + waiting[j] / 2
-            later += waiting[j]
+        later, risk = 0.0, list[float]()
+        for ended, waiting in zip(reversed(each.end), reversed(each.open_by_age()), strict=True):
+            later += ended
+            risk.append(later + waiting / 2)
+            later += waiting
+        risk.reverse()
         hits, risk = _smooth(each.hit), _smooth(risk)
         self._sums[c] = (hits, risk)
         if risk[0] <= 0:

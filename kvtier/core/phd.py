@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.duel import Duel
 from kvtier.core.ghosts import Ghosts
 from kvtier.core.hazards import Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
@@ -29,7 +30,7 @@ GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys 
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
-CYCLE: Final = 128  # requests between two looks at what a class has learned
+CYCLE: Final = 256  # requests between two looks at what a class has learned
 
 
 class PHD:
@@ -39,7 +40,8 @@ class PHD:
         self._forest = Forest()
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
         self._ghosts = Ghosts()
-        self._victims = Victims(self._forest, self._hazards)
+        self._duel = Duel()
+        self._victims = Victims(self._forest, self._hazards, self._duel)
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
 
@@ -60,6 +62,7 @@ class PHD:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
         keys = [*dict.fromkeys(path)]
         self._victims.touched(use.now)
+        self._duel.step(self._forest.size)
         if use.request is None:
             self._enter(keys)
             return
@@ -82,6 +85,8 @@ class PHD:
                     self._victims.now,
                     self._victims.turn,
                 )
+                above.epoch = self._duel.epoch
+                self._duel.came(end - i)
                 self._victims.used([above])
             i = end
 
@@ -132,7 +137,7 @@ class PHD:
             return run
         now = self._victims.now
         if run.request is None:
-            gap = self._gaps(run.blocks)[0]
+            gap = self._gaps(run.blocks, missed=False)[0]
         else:
             gap = _gap(now - run.t)
             if run.open:
@@ -142,6 +147,8 @@ class PHD:
             run.cls = SHARED
         else:
             run.cls = gap + kind
+        self._duel.found(run.epoch, len(run.blocks))
+        run.epoch = self._duel.epoch
         run.t, run.seq, run.request, run.open = now, self._victims.turn, request, False
         run.until = -math.inf
         if (
@@ -160,7 +167,7 @@ class PHD:
         self, keys: list[BlockKey], above: Run | None, request: int, kind: int
     ) -> list[Run]:
         """New keys below `above`: the runs that they make up, or are put to."""
-        gaps, runs = self._gaps(keys), list[Run]()
+        gaps, runs = self._gaps(keys, missed=True), list[Run]()
         i = 0
         if (
             above is not None
@@ -175,22 +182,28 @@ class PHD:
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
             above.cls, above.t, above.seq = gaps[i] + kind, self._victims.now, self._victims.turn
-            above.request, above.open = request, True
+            above.request, above.open, above.epoch = request, True, self._duel.epoch
             self._hazards.opened(above.cls, self._victims.now)
             runs.append(above)
             i = end
         return runs
 
-    def _gaps(self, keys: list[BlockKey]) -> list[int]:
-        """By key, the part of the class that says when it was last used; they are no ghosts now."""
-        shards, now = self._ghosts.shards, self._victims.now
+    def _gaps(self, keys: list[BlockKey], *, missed: bool) -> list[int]:
+        """By key, the part of the class that says when it was last used; they are no ghosts now.
+
+        `missed` says that they are used, and were not here.
+        """
+        shards, now, epochs = self._ghosts.shards, self._victims.now, list[int]()
         gaps = [0] * len(keys)
         for i, key in enumerate(keys):
             if key in shards[key[-1]] and (ghost := self._ghosts.take(key)) is not None:
-                at, cls = ghost
+                at, cls, epoch = ghost
+                epochs.append(epoch)
                 gaps[i] = _gap(now - at)
                 if cls >= 0:
                     self._hazards.closed(cls, at, now)
+        if missed:
+            self._duel.missed(epochs, len(keys))
         return gaps
 
     def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
@@ -204,7 +217,7 @@ class PHD:
     def _learn(self) -> None:
         """Look at one class, or at what all have in common: no request waits for all of them."""
         self._requests += 1
-        turn, rest = divmod(self._requests % CYCLE, 3)
+        turn, rest = divmod(self._requests % CYCLE, 6)
         if rest or turn > SHARED + 1:
             return
         if turn <= SHARED:
@@ -216,16 +229,18 @@ class PHD:
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
-        run = self._forest.remove(key)
+        forest = self._forest
+        run = forest.remove(key)
         if run is None:
             return
-        if not run.blocks:
-            self._victims.emptied(run, self._forest.parent(run))
+        left = run.blocks
+        if not left:
+            self._victims.emptied(run, forest.parent(run))
         if run.request is not None:
-            here = self._forest.size
+            here = forest.size
             limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
-            waits = run.open and not run.blocks  # the observation is its first block's
-            self._ghosts.put(key, run.t, run.cls if waits else -1, limit)
+            # The observation is its first block's.
+            self._ghosts.put(key, run.t, run.cls if run.open and not left else -1, run.epoch, limit)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`, and `Victims.coldest`."""

@@ -21,6 +21,7 @@ class Run:
         "blocks",
         "children",
         "cls",
+        "epoch",
         "new",
         "open",
         "parent",
@@ -42,6 +43,7 @@ class Run:
         self.bin = 0  # of the age since `t`, as long as it is before
         self.until = -math.inf
         self.seq = 0  # of that use: what was used later has a higher one
+        self.epoch = 0  # and of a `Duel`, when that was
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here
         self.open = False  # whether it is observed when the next use comes
@@ -77,6 +79,7 @@ class Forest:
         """Cut before blocks[at]; the upper part, which is new and is the one still observed."""
         upper = Run(run.blocks[:at], run.parent)
         upper.cls, upper.t, upper.seq, upper.open = run.cls, run.t, run.seq, run.open
+        upper.epoch = run.epoch
         upper.request, upper.new, upper.children = run.request, run.new, 1
         del run.blocks[:at]
         run.parent, run.open = upper, False
@@ -99,7 +102,7 @@ class Forest:
             return upper
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
-        lower.t, lower.seq = upper.t, upper.seq
+        lower.t, lower.seq, lower.epoch = upper.t, upper.seq, upper.epoch
         lower.bin, lower.until = upper.bin, upper.until
         self._are_in(upper.blocks, lower)
         upper.blocks = []

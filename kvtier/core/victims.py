@@ -6,7 +6,6 @@ a sample are compared again in the next one, which is as good as to look at all 
 meets cannot go: after FRESH of them it goes on with the next worst of all that it has compared.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
@@ -15,6 +14,7 @@ from operator import attrgetter
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
+from kvtier.core.duel import Duel
 from kvtier.core.hazards import BIN_OF, BINS, END_OF, MAX_AGE, TRUSTED, Hazards
 from kvtier.core.policy import Keep
 from kvtier.core.runs import Forest, Run
@@ -31,16 +31,17 @@ _used = attrgetter("seq")
 class Victims:
     """The order in which the runs of `forest` go, by what `hazards` has learned."""
 
-    def __init__(self, forest: Forest, hazards: Hazards) -> None:
+    def __init__(self, forest: Forest, hazards: Hazards, duel: Duel) -> None:
         self.now = 0.0
         self.turn = 0  # touches so far; also where the next sample begins
         self._forest = forest
         self._hazards = hazards
-        self._no_index = [[0.0] * BINS] * len(hazards.index)
+        self._duel = duel
         self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
-        self._victim: Run | None = None  # goes on being given up until something is touched
+        self._victim: Run | None = None  # goes on being given up until it is gone, or used
+        self._since = 0  # when it was used last
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
 
@@ -49,7 +50,6 @@ class Victims:
         if now > self.now:
             self._moving = self._moving or self.turn > 0
             self.now = now
-        self._victim = None
         self.turn += 1
         if self._compared is not None:
             self._poor = _next_to_go(*self._compared)
@@ -79,7 +79,8 @@ class Victims:
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`; O(SAMPLE) a run, of FRESH runs.
 
-        The first run is the worst of a sample, and stays so until something is touched.
+        The first run is the worst of a sample, and stays so until it is gone, or used: blocks
+        that came together go together.
         """
         passed: set[Run] = set()
         freed: dict[Run, int] = {}  # children that were passed
@@ -88,21 +89,24 @@ class Victims:
         rest: list[tuple[float, int, int, Run]] = []  # a heap of what they had
         hidden = 0
         run = self._victim
-        if run is None or run.place < 0:
+        if run is None or run.place < 0 or run.seq != self._since:
+            self._victim = None
             run = self._sampled(passed, bared)
         while run is not None and hidden < HIDDEN:
             passed.add(run)
             whole = True
+            if self._victim is None:
+                self._victim, self._since = run, run.seq
             if keep is None:
-                self._victim = self._victim or run
                 yield from reversed(run.blocks)
             else:
                 for key in reversed(run.blocks):
                     if keep(key):
                         whole = False
-                        hidden += key is run.blocks[-1]
+                        if key is run.blocks[-1]:
+                            hidden += 1
+                            self._victim = None if run is self._victim else self._victim
                         break
-                    self._victim = self._victim or run
                     yield key
             above = self._forest.parent(run)
             if whole and above is not None:
@@ -110,7 +114,8 @@ class Victims:
                 if freed[above] == above.children:
                     bared.append(above)
                     if rest:
-                        heappush(rest, (self._worth(above), above.seq, len(passed), above))
+                        (worth,) = self._worths([above])
+                        heappush(rest, (worth, above.seq, len(passed), above))
             if self._compared is not None and (not met or met[-1] is not self._compared):
                 met.append(self._compared)
             if len(met) == FRESH and not rest:
@@ -124,7 +129,7 @@ class Victims:
         worths: dict[Run, float] = {}
         for sample in samples:
             worths.update(zip(*sample, strict=True))
-        worths.update((run, self._worth(run)) for run in bared)
+        worths.update(zip(bared, self._worths(bared), strict=True))
         rest = [
             (worth, run.seq, -i, run)
             for i, (run, worth) in enumerate(worths.items())
@@ -169,24 +174,24 @@ class Victims:
                 return min([run, *(each for each in bared if each not in passed)], key=_used)
         return None
 
-    def _index(self) -> list[list[float]]:
-        """What is believed; as long as little was learned, or no clock moves, what LRU believes."""
-        known = self._moving and self._hazards.uses >= TRUSTED
-        return self._hazards.index if known else self._no_index
+    def _by_recency(self) -> bool:
+        """Whether LRU's order holds: little was learned, no clock moves, or LRU finds more."""
+        return not self._moving or self._hazards.uses < TRUSTED or self._duel.lru_leads
 
-    def _worth(self, run: Run) -> float:
-        return self._index()[run.cls][_aged(run, self.now)]
+    def _worths(self, runs: list[Run]) -> list[float]:
+        if self._by_recency():
+            return [run.seq for run in runs]
+        index, now = self._hazards.index, self.now
+        return [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again later."""
-        index, now = self._index(), self.now
         if passed:
             runs = [run for run in runs if run not in passed]
-        if not runs:
-            self._compared = [], []
-            return None
-        worths = [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
+        worths = self._worths(runs)
         self._compared = runs, worths
+        if not runs:
+            return None
         least = min(worths)
         if worths.count(least) == 1:
             return runs[worths.index(least)]
@@ -195,9 +200,14 @@ class Victims:
 
 def _next_to_go(runs: list[Run], worths: list[float]) -> list[Run]:
     """Those of a sample that are worth least; numbers are sorted faster than tuples."""
-    limit = sorted(worths)[POOR] if len(runs) > POOR else math.inf
-    poor = [(worth, runs[i].seq, i) for i, worth in enumerate(worths) if worth <= limit]
-    return [runs[i] for _, _, i in sorted(poor)[: POOR + 1]]
+    if len(runs) <= POOR:
+        return runs
+    limit = sorted(worths)[POOR]
+    poor = [run for run, worth in zip(runs, worths, strict=True) if worth <= limit]
+    if len(poor) <= POOR + 1:
+        return poor
+    ranked = [(worth, run.seq, i) for i, (run, worth) in enumerate(zip(runs, worths, strict=True))]
+    return [runs[i] for _, _, i in sorted(ranked)[: POOR + 1]]
 
 
 def _aged(run: Run, now: float) -> int:

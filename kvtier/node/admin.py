@@ -1,15 +1,18 @@
 """The node daemon's gRPC admin service: what it holds, emptying a tier, draining."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Final, Protocol
 
 import grpc
 
 from kvtier.core.tiers import Tier
+from kvtier.errors import Overloaded
 from kvtier.node.manager import TierManager
+from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
+from kvtier.wire.rpc import refuse
 
 DEFAULT_DRAIN_S: Final = 30.0
 MAX_DRAIN_S: Final = 3600.0
@@ -24,6 +27,7 @@ class Daemon(Protocol):
     draining: bool
     layouts: dict[str, TierManager]
     local: LocalServer
+    recorder: Recorder
 
     def counters(self) -> Mapping[str, float]:
         """Every counter by its name."""
@@ -83,6 +87,17 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         self._daemon.local.hear()
         left = [await each.drain(deadline_s) for each in [*self._daemon.layouts.values()]]
         return node_pb2.NodeDrainResponse(undrained_blocks=sum(left))
+
+    async def Record(  # noqa: N802
+        self, request: node_pb2.NodeRecordRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[node_pb2.RecordedUse]:
+        """See node.proto."""
+        await context.send_initial_metadata(())  # the reader knows that nothing is missed now
+        try:
+            async for each in self._daemon.recorder.messages():
+                yield each
+        except Overloaded as error:
+            await refuse(context, error)
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:

@@ -18,6 +18,7 @@ from kvtier.errors import KVTierError, RemoteProtocolError
 from kvtier.node.manager import TierManager
 from kvtier.node.notes import Hearing, Notes
 from kvtier.node.reading import Reading
+from kvtier.node.record import Recorder
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
 
@@ -39,6 +40,7 @@ class Node(Protocol):
 
     name: str
     epoch: int
+    recorder: Recorder
 
     def open_layout(self, layout: BlockLayout) -> Coroutine[None, None, TierManager]:
         """The tiers of a layout, made at its first use. ConfigError: no room for another."""
@@ -232,6 +234,7 @@ class Connection(asyncio.Protocol):
         self._room_for_lease()
         compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
         use = _use(request, output)
+        self._node.recorder.tell(keys, use, manager.layout.block_tokens)
         reading = Reading(self._client, keys, first, wanted, wait_s, compute, use)
         self._answer(manager.read(reading), self._reply_read)
 
@@ -271,6 +274,8 @@ class Connection(asyncio.Protocol):
         if not 0 <= first <= len(keys):
             raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
         self._room_for_lease()
+        if use.request is not None:  # else the blocks come by themselves
+            self._node.recorder.tell(keys, use, manager.layout.block_tokens)
         lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
         self._gate.hearing.begin(self)

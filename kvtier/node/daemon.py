@@ -24,6 +24,7 @@ from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
 from kvtier.node.probe import OpenTrial
+from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
@@ -58,6 +59,7 @@ class NodeDaemon:
         self._opening = asyncio.Lock()
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
+        self.recorder = Recorder()
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
 

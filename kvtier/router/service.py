@@ -88,7 +88,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """See router.proto."""
         await context.send_initial_metadata(())  # the reader knows that nothing is missed now
         try:
-            async for each in self._front.recorder.requests():
+            async for each in self._front.recorder.messages():
                 yield each
         except Overloaded as error:
             await refuse(context, error)

@@ -66,7 +66,7 @@ def test_a_line_keeps_no_more_bundles_than_it_has_keys():
 @pytest.mark.parametrize("limit", [1, 50, 3000])
 def test_ghosts_are_the_last_departures_less_those_that_came_back(limit):
     rng, ghosts = Random(limit), Ghosts()
-    left: list[tuple[BlockKey, float, int]] = []  # in order; the key's last one counts
+    left: list[tuple[BlockKey, float, int, int]] = []  # in order; the key's last one counts
     back: set[int] = set()
     for n in range(20_000):
         each = key(rng.randrange(5000))
@@ -79,7 +79,7 @@ def test_ghosts_are_the_last_departures_less_those_that_came_back(limit):
             back.add(last)
         else:
             cls = rng.randrange(-1, 37)
-            ghosts.put(each, n / 7, cls, limit)
-            left.append((each, n / 7, cls))
+            ghosts.put(each, n / 7, cls, n // 3, limit)
+            left.append((each, n / 7, cls, n // 3))
         assert len(ghosts) <= limit
     assert len(ghosts) == len([*ghosts])

@@ -95,3 +95,23 @@ class NodeDrainResponse(_message.Message):
     UNDRAINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     undrained_blocks: int
     def __init__(self, undrained_blocks: _Optional[int] = ...) -> None: ...
+
+class NodeRecordRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RecordedUse(_message.Message):
+    __slots__ = ("at_s", "request", "output_tokens", "block_tokens", "keys", "dropped")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    request: int
+    output_tokens: int
+    block_tokens: int
+    keys: bytes
+    dropped: int
+    def __init__(self, at_s: _Optional[float] = ..., request: _Optional[int] = ..., output_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., keys: _Optional[bytes] = ..., dropped: _Optional[int] = ...) -> None: ...

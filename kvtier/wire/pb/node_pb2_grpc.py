@@ -50,6 +50,11 @@ class NodeStub:
                 request_serializer=kvtier_dot_v1_dot_node__pb2.NodeDrainRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_node__pb2.NodeDrainResponse.FromString,
                 _registered_method=True)
+        self.Record = channel.unary_stream(
+                '/kvtier.v1.Node/Record',
+                request_serializer=kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_node__pb2.RecordedUse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -76,6 +81,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Record(self, request, context):
+        """What engines read and write from now on, as a trace needs it: block keys, no text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvtier_dot_v1_dot_node__pb2.NodeDrainRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_node__pb2.NodeDrainResponse.SerializeToString,
+            ),
+            'Record': grpc.unary_stream_rpc_method_handler(
+                    servicer.Record,
+                    request_deserializer=kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_node__pb2.RecordedUse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +194,33 @@ class Node:
             '/kvtier.v1.Node/Drain',
             kvtier_dot_v1_dot_node__pb2.NodeDrainRequest.SerializeToString,
             kvtier_dot_v1_dot_node__pb2.NodeDrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Record(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvtier.v1.Node/Record',
+            kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.SerializeToString,
+            kvtier_dot_v1_dot_node__pb2.RecordedUse.FromString,
             options,
             channel_credentials,
             insecure,

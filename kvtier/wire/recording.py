@@ -1,0 +1,67 @@
+"""What happens, told to those who record a trace of it; a slow reader loses some, nobody waits."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final, Generic, TypeVar
+
+from kvtier import metrics
+from kvtier.errors import Overloaded
+from kvtier.wire.pb import node_pb2, router_pb2
+
+MAX_READERS: Final = 4
+QUEUE: Final = 1024  # messages that a slow reader may be behind; what comes then is dropped
+
+M = TypeVar("M", router_pb2.RecordedRequest, node_pb2.RecordedUse)
+
+
+class Recording(Generic[M]):
+    """Hands messages to its readers. Costs nothing while there is none. One loop's own."""
+
+    def __init__(self) -> None:
+        self._readers: list[_Reader[M]] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody reads."""
+        return bool(self._readers)
+
+    def put(self, message: M) -> None:
+        """Hand `message` to every reader; its `dropped` is each reader's own."""
+        for reader in self._readers:
+            reader.put(message)
+
+    async def messages(self) -> AsyncIterator[M]:
+        """Every message from now on, until the caller stops reading.
+
+        Raises:
+            Overloaded: There are MAX_READERS already.
+        """
+        if len(self._readers) >= MAX_READERS:
+            raise Overloaded(f"{MAX_READERS} readers record already, which is the limit")
+        reader = _Reader[M]()
+        self._readers.append(reader)
+        try:
+            while True:
+                yield await reader.get()
+        finally:
+            self._readers.remove(reader)
+
+
+class _Reader(Generic[M]):
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[M] = asyncio.Queue(QUEUE)
+        self._dropped = 0
+
+    def put(self, message: M) -> None:
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self._dropped += 1
+            metrics.RECORDS_DROPPED.inc()
+
+    async def get(self) -> M:
+        shared = await self._queue.get()  # among readers, and `dropped` is this one's
+        message = type(shared)()
+        message.CopyFrom(shared)
+        message.dropped = self._dropped
+        return message
