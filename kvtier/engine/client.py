@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout, Slot
@@ -266,7 +266,7 @@ class TierClient:
             os.close(notes)
 
     def _slots(self, raw: bytes) -> list[Slot]:
-        return [Slot(each) for each in local.unpack_numbers(raw)]
+        return cast("list[Slot]", local.unpack_numbers(raw))
 
     def _tell(self, op: Op, *arguments: Value) -> None:
         """Bytes of a request."""
