@@ -1,10 +1,14 @@
 """How near is the host tier to a plain copy?
 
-Save and restore of 32 blocks of 2 MiB through a real node daemon, all four steps each (lease,
-copy, commit or release), in turn with one `torch.Tensor.copy_` of the same bytes between the same
-kinds of memory (private memory and a shared, prefaulted memfd). The daemon has heard of the end of
-each lease before the plain copy begins, so that nothing of ours runs beside it; `save, found` is
-how long it takes from the beginning of a save until another engine has found all of it.
+Save and restore of blocks of 2 MiB through a real node daemon, in batches of 32 with all four
+steps each (lease, copy, commit or release), in turn with `torch.Tensor.copy_` of the same bytes
+between the same kinds of memory (private memory and a shared, prefaulted memfd).
+
+Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
+asks for the next batch before it copies one. Alone, the daemon has heard of the end of each lease
+before the plain copy begins, so that nothing of ours runs beside it; in a row its work on all
+but the last is within the time. `save, found` is how long it takes from the beginning of a
+save until another engine has found all of it.
 """
 
 import os
@@ -20,10 +24,12 @@ from kvtier.engine.tier import EngineTier
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 32, 8, 64),), 32, "bfloat16")  # 2 MiB
 BATCH = 32
+ROW = 8  # batches of a prompt of 8,192 tokens
+NAMES = ("save", "save, found", "restore", "copy_in", "copy_out")
 
 
 def run(*, tiny: bool) -> dict[str, object]:
-    rounds, slots = (3, 4 * BATCH) if tiny else (80, 16 * BATCH)
+    rounds, row, slots = (3, 3, 6 * BATCH) if tiny else (80, ROW, 2 * ROW * BATCH)
     with scratch() as folder:
         toml = f"""
             [node]
@@ -33,59 +39,94 @@ def run(*, tiny: bool) -> dict[str, object]:
             bytes = {slots * LAYOUT.nbytes}
         """
         with server("node", toml, folder):
-            return _measure(f"{folder}/node.sock", rounds, slots)
-
-
-def _measure(socket: str, rounds: int, slots: int) -> dict[str, object]:
-    storage = torch.randint(0, 255, (BATCH, LAYOUT.nbytes), dtype=torch.uint8)
-    back = torch.empty_like(storage)
-    namespace = Namespace("bench", "1", LAYOUT)
-    saver = EngineTier(socket, namespace, BlockTensor(LAYOUT, storage))
-    loader = EngineTier(socket, namespace, BlockTensor(LAYOUT, back))
-    plain = Arena.create(LAYOUT.nbytes, slots)
-    rows = torch.frombuffer(plain.view, dtype=torch.uint8).view(slots, LAYOUT.nbytes)
-    blocks = list(range(BATCH))
-    for tier in (saver, loader):  # attaching goes on beside; the first calls may come too early
-        until(lambda tier=tier: tier.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
-    names = ("save", "save, found", "restore", "copy_in", "copy_out")
-    times: dict[str, list[float]] = {name: [] for name in names}
-
-    def timed(name: str, start: float) -> None:
-        times[name].append(time.perf_counter() - start)
-
-    for number in range(-2, rounds):
-        keys = [BlockKey(os.urandom(16)) for _ in blocks]
-        at = (number % (slots // BATCH)) * BATCH
-        start = time.perf_counter()
-        saved = saver.save(keys, 0, blocks)
-        timed("save", start)
-        found = loader.match(keys)
-        timed("save, found", start)
-        start = time.perf_counter()
-        rows[at : at + BATCH].copy_(storage)
-        timed("copy_in", start)
-        start = time.perf_counter()
-        restored = loader.restore(keys, 0, blocks)
-        timed("restore", start)
-        loader.match(keys[:1])
-        start = time.perf_counter()
-        back.copy_(rows[at : at + BATCH])
-        timed("copy_out", start)
-        assert saved == found == len(restored) == BATCH
-        if number < 0:  # first touches of new memory
-            for each in times.values():
-                each.clear()
-    assert torch.equal(storage, back)
-    saver.close()
-    loader.close()
-    save = paired_ratio(times["save"], times["copy_in"])
-    restore = paired_ratio(times["restore"], times["copy_out"])
+            paths = Paths(f"{folder}/node.sock", row, slots)
+            alone = paths.measure(rounds, 1)
+            in_a_row = paths.measure(max(3, rounds // 2), row)
+            paths.close()
+    times = {name: summary(each) for name, each in alone.items()}
+    times |= {f"{row} batches in a row: {name}": summary(each) for name, each in in_a_row.items()}
+    speeds = {
+        "one batch alone": _speeds(alone),
+        f"{row} batches in a row": _speeds(in_a_row),
+    }
     return {
         "bytes": BATCH * LAYOUT.nbytes,
-        "times": {name: summary(each) for name, each in times.items()},
-        "percent_of_copy_bound": {"save": 100 * save, "restore": 100 * restore},
+        "times": times,
+        "percent_of_copy_bound": {
+            f"{what}, {how}": 100 * speed
+            for how, speeds_ in speeds.items()
+            for what, speed in speeds_.items()
+        },
         "bars": [
-            Bar("host_path save, speed of a plain copy", save, at_least=0.85).as_dict(),
-            Bar("host_path restore, speed of a plain copy", restore, at_least=0.85).as_dict(),
+            Bar(f"host_path {what}, {how}, speed of a plain copy", speed, at_least=0.85).as_dict()
+            for how, speeds_ in speeds.items()
+            for what, speed in speeds_.items()
         ],
     }
+
+
+def _speeds(times: dict[str, list[float]]) -> dict[str, float]:
+    return {
+        "save": paired_ratio(times["save"], times["copy_in"]),
+        "restore": paired_ratio(times["restore"], times["copy_out"]),
+    }
+
+
+class Paths:
+    """Two engines on one daemon, and plain memory of the same kinds."""
+
+    def __init__(self, socket: str, row: int, slots: int) -> None:
+        shape = (row * BATCH, LAYOUT.nbytes)
+        self._storage = torch.randint(0, 255, shape, dtype=torch.uint8)
+        self._back = torch.empty_like(self._storage)
+        namespace = Namespace("bench", "1", LAYOUT)
+        self._saver = EngineTier(socket, namespace, BlockTensor(LAYOUT, self._storage))
+        self._loader = EngineTier(socket, namespace, BlockTensor(LAYOUT, self._back))
+        self._plain = Arena.create(LAYOUT.nbytes, slots)
+        flat = torch.frombuffer(self._plain.view, dtype=torch.uint8)
+        self._rows = flat.view(slots, LAYOUT.nbytes)
+        for tier in (self._saver, self._loader):  # attaching goes on beside
+            until(lambda tier=tier: tier.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
+
+    def measure(self, rounds: int, batches: int) -> dict[str, list[float]]:
+        """Seconds of each round's save, restore and plain copies of `batches` batches."""
+        times: dict[str, list[float]] = {name: [] for name in NAMES}
+        count, slots = batches * BATCH, len(self._rows)
+        blocks = list(range(count))
+        self._back.zero_()
+
+        def timed(name: str, start: float) -> None:
+            times[name].append(time.perf_counter() - start)
+
+        for number in range(-2, rounds):
+            keys = [BlockKey(os.urandom(16)) for _ in blocks]
+            at = number * count % slots
+            start = time.perf_counter()
+            saved = self._saver.save(keys, 0, blocks)
+            timed("save", start)
+            found = self._loader.match(keys)
+            timed("save, found", start)
+            start = time.perf_counter()
+            for first in range(0, count, BATCH):
+                self._rows[at + first : at + first + BATCH].copy_(
+                    self._storage[first : first + BATCH]
+                )
+            timed("copy_in", start)
+            start = time.perf_counter()
+            restored = self._loader.restore(keys, 0, blocks)
+            timed("restore", start)
+            self._loader.match(keys[:1])
+            start = time.perf_counter()
+            for first in range(0, count, BATCH):
+                self._back[first : first + BATCH].copy_(self._rows[at + first : at + first + BATCH])
+            timed("copy_out", start)
+            assert saved == found == len(restored) == count
+            if number < 0:  # first touches of new memory
+                for each in times.values():
+                    each.clear()
+        assert torch.equal(self._storage[:count], self._back[:count])
+        return times
+
+    def close(self) -> None:
+        self._saver.close()
+        self._loader.close()

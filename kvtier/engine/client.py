@@ -5,9 +5,9 @@ import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout, Slot
@@ -78,6 +78,11 @@ class HangUp:
 class TierClient:
     """A node's tiers for one engine. Not thread-safe: one thread, one client.
 
+    `read` and `write` send their request when they are called, and wait for the answer when the
+    context that they give begins. Between the two the daemon works while the caller does something
+    else, such as copying what an earlier lease is of; the only other call that may come there is
+    the end of a lease. Whatever else comes ends the connection, as does dropping such a context.
+
     Raises:
         ConfigError: Nobody listens at the socket path, or the daemon refuses this engine.
         ArenaLost: (any method) The daemon is gone or gave no answer; the client is of no more
@@ -91,6 +96,7 @@ class TierClient:
         self._received = memoryview(bytearray(RECEIVE_NBYTES))
         self._timeout_s = 0.0
         self._wait_s = 0.0  # of the newest read
+        self._unanswered = False  # a request was sent, and its answer was not read
         self._notes = -1
         self._ended = select.poll()
         self._socket = socket.socket(socket.AF_UNIX)
@@ -152,7 +158,6 @@ class TierClient:
             raise self._broken("MATCH")
         return TierMatch(blocks, dict(zip(self.tiers, by_tier, strict=True)))
 
-    @contextmanager
     def read(
         self,
         keys: Sequence[BlockKey],
@@ -162,8 +167,8 @@ class TierClient:
         wanted: int | None = None,
         compute: ComputeCost | None = None,
         use: Use = NO_USE,
-    ) -> Iterator[ReadLease]:
-        """Lease the held blocks of keys[first:]; `keys` is the whole path from the root.
+    ) -> AbstractContextManager[ReadLease]:
+        """Ask for a lease of the held blocks of keys[first:]; `keys` is the path from the root.
 
         What lies in lower tiers has `wait_s` to arrive and is cut off then. The lease is given
         once the first `wanted` blocks have arrived, or all that will: None asks for all. With
@@ -174,11 +179,15 @@ class TierClient:
         block_us, growth_ns = 0, 0
         if compute is not None:
             block_us, growth_ns = max(1, int(compute.block_s * 1e6)), int(compute.growth_s * 1e9)
-        lease, slots, sources, arrived = self._ask(
-            wait_s + ANSWER_S, Op.READ, local.pack_keys(keys), first,
-            len(keys) if wanted is None else wanted, int(wait_s * 1000), block_us, growth_ns,
-            *_told(use),
+        self._send(
+            Op.READ, local.pack_keys(keys), first, len(keys) if wanted is None else wanted,
+            int(wait_s * 1000), block_us, growth_ns, *_told(use),
         )  # fmt: skip
+        return self._reading(wait_s + ANSWER_S)
+
+    @contextmanager
+    def _reading(self, timeout_s: float) -> Iterator[ReadLease]:
+        lease, slots, sources, arrived = self._answer(timeout_s, Op.READ)
         if not (isinstance(lease, int) and isinstance(slots, bytes) and isinstance(sources, bytes)):
             raise self._broken("READ")
         if not isinstance(arrived, int):
@@ -208,18 +217,21 @@ class TierClient:
         lease.arrived = arrived
         del lease.slots[blocks:], lease.sources[blocks:]
 
-    @contextmanager
     def write(
         self, keys: Sequence[BlockKey], first: int = 0, use: Use = NO_USE
-    ) -> Iterator[WriteLease]:
-        """Lease slots for the absent ones of keys[first:]; may grant fewer, never waits.
+    ) -> AbstractContextManager[WriteLease]:
+        """Ask for slots for the absent ones of keys[first:]; may grant fewer, never waits.
 
         What `filled` counts at the end of the context is kept from then on. That is told and
         not asked: should the daemon be gone by then, the next call says so. `use` as for `read`;
         without a request the blocks came by themselves, and are not used by that.
         """
-        message = local.pack_keys(keys), first, *_told(use)
-        lease, indexes, slots = self._ask(ANSWER_S, Op.WRITE, *message)
+        self._send(Op.WRITE, local.pack_keys(keys), first, *_told(use))
+        return self._writing()
+
+    @contextmanager
+    def _writing(self) -> Iterator[WriteLease]:
+        lease, indexes, slots = self._answer(ANSWER_S, Op.WRITE)
         if not (isinstance(lease, int) and isinstance(indexes, bytes) and isinstance(slots, bytes)):
             raise self._broken("WRITE")
         granted = WriteLease(lease, local.unpack_numbers(indexes), self._slots(slots))
@@ -254,10 +266,10 @@ class TierClient:
             os.close(notes)
 
     def _slots(self, raw: bytes) -> list[Slot]:
-        return [Slot(each) for each in local.unpack_numbers(raw)]
+        return cast("list[Slot]", local.unpack_numbers(raw))
 
     def _tell(self, op: Op, *arguments: Value) -> None:
-        """A request without an answer, or the first half of one with."""
+        """Bytes of a request."""
         message = local.encode(op, *arguments)
         try:
             self._socket.sendall(message)
@@ -279,7 +291,18 @@ class TierClient:
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""
+        self._send(op, *arguments)
+        return self._answer(timeout_s, op)
+
+    def _send(self, op: Op, *arguments: Value) -> None:
+        """The first half of a request with an answer."""
+        if self._unanswered:  # and so this one's would be taken for that
+            raise self._lost(f"{op.name} while an earlier request has no answer")
+        self._unanswered = True
         self._tell(op, *arguments)
+
+    def _answer(self, timeout_s: float, op: Op) -> list[Value]:
+        """The second half."""
         try:
             self._set_timeout(timeout_s)
             while True:
@@ -296,6 +319,7 @@ class TierClient:
             raise
         if len(messages) > 1:
             raise self._broken(op.name)
+        self._unanswered = False
         ok, *values = messages[0]
         if not ok:
             self.close()

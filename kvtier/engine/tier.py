@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Final, TypeVar
 
@@ -14,7 +14,7 @@ from kvtier.core.blocks import BlockKey, Namespace, block_keys
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
-from kvtier.engine.client import HangUp, ReadLease, TierClient
+from kvtier.engine.client import HangUp, ReadLease, TierClient, WriteLease
 from kvtier.engine.copier import ArenaTensor
 from kvtier.engine.newest import Newest
 from kvtier.engine.paged import Done, PagedKV
@@ -26,8 +26,7 @@ SOON_TIMES: Final = 200
 END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
-READ_BLOCKS: Final = 64  # leased at once: an arena smaller than a prompt still serves it
-SAVE_BLOCKS: Final = 32  # leased at once
+BATCH: Final = 32  # blocks of a lease: an arena smaller than a prompt still serves it
 STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
 _RATES: Final = 8  # newest measurements of a tier's speed that count
 
@@ -39,7 +38,9 @@ class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
 
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
-    thread calls them, and the blocks that they name stay as they are meanwhile. A daemon that went
+    thread calls them, and the blocks that they name stay as they are meanwhile. Many blocks go in
+    batches of `batch`: while one is copied the daemon works on the lease of the next, so that at
+    most two are held. A failure ends a call; what it had done before counts. A daemon that went
     is attached to again, beside the calls, as soon as it is back; one that never was there, or that
     failed, is tried again at most every RECONNECT_S by whichever call comes next.
     """
@@ -52,6 +53,7 @@ class EngineTier:
         *,
         wait_s: float = 2.0,
         pin: bool = False,
+        batch: int = BATCH,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
@@ -60,6 +62,7 @@ class EngineTier:
         self._paged = paged
         self._wait_s = wait_s
         self._pin = pin
+        self._batch = batch
         self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
         self._turn = threading.Lock()  # a call, or `_watch`
@@ -106,21 +109,17 @@ class EngineTier:
         names the request.
         """
         restored: list[Tier] = []
-        while len(restored) < len(block_ids):
-            done = len(restored)
-            piece = block_ids[done : done + READ_BLOCKS]
+        if block_ids:
             work = partial(
                 self._restore,
                 keys=keys,
-                first=first + done,
-                block_ids=piece,
+                first=first,
+                block_ids=block_ids,
                 compute=compute,
                 use=use,
+                restored=restored,
             )
-            tiers: list[Tier] = self._shielded("restore", [], work)
-            restored += tiers
-            if len(tiers) < len(piece):
-                break
+            self._shielded("restore", None, work)
         return restored
 
     def save(
@@ -131,13 +130,13 @@ class EngineTier:
         `keys` is the whole path from the root. Returns how many were taken; those that the node
         holds already are not counted. `use` names the request.
         """
-        saved = 0
-        for at in range(0, len(block_ids), SAVE_BLOCKS):
-            piece = block_ids[at : at + SAVE_BLOCKS]
-            path = keys[: first + at + len(piece)]
-            work = partial(self._save, path=path, first=first + at, block_ids=piece, use=use)
-            saved += self._shielded("save", 0, work)
-        return saved
+        saved: list[int] = []
+        if block_ids:
+            work = partial(
+                self._save, keys=keys, first=first, block_ids=block_ids, use=use, saved=saved
+            )
+            self._shielded("save", None, work)
+        return sum(saved)
 
     def bytes_per_s(self) -> dict[Tier, float]:
         """How fast restores from each tier have been, waiting included."""
@@ -265,31 +264,59 @@ class EngineTier:
         block_ids: Sequence[int],
         compute: ComputeCost | None,
         use: Use,
-    ) -> list[Tier]:
-        """Restore one piece of `keys`."""
-        assert self._arena is not None
-        start = self._clock()
-        path, copies, done = keys[: first + len(block_ids)], list[Done](), 0
-        if compute is not None and len(keys) > len(path):
+        restored: list[Tier],
+    ) -> None:
+        """Restore batch by batch, each asked for before the one before it is copied."""
+        held = 0
+        if compute is not None and len(keys) > first + min(self._batch, len(block_ids)):
             held = client.match(keys[:MAX_KEYS]).blocks
-            compute = compute.mean(first, max(held, len(path)))
-        with client.read(
-            path, first, wait_s=self._wait_s, wanted=self._step, compute=compute, use=use
-        ) as lease:
-            try:
-                while True:  # what has arrived is copied while the rest is loaded
-                    if lease.arrived > done:
-                        rows = self._arena.rows(lease.slots[done : lease.arrived])
-                        copies.append(self._paged.scatter(block_ids[done : lease.arrived], rows))
-                        done = lease.arrived
-                    if done == len(lease.slots):
-                        break
-                    client.more(lease)
-            finally:  # no slot is given back while it is read
-                for each in copies:
-                    each.wait()
-        self._measure(lease, self._clock() - start)
-        return lease.sources
+
+        def ask(at: int) -> AbstractContextManager[ReadLease] | None:
+            if at >= len(block_ids):
+                return None
+            begin, end = first + at, first + min(at + self._batch, len(block_ids))
+            cost = compute
+            if compute is not None and len(keys) > end:
+                cost = compute.mean(begin, max(held, end))
+            return client.read(
+                keys[:end], begin, wait_s=self._wait_s, wanted=self._step, compute=cost, use=use
+            )
+
+        start, asked = self._clock(), ask(0)
+        while asked is not None:
+            at = len(restored)
+            batch = block_ids[at : at + self._batch]
+            with asked as lease:
+                asked = self._fill(client, lease, batch, partial(ask, at + len(batch)))
+            restored += lease.sources
+            start, began = self._clock(), start
+            self._measure(lease, start - began)
+
+    def _fill(
+        self,
+        client: TierClient,
+        lease: ReadLease,
+        block_ids: Sequence[int],
+        ask_next: Callable[[], AbstractContextManager[ReadLease] | None],
+    ) -> AbstractContextManager[ReadLease] | None:
+        """Copy a lease's blocks as they arrive; what was asked for meanwhile, once all have."""
+        assert self._arena is not None
+        copies, done = list[Done](), 0
+        asked: AbstractContextManager[ReadLease] | None = None
+        try:
+            while True:  # what has arrived is copied while the rest is loaded
+                if lease.arrived == len(block_ids):
+                    asked = ask_next()
+                if lease.arrived > done:
+                    rows = self._arena.rows(lease.slots[done : lease.arrived])
+                    copies.append(self._paged.scatter(block_ids[done : lease.arrived], rows))
+                    done = lease.arrived
+                if done == len(lease.slots):
+                    return asked
+                client.more(lease)
+        finally:  # no slot is given back while it is read
+            for each in copies:
+                each.wait()
 
     def _measure(self, lease: ReadLease, seconds: float) -> None:
         """Learn a tier's speed from a read that came from it alone."""
@@ -306,20 +333,33 @@ class EngineTier:
     def _save(
         self,
         client: TierClient,
-        path: Sequence[BlockKey],
+        keys: Sequence[BlockKey],
         first: int,
         block_ids: Sequence[int],
         use: Use,
-    ) -> int:
+        saved: list[int],
+    ) -> None:
+        """Save batch by batch, each asked for before the one before it is copied."""
         assert self._arena is not None
-        with client.write(path, first, use) as lease:
-            count = len(lease.slots)
-            if count:
-                blocks = [block_ids[index - first] for index in lease.indexes]
-                self._paged.gather(blocks, self._arena.rows(lease.slots)).wait()
-            lease.filled = count
-        metrics.SAVED_BLOCKS.inc(count)
-        return count
+
+        def ask(at: int) -> AbstractContextManager[WriteLease] | None:
+            if at >= len(block_ids):
+                return None
+            end = first + min(at + self._batch, len(block_ids))
+            return client.write(keys[:end], first + at, use)
+
+        at, asked = 0, ask(0)
+        while asked is not None:
+            with asked as lease:
+                at += self._batch
+                asked = ask(at)
+                count = len(lease.slots)
+                if count:
+                    blocks = [block_ids[index - first] for index in lease.indexes]
+                    self._paged.gather(blocks, self._arena.rows(lease.slots)).wait()
+                lease.filled = count
+            saved.append(count)
+            metrics.SAVED_BLOCKS.inc(count)
 
 
 def _beside(work: Callable[[], T]) -> "Future[T]":

@@ -107,9 +107,10 @@ class Connection(asyncio.Protocol):
 
     def _take_requests(self, data: bytes) -> None:
         for message in self._decoder.feed(data):
-            if self._task is not None and not self._task.done():
+            op, arguments = local.parse_request(message)
+            if op not in local.NOTED and self._task is not None and not self._task.done():
                 raise RemoteProtocolError("a second request before the first was answered")
-            self._handle(*local.parse_request(message))
+            self._handle(op, arguments)
 
     def _take_notes(self, notes: Notes) -> None:
         for message in notes.read():

@@ -16,9 +16,10 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.errors import ArenaLost, RemoteProtocolError
+from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire import local
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2, node_pb2_grpc
-from tests.launching import Process, disk_toml, node_toml, wait_for
+from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 from tests.node.conftest import LAYOUT, blocks, content, new_keys, restore, save, status
 
 PAGE = 4096
@@ -188,3 +189,47 @@ def shared_fds(pid: int) -> int:
         with suppress(FileNotFoundError):  # the one that lists them
             found += str(each.readlink()).startswith(("pipe:", "/memfd:kvtier-arena"))
     return found
+
+
+def test_a_lease_may_end_by_the_socket_while_a_read_waits(
+    tmp_path: Path, valkey: ValkeyServer
+) -> None:
+    toml = node_toml(tmp_path, more=redis_toml(valkey.url))
+    with Process("node", toml, tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(2)
+        assert save(client, keys) == 2
+        pipe, full = client._notes, os.pipe2(os.O_NONBLOCK)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(full[1], bytes(PAGE))
+        os.kill(valkey.pid, signal.SIGSTOP)
+        try:
+            with client.read(keys[:1], wait_s=0.0):
+                # The shared store is asked for the unknown one, and does not answer.
+                asked = client.read([*keys, *new_keys(1)], wait_s=60.0)
+                client._notes = full[1]
+            client._notes = pipe
+            wait_for("the lease to end", lambda: status(node).layouts[0].leases == 0)
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+        with asked as lease:
+            assert lease.arrived == 2
+        assert restore(client, keys) == [Tier.HOST] * 2
+        client.close()
+        for fd in full:
+            os.close(fd)
+
+
+def test_a_request_before_the_answer_to_another_ends_the_connection(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path), tmp_path) as node:
+        client = connect(tmp_path)
+        keys = new_keys(2)
+        save(client, keys)
+        client.read(keys)  # asked for, and dropped
+        with pytest.raises(ArenaLost, match="MATCH while an earlier request has no answer"):
+            client.match(keys)
+        wait_for("the lease to end", lambda: status(node).layouts[0].leases == 0)
+        other = connect(tmp_path)
+        assert restore(other, keys) == [Tier.HOST] * 2
+        other.close()

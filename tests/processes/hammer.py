@@ -28,6 +28,7 @@ NAMESPACE = Namespace("storm", "weights", LAYOUT)
 CONVERSATIONS = 80
 SYSTEM_PROMPTS, SYSTEM_BLOCKS = 4, 3  # what conversations share
 DEEPEST = 24  # blocks of a prompt
+BATCH = 5  # blocks of a lease: most saves and restores are of several
 REPORT_S = 0.1
 
 
@@ -87,7 +88,7 @@ class Engine:
         self._rng = random.Random(seed)
         self._pool = torch.zeros(DEEPEST, LAYOUT.nbytes, dtype=torch.uint8)
         self._paged = SlowKV(self._pool, self._rng)
-        self.tier = EngineTier(socket, NAMESPACE, self._paged, wait_s=1.0)
+        self.tier = EngineTier(socket, NAMESPACE, self._paged, wait_s=1.0, batch=BATCH)
         self.counts: Counter[str] = Counter()
         self.wrong = 0
 
