@@ -47,7 +47,7 @@ class SecondUse:
         if key not in self._once:
             return False
         self._once.pop(key)
-        self._ghosts.put(key, 0.0, -1, self._limit)
+        self._ghosts.put(key, 0.0, -1, 0, self._limit)
         self._refused()
         return True
 

@@ -51,7 +51,7 @@ class Ghosts:
                 [None] * _PLACES,
                 array("d", bytes(8 * _PLACES)),
                 array("b", bytes(_PLACES)),
-                array("I", bytes(8 * _PLACES)),
+                array("I", bytes(4 * _PLACES)),
             )
         keys, times, classes, epochs = self._page
         keys[place], times[place], classes[place], epochs[place] = key, at, cls, epoch
