@@ -32,7 +32,7 @@ STATES = (
     "copy down ok beside another move", "copy down failed beside another move",
     "copy down of what a load found bad",
     "read cut by a failed load", "read cut by settle", "read checked", "read in part",
-    "load declined",
+    "load declined", "read past a load that nobody waits for",
     "client died", "dropped from host", "dropped from disk", "dropped for good while paused",
     "dropped for good while refused", "dropped after one use",
     "copy host>disk ok", "copy host>disk failed", "copy host>shared ok",
@@ -130,6 +130,7 @@ class _Node(World):
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
             (14 * (len(self.specs) > 2), self._read_what_moves),
+            (8 * lower, self._read_past_a_load),
         ]  # fmt: skip
         weights = [weight for weight, _ in events]
         _, event = self.rng.choices(events, weights)[0]
@@ -200,6 +201,17 @@ class _Node(World):
             if self.rng.random() < 0.3:
                 self.ledger.lost(source, [key])  # too late: it is being read
             self._read_path([BlockKey(key[: n + 1]) for n in range(len(key))], len(key) - 1)
+
+    def _read_past_a_load(self) -> None:
+        """A load outlives the readers that wanted it; then its block and more are asked for."""
+        wanted = {key for each in self.leases.values() for key in each.loading}
+        loading = {move.key for move in self.moves if move.target == HOST} - wanted
+        if loading:
+            key = self.rng.choice(sorted(loading))
+            path = [*key, *self.rng.choices(b"ab", k=DEPTH - len(key))]
+            keys = [BlockKey(bytes(path[: n + 1])) for n in range(len(path))]
+            self.seen["read past a load that nobody waits for"] += 1
+            self._read_path(keys, len(key) - 1)
 
     def _read_path(self, path: list[BlockKey], first: int) -> None:
         held = path[first : first + self.ledger.match(path[first:]).blocks]
