@@ -92,10 +92,11 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         self, request: node_pb2.NodeRecordRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[node_pb2.RecordedUse]:
         """See node.proto."""
-        await context.send_initial_metadata(())  # the reader knows that nothing is missed now
         try:
-            async for each in self._daemon.recorder.messages():
-                yield each
+            with self._daemon.recorder.reader() as reader:
+                await context.send_initial_metadata(())  # from here on nothing is missed
+                while True:
+                    yield await reader.get()
         except Overloaded as error:
             await refuse(context, error)
 

@@ -86,10 +86,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.RecordRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.RecordedRequest]:
         """See router.proto."""
-        await context.send_initial_metadata(())  # the reader knows that nothing is missed now
         try:
-            async for each in self._front.recorder.messages():
-                yield each
+            with self._front.recorder.reader() as reader:
+                await context.send_initial_metadata(())  # from here on nothing is missed
+                while True:
+                    yield await reader.get()
         except Overloaded as error:
             await refuse(context, error)
 

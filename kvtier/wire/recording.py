@@ -1,7 +1,8 @@
 """What happens, told to those who record a trace of it; a slow reader loses some, nobody waits."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
 
 from kvtier import metrics
@@ -18,7 +19,7 @@ class Recording(Generic[M]):
     """Hands messages to its readers. Costs nothing while there is none. One loop's own."""
 
     def __init__(self) -> None:
-        self._readers: list[_Reader[M]] = []
+        self._readers: list[Reader[M]] = []
 
     @property
     def wanted(self) -> bool:
@@ -30,29 +31,32 @@ class Recording(Generic[M]):
         for reader in self._readers:
             reader.put(message)
 
-    async def messages(self) -> AsyncIterator[M]:
-        """Every message from now on, until the caller stops reading.
+    @contextmanager
+    def reader(self) -> "Iterator[Reader[M]]":
+        """A reader that has every message from now on, until the context ends.
 
         Raises:
             Overloaded: There are MAX_READERS already.
         """
         if len(self._readers) >= MAX_READERS:
             raise Overloaded(f"{MAX_READERS} readers record already, which is the limit")
-        reader = _Reader[M]()
+        reader = Reader[M]()
         self._readers.append(reader)
         try:
-            while True:
-                yield await reader.get()
+            yield reader
         finally:
             self._readers.remove(reader)
 
 
-class _Reader(Generic[M]):
+class Reader(Generic[M]):
+    """What one reader has not read yet, at most QUEUE messages."""
+
     def __init__(self) -> None:
         self._queue: asyncio.Queue[M] = asyncio.Queue(QUEUE)
         self._dropped = 0
 
     def put(self, message: M) -> None:
+        """`message` is the next, or is dropped where the reader is too slow."""
         try:
             self._queue.put_nowait(message)
         except asyncio.QueueFull:
@@ -60,6 +64,7 @@ class _Reader(Generic[M]):
             metrics.RECORDS_DROPPED.inc()
 
     async def get(self) -> M:
+        """The next message, when there is one."""
         shared = await self._queue.get()  # among readers, and `dropped` is this one's
         message = type(shared)()
         message.CopyFrom(shared)
