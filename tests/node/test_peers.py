@@ -3,7 +3,8 @@
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -222,7 +223,7 @@ def pulled_all(client: TierClient, keys: Sequence[BlockKey]) -> bool:
 # --- a peer that sends what it likes ------------------------------------------------------
 
 Parts = list[node_pb2.FetchPart]
-Sends = Callable[[list[BlockKey]], Parts]
+Sends = Callable[[list[BlockKey]], Iterable[node_pb2.FetchPart]]
 
 
 class Rogue(node_pb2_grpc.NodeServicer):
@@ -230,12 +231,17 @@ class Rogue(node_pb2_grpc.NodeServicer):
 
     def __init__(self) -> None:
         self.sends: Sends = honest
+        self.over = threading.Event()
 
     def Fetch(
         self, request: node_pb2.FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[node_pb2.FetchPart]:
         keys = local.unpack_keys(request.keys)[request.first :]
         yield from self.sends(keys)
+
+    def hangs(self, keys: list[BlockKey]) -> Iterator[node_pb2.FetchPart]:
+        yield from honest(keys)[:5]
+        self.over.wait()
 
 
 def sent(key: BlockKey, block: bytes | None = None, layout: BlockLayout = LAYOUT) -> Parts:
@@ -245,6 +251,11 @@ def sent(key: BlockKey, block: bytes | None = None, layout: BlockLayout = LAYOUT
     half = len(block) // 2
     first = node_pb2.FetchPart(header=bytes(header), payload=block[:half])
     return [first, node_pb2.FetchPart(payload=block[half:])]
+
+
+def breaks(keys: list[BlockKey]) -> Iterator[node_pb2.FetchPart]:
+    yield from honest(keys)[:5]
+    raise ConnectionError("on purpose")
 
 
 def honest(keys: list[BlockKey]) -> Parts:
@@ -315,6 +326,7 @@ def rogue() -> Iterator[tuple[Rogue, str]]:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield servicer, f"127.0.0.1:{port}"
+    servicer.over.set()
     server.stop(0).wait()
 
 
@@ -367,6 +379,45 @@ def test_a_frame_that_is_not_exact_is_for_those_who_have_asked_for_it(
     assert counter(b, "inexact_frames_total_peer") == 1
     assert at_c.pull(keys, 0, "a", wait_s=WAIT_S) == 4
     assert restore(at_c, keys) == [Tier.HOST] * 4
+
+
+def test_what_had_come_before_a_peer_broke_off_or_fell_silent_counts(
+    tmp_path: Path, stack: ExitStack, rogue: tuple[Rogue, str]
+) -> None:
+    servicer, address = rogue
+    b = stack.enter_context(started(tmp_path, "b", members(a=address)))
+    at_b = stack.enter_context(engine(tmp_path, "b"))
+    servicer.sends = breaks
+    keys = new_keys(5)
+    assert at_b.pull(keys, 0, "a", wait_s=WAIT_S) == 2
+    assert restore(at_b, keys) == [Tier.HOST] * 2
+    servicer.sends = servicer.hangs
+    keys = new_keys(5)
+    assert counter(b, "peer_pulls_total_failed") == 1
+    came = at_b.pull(keys, 0, "a", wait_s=2.0)
+    assert came <= 2, "no more was sent"
+    assert restore(at_b, keys) == [Tier.HOST] * came
+    nothing_leased(b)
+
+
+def test_a_node_killed_in_the_middle_leaves_no_wrong_byte(tmp_path: Path, stack: ExitStack) -> None:
+    a = stack.enter_context(started(tmp_path, "a", "[peers]", host="64MiB"))
+    at = a.address
+    b = stack.enter_context(started(tmp_path, "b", members(a=at), host="64MiB"))
+    at_b = stack.enter_context(engine(tmp_path, "b"))
+    with engine(tmp_path, "a") as at_a, futures.ThreadPoolExecutor(1) as beside:
+        keys = new_keys(250)
+        assert save(at_a, keys) == 250
+        pulling = beside.submit(at_b.pull, keys, 0, "a", wait_s=WAIT_S)
+        wait_for(
+            "the pull to be under way, or over",  # wherever it is: all is right at each moment
+            lambda: pulling.done() or any(e.leases for e in status(b).layouts),
+        )
+        a.kill()
+        came = pulling.result(WAIT_S + 10)
+    assert at_b.match(keys).blocks == came
+    assert restore(at_b, keys) == [Tier.HOST] * came
+    nothing_leased(b)
 
 
 # --- what a node gives ----------------------------------------------------------------------
