@@ -203,7 +203,7 @@ def test_a_peer_that_hangs_costs_the_deadline_and_one_that_is_killed_a_miss(
 
 
 @contextmanager
-def asking(socket_path: Path, keys: Sequence[BlockKey]) -> Iterator[None]:
+def asking(socket_path: Path, keys: Sequence[BlockKey], wait_s: int = 2) -> Iterator[None]:
     """An engine that goes away with its pull unanswered."""
     with socket.socket(socket.AF_UNIX) as raw:
         raw.connect(str(socket_path))
@@ -211,8 +211,21 @@ def asking(socket_path: Path, keys: Sequence[BlockKey]) -> Iterator[None]:
         _, fds, _, _ = socket.recv_fds(raw, 65536, 2)
         for fd in fds:
             os.close(fd)
-        raw.sendall(local.encode(Op.PULL, b"".join(keys), "a", 0, 2000, 0, 0, 0, -1))
+        raw.sendall(local.encode(Op.PULL, b"".join(keys), "a", 0, wait_s * 1000, 0, 0, 0, -1))
         yield
+
+
+def test_a_daemon_that_is_told_to_stop_waits_for_no_peer(tmp_path: Path, stack: ExitStack) -> None:
+    a = stack.enter_context(started(tmp_path, "a", "[peers]"))
+    b = stack.enter_context(started(tmp_path, "b", members(a=a.address)))
+    os.kill(a.pid, signal.SIGSTOP)
+    try:
+        with asking(tmp_path / "b" / "node.sock", new_keys(10), wait_s=60):
+            wait_for("a pull", lambda: status(b).layouts[0].leases)
+            assert b.terminate() == 0
+    finally:
+        os.kill(a.pid, signal.SIGCONT)
+    assert "Traceback" not in b.log.read_text()
 
 
 def pulled_all(client: TierClient, keys: Sequence[BlockKey]) -> bool:
