@@ -65,9 +65,10 @@ class Lender:
         if manager is None:
             return
         self._serving += 1
+        left_s = min(MOST_S, context.time_remaining() or MOST_S)
         try:
-            async with asyncio.timeout(min(MOST_S, context.time_remaining() or MOST_S)):
-                await self._lend(manager, keys, request.first, context)
+            async with asyncio.timeout(left_s):
+                await self._lend(manager, keys, request.first, left_s, context)
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "not read in time")
         finally:
@@ -78,7 +79,7 @@ class Lender:
         self._most = 0
 
     async def _lend(
-        self, manager: TierManager, keys: list[BlockKey], first: int,
+        self, manager: TierManager, keys: list[BlockKey], first: int, left_s: float,
         context: grpc.aio.ServicerContext,
     ) -> None:  # fmt: skip
         # No more than is known here: the shared store is the other's own to ask.
@@ -86,7 +87,7 @@ class Lender:
         if held == first:
             return
         client, sent = next(self._clients), 0
-        reading = Reading(client, keys[:held], first, 1, context.time_remaining() or MOST_S)
+        reading = Reading(client, keys[:held], first, 1, left_s)
         lease: Lease | None = None
         try:
             lease = await _now(manager.read(reading))

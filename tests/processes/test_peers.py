@@ -72,7 +72,7 @@ class Fleet:
         self.nodes["b"] = enter(node(folder, "b", peers(a=self.nodes["a"].address)))
         self.workers = {name: enter(worker(folder, name, model)) for name in "ab"}
         # So that pulling is named whatever this machine computes in a second.
-        toml = '[router]\nlisten = "127.0.0.1:0"\npeer_bytes_per_s = "1000TB"\n'
+        toml = '[router]\nlisten = "127.0.0.1:0"\npeer_bytes_per_s = "1000TB"\nstale_s = 60.0\n'
         router = enter(Process("router", toml, folder))
         self.stub = router_pb2_grpc.RouterStub(enter(grpc.insecure_channel(router.address)))
         loaded = load(WorkerConfig(model=str(model), device="cpu", block_tokens=BLOCK))
