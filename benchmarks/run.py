@@ -22,6 +22,7 @@ NAMES = (
     "host_path",
     "disk",
     "redis",
+    "peer",
     "cascade",
     "codec",
     "restore",

@@ -67,6 +67,10 @@ REFUSED_BLOCKS = _counter("refused_blocks", "Blocks that found no free slot at a
 DECLINED_BLOCKS = _counter("declined_blocks", "Blocks not loaded: computing them is faster")
 LATE_BLOCKS = _counter("late_blocks", "Blocks that were not loaded by their read's deadline")
 LEASES_LOST = _counter("leases_lost", "Leases ended because their engine's socket closed")
+PEER_PULLS = _counter("peer_pulls", "Pulls of blocks from other nodes", "result")
+PULLED_BLOCKS = _counter("pulled_blocks", "Blocks that came from other nodes")
+LENT_BLOCKS = _counter("lent_blocks", "Blocks that were sent to other nodes")
+LENDS_REFUSED = _counter("lends_refused", "Other nodes that were sent nothing", "why")
 PROTOCOL_ERRORS = _counter("protocol_errors", "Messages refused by the node's socket")
 CLIENTS = _gauge("clients", "Engines attached")
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         "host_path",
         "disk",
         "redis",
+        "peer",
         "route",
         "route_growth",
         "index",

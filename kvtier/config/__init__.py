@@ -7,6 +7,7 @@ line that names the key, the value and the limit.
 
 import tomllib
 from pathlib import Path
+from typing import Final
 
 from kvtier.config.credentials import Tokens, Watched, check_tls
 from kvtier.config.host import (
@@ -27,6 +28,8 @@ from kvtier.config.settings import (
     HostConfig,
     MemberConfig,
     NodeConfig,
+    PeerConfig,
+    PeersConfig,
     RedisConfig,
     RouterConfig,
     TenantConfig,
@@ -45,6 +48,7 @@ from kvtier.config.values import (
 from kvtier.errors import ConfigError
 
 __all__ = [
+    "MAX_NAME",
     "AdapterConfig",
     "AuthConfig",
     "Config",
@@ -52,6 +56,8 @@ __all__ = [
     "HostConfig",
     "MemberConfig",
     "NodeConfig",
+    "PeerConfig",
+    "PeersConfig",
     "RedisConfig",
     "RouterConfig",
     "Size",
@@ -77,6 +83,9 @@ __all__ = [
     "tenant_secrets",
     "vllm_speaks_on_stderr",
 ]
+
+MAX_PEERS: Final = 1024
+MAX_NAME: Final = 253  # characters of a node's name
 
 
 def load(path: str | Path | None) -> Config:
@@ -113,4 +122,22 @@ def from_dict(tables: dict[str, object]) -> Config:
     for name, at in (("http", config.router.http), ("epp", config.router.epp)):
         if at:
             parse_address(at, f"router.{name}")
+    if config.peers:
+        _check_peers(config.peers)
     return config
+
+
+def _check_peers(peers: PeersConfig) -> None:
+    if len(peers.members) > MAX_PEERS:
+        raise ConfigError(f"peers.members: {len(peers.members)} of them, limit {MAX_PEERS}")
+    seen: set[str] = set()
+    for i, each in enumerate(peers.members):
+        where = f"peers.members[{i}]"
+        if not 1 <= len(each.node) <= MAX_NAME:
+            raise ConfigError(
+                f"{where}.node has {len(each.node)} characters, must have 1 to {MAX_NAME}"
+            )
+        if each.node in seen:
+            raise ConfigError(f"{where}.node is {each.node}, which another member has too")
+        seen.add(each.node)
+        parse_address(each.daemon, f"{where}.daemon")

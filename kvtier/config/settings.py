@@ -73,6 +73,24 @@ class RedisConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """One entry of `peers.members`."""
+
+    node: str  # its name, as in router.members
+    daemon: str  # host:port of its node.listen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeersConfig:
+    """`[peers]`: blocks that node daemons hand to each other. Absent: none do."""
+
+    members: tuple[PeerConfig, ...] = ()  # that may be asked; the node's own entry is left out
+    pulls: int = field(default=4, metadata=limits(0, 64))  # at once; 0: asks nobody
+    lends: int = field(default=4, metadata=limits(0, 64))  # at once; 0: gives nothing
+    retry_s: float = field(default=1.0, metadata=limits(0.05, 600))  # after no answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantConfig:
     """One entry of `worker.tenants`."""
 
@@ -150,7 +168,8 @@ class RouterConfig:
     max_attempts: int = field(default=3, metadata=limits(1, 16))
     timeout_s: float = field(default=300.0, metadata=limits(0.1, 86400))  # where a caller set none
     stale_s: float = field(default=3.0, metadata=limits(0.2, 3600))  # silence that means trouble
-    peer_bytes_per_s: Size = field(default=0, metadata=limits(0, 2**50))  # 0: nobody pulls
+    # how fast nodes pull from each other that have not measured it; 0: no source is named
+    peer_bytes_per_s: Size = field(default=500 * 10**6, metadata=limits(0, 2**50))
     metrics_port: int = field(default=0, metadata=_PORTS)
     metrics_host: str = "0.0.0.0"  # noqa: S104
 
@@ -184,5 +203,6 @@ class Config:
     redis: RedisConfig | None = None
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    peers: PeersConfig | None = None
     tls: TlsConfig | None = None
     auth: AuthConfig | None = None

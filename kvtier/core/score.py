@@ -246,8 +246,10 @@ def filled(rates: Sequence[Rates]) -> list[Rates]:
 
     Or from the default, where none of them did.
     """
-    usual: dict[str, float] = {}
+    usual = {"peer_bytes_per_s": 0.0}  # who has none can't
     for name in _RATES:
+        if name in usual:
+            continue
         known = sorted(rate for each in rates if (rate := getattr(each, name)))
         usual[name] = known[len(known) // 2] if known else getattr(DEFAULT_RATES, name)
     return [

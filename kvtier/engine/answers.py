@@ -24,6 +24,7 @@ def to_wire(event: Started | Tokens | Done) -> worker_pb2.WorkerResponse:
                 prompt_tokens=event.prompt_tokens,
                 restored=restored,
                 computed_tokens=event.computed_tokens,
+                pulled_tokens=event.pulled_tokens,
                 queue_s=event.queue_s,
                 restore_s=event.restore_s,
                 prefill_s=event.prefill_s,

@@ -34,6 +34,17 @@ class LowerTiers(Protocol):
         """
         ...
 
+    def pull(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        node: str,
+        compute: ComputeCost | None = None,
+        use: Use = NO_USE,
+    ) -> int:
+        """Have what is not there of keys[first:] brought from another node; how many came."""
+        ...
+
     def save(
         self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
     ) -> int:

@@ -158,6 +158,29 @@ class TierClient:
             raise self._broken("MATCH")
         return TierMatch(blocks, dict(zip(self.tiers, by_tier, strict=True)))
 
+    def pull(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        node: str,
+        *,
+        wait_s: float = 2.0,
+        compute: ComputeCost | None = None,
+        use: Use = NO_USE,
+    ) -> int:
+        """Have the daemon load what it lacks of keys[first:] from `node`; how many blocks came.
+
+        They are in the host tier then. The daemon asks only nodes of its own settings, and gives up
+        after `wait_s`; arguments as of `read`.
+        """
+        (blocks,) = self._ask(
+            wait_s + ANSWER_S, Op.PULL, local.pack_keys(keys), node, first, int(wait_s * 1000),
+            *_costs(compute), *_told(use),
+        )  # fmt: skip
+        if not isinstance(blocks, int):
+            raise self._broken("PULL")
+        return blocks
+
     def read(
         self,
         keys: Sequence[BlockKey],
@@ -176,12 +199,9 @@ class TierClient:
         reads and writes of one prompt count as one use of it; the time in it is not sent.
         """
         self._wait_s = wait_s
-        block_us, growth_ns = 0, 0
-        if compute is not None:
-            block_us, growth_ns = max(1, int(compute.block_s * 1e6)), int(compute.growth_s * 1e9)
         self._send(
             Op.READ, local.pack_keys(keys), first, len(keys) if wanted is None else wanted,
-            int(wait_s * 1000), block_us, growth_ns, *_told(use),
+            int(wait_s * 1000), *_costs(compute), *_told(use),
         )  # fmt: skip
         return self._reading(wait_s + ANSWER_S)
 
@@ -340,6 +360,12 @@ class TierClient:
     def _broken(self, what: str) -> RemoteProtocolError:
         self.close()
         return RemoteProtocolError(f"the node daemon's answer to {what} makes no sense")
+
+
+def _costs(compute: ComputeCost | None) -> tuple[int, int]:
+    if compute is None:
+        return 0, 0
+    return max(1, int(compute.block_s * 1e6)), int(compute.growth_s * 1e9)
 
 
 def _told(use: Use) -> tuple[int, int]:

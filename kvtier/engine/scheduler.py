@@ -24,6 +24,7 @@ from kvtier.engine.kvcache import WorkingKV
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool
 from kvtier.engine.prefill import PrefillSpeed, Work
+from kvtier.engine.pulling import pull
 from kvtier.engine.saving import Saver, save_runs
 from kvtier.engine.sequence import (
     Done,
@@ -246,6 +247,7 @@ class Scheduler:
 
         def fetch(tiers: LowerTiers) -> list[Tier]:
             save_runs(tiers, saved_first)
+            pull(tiers, sequence, keys[: first + len(ids)], first, compute, use)
             return tiers.restore(keys, first, ids, compute, use)
 
         self._piece = _Piece(sequence, first, ids, self._tiers.submit(fetch))
@@ -298,6 +300,7 @@ class Scheduler:
                 prompt_tokens=sequence.prompt_length,
                 restored=sequence.restored,
                 computed_tokens=sequence.computed,
+                pulled_tokens=sequence.pulled * self._layout.block_tokens,
                 queue_s=sequence.queue_s,
                 restore_s=sequence.restore_s,
                 prefill_s=self._clock() - sequence.admitted_s,

@@ -31,6 +31,7 @@ class Request:
     return_first_logits: bool = False
     tenant: str = ""  # whose blocks it may use and leaves
     adapter: str = ""  # a LoRA's name; checked by who serves it
+    source: str = ""  # a node that has more of its blocks than this one, if known
 
     def check(self, vocab_size: int, max_tokens: int) -> None:
         """Refuse what a model of these limits cannot compute.
@@ -64,6 +65,7 @@ class Started:
     prompt_tokens: int
     restored: dict[Tier, int]  # prompt tokens not computed, by where they came from
     computed_tokens: int
+    pulled_tokens: int = 0  # of those restored from the host tier: came from another node
     queue_s: float
     restore_s: float
     prefill_s: float
@@ -122,6 +124,7 @@ class Running:
     offered: int = 0  # full blocks that were offered to the pool
     handed: int = 0  # leading keys of which all unsaved ones were handed to the lower tiers
     restored: dict[Tier, int] = field(default_factory=dict)
+    pulled: int = 0  # blocks that came from another node
     computed: int = 0
     queue_s: float = 0.0
     restore_s: float = 0.0

@@ -122,6 +122,21 @@ class EngineTier:
             self._shielded("restore", None, work)
         return restored
 
+    def pull(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        node: str,
+        compute: ComputeCost | None = None,
+        use: Use = NO_USE,
+    ) -> int:
+        """Have the daemon load what it lacks of keys[first:] from another node's; how many came.
+
+        `restore` finds them in the host tier then. Takes as long as a restore may, at most.
+        """
+        told = partial(TierClient.pull, wait_s=self._wait_s, compute=compute, use=use)
+        return self._shielded("pull", 0, lambda client: told(client, keys, first, node))
+
     def save(
         self, keys: Sequence[BlockKey], first: int, block_ids: Sequence[int], use: Use = NO_USE
     ) -> int:

@@ -7,7 +7,7 @@ from typing import Final
 
 import grpc
 
-from kvtier.config import Config, node_name
+from kvtier.config import MAX_NAME, Config, node_name
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.engine.answers import to_wire
@@ -51,6 +51,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.draining = False
+        self._pulls = bool(config.worker.socket)  # or there is nobody to ask
         self._loop = loop
         # As far as the feed was told, each with the block before it.
         self._held: dict[BlockKey, BlockKey | None] = {}
@@ -81,6 +82,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             vocab_size=loaded.vocab_size,
             kv_bytes_per_token=loaded.layout.nbytes_per_token,
             loads_all=self._loads_all,
+            pulls=self._pulls,
             spaces=[
                 worker_pb2.Space(tenant=name, root=loaded.namespace(name).root())
                 for name in loaded.tenants
@@ -144,6 +146,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             ignore_eos=request.ignore_eos,
             return_first_logits=request.return_first_logits,
             tenant=request.tenant,
+            source=request.source[:MAX_NAME],
         )
         return self.engine.submit(
             wanted, lambda event: self._on_loop(lambda: events.put_nowait(event))

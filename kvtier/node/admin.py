@@ -1,4 +1,4 @@
-"""The node daemon's gRPC admin service: what it holds, emptying a tier, draining."""
+"""The node daemon's gRPC service: what it holds, emptying a tier, draining, lending blocks."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Final, Protocol
@@ -7,6 +7,7 @@ import grpc
 
 from kvtier.core.tiers import Tier
 from kvtier.errors import Overloaded
+from kvtier.node.lender import Lender
 from kvtier.node.manager import TierManager
 from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
@@ -28,6 +29,7 @@ class Daemon(Protocol):
     layouts: dict[str, TierManager]
     local: LocalServer
     recorder: Recorder
+    lender: Lender
 
     def counters(self) -> Mapping[str, float]:
         """Every counter by its name."""
@@ -99,6 +101,13 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
                     yield await reader.get()
         except Overloaded as error:
             await refuse(context, error)
+
+    async def Fetch(  # noqa: N802
+        self, request: node_pb2.FetchRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """See node.proto."""
+        self._daemon.local.hear()
+        await self._daemon.lender.fetch(request, context)
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:

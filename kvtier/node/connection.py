@@ -17,6 +17,7 @@ from kvtier.core.policy import Use
 from kvtier.errors import KVTierError, RemoteProtocolError
 from kvtier.node.manager import TierManager
 from kvtier.node.notes import Hearing, Notes
+from kvtier.node.peers import Peers
 from kvtier.node.reading import Reading
 from kvtier.node.record import Recorder
 from kvtier.wire import local
@@ -41,6 +42,7 @@ class Node(Protocol):
     name: str
     epoch: int
     recorder: Recorder
+    peers: Peers
 
     def open_layout(self, layout: BlockLayout) -> Coroutine[None, None, TierManager]:
         """The tiers of a layout, made at its first use. ConfigError: no room for another."""
@@ -175,6 +177,9 @@ class Connection(asyncio.Protocol):
                 self._reply(found.blocks, list(found.by_tier))
             case Op.READ, [bytes(keys), *rest]:
                 self._read(self.manager, local.unpack_keys(keys), *rest)
+            case Op.PULL, [bytes(keys), str(node), int(first), *rest]:
+                reading = self._reading(local.unpack_keys(keys), first, 0, *rest)
+                self._later(self._pull(self.manager, reading, node))
             case Op.AWAIT, [int(lease), int(have)]:
                 if lease not in self._leases:
                     raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
@@ -219,6 +224,15 @@ class Connection(asyncio.Protocol):
             self._notes.given()
 
     def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
+        reading = self._reading(keys, *numbers)
+        self._room_for_lease()
+        self._node.recorder.tell(keys, reading.use, manager.layout.block_tokens)
+        self._answer(manager.read(reading), self._reply_read)
+
+    async def _pull(self, manager: TierManager, asked: Reading, node: str) -> None:
+        self._reply(await self._node.peers.pull(manager, asked, node))
+
+    def _reading(self, keys: list[BlockKey], *numbers: Value) -> Reading:
         first, wanted, wait_ms, block_us, growth_ns, request, output = (
             int(cast("int", each)) for each in numbers
         )
@@ -232,12 +246,9 @@ class Connection(asyncio.Protocol):
             raise RemoteProtocolError(
                 f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
             )
-        self._room_for_lease()
         compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
         use = _use(request, output)
-        self._node.recorder.tell(keys, use, manager.layout.block_tokens)
-        reading = Reading(self._client, keys, first, wanted, wait_s, compute, use)
-        self._answer(manager.read(reading), self._reply_read)
+        return Reading(self._client, keys, first, wanted, wait_s, compute, use)
 
     def _answer(
         self, result: Lease | Coroutine[None, None, Lease], reply: Callable[[Lease], None]

@@ -21,8 +21,10 @@ from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
 from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
+from kvtier.node.lender import Lender
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.peers import Peers
 from kvtier.node.probe import OpenTrial
 from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
@@ -46,10 +48,16 @@ log = logging.getLogger(__name__)
 class NodeDaemon:
     """Everything under VRAM on one host. Lives on one loop.
 
-    `clock` is what eviction learns by, in seconds; by default the loop's.
+    `clock` is what eviction learns by, in seconds; by default the loop's. `access` is how it shows
+    other nodes who it is; by default as `config` says.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Callable[[], float] | None = None,
+        access: Access | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         self.name = node_name(config.node.name)
@@ -60,6 +68,8 @@ class NodeDaemon:
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         self.recorder = Recorder()
+        self.lender = Lender(config.peers, self.layouts)
+        self.peers = Peers(config.peers, self.name, access or Access(config, serving=False))
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
 
@@ -110,9 +120,9 @@ class NodeDaemon:
     async def _make_room(self, layout: BlockLayout) -> None:
         """A layout that was only found on disk gives way to one that is asked for."""
         for name, manager in list(self.layouts.items()):
-            if not self.local.attached(manager):
+            if not self.local.attached(manager) and not manager.leases:  # of other nodes
                 await manager.drain(DRAIN_S)
-                if self.local.attached(manager):  # its engine has come back
+                if self.local.attached(manager) or manager.leases:  # somebody has come back
                     continue
                 del self.layouts[name]
                 held = manager.held().items()
@@ -235,16 +245,20 @@ class NodeDaemon:
         return next((before for before in found if before is not None), None)
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:
-        return feed_pb2.Heartbeat(draining=self.draining)
+        return feed_pb2.Heartbeat(
+            draining=self.draining, pulls=self.peers.told(), lends=self.lender.lends
+        )
 
     async def close(self, drain_s: float) -> None:
         """Copy down what can be saved, then hang up and close everything."""
         self.draining = True
         self.local.hear()
+        await self.peers.close()
         for manager in [*self.layouts.values()]:
             if left := await manager.drain(drain_s):
                 log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
         await self.local.close()
+        self.lender.close()
         for manager in [*self.layouts.values()]:
             await self._close(manager)
 
@@ -310,8 +324,8 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     Raises:
         ConfigError: An address or path is taken or unusable, or the memory is not there.
     """
-    daemon = NodeDaemon(config)
     access = Access(config)
+    daemon = NodeDaemon(config, access=access)
     services = ["kvtier.v1.Node", "kvtier.v1.Feed"]
     server = Server(config.node.listen, "node.listen", services, access=access)
     node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)

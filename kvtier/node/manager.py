@@ -68,8 +68,8 @@ class TierManager:
         }
         self._unnamed = count(-1, -1)  # reads of which nobody says the request
         self._announce = announce
-        self._lineage = Lineage()
-        self._movers = Movers(layout, arena, lower, self._report, self._lineage)
+        self.lineage = Lineage()
+        self._movers = Movers(layout, arena, lower, self._report, self.lineage)
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
         self._loading: dict[int, Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
@@ -123,7 +123,7 @@ class TierManager:
     def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
         lease = self._ledger.write(client, keys, first, use._replace(now=self._clock()))
-        self._lineage.written(keys, lease.keys)
+        self.lineage.written(keys, lease.keys)
         metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
@@ -314,7 +314,7 @@ class TierManager:
                 case Gone(key, tier):
                     # Written again since then: what is known now is of the new copy.
                     if tier == HOST and not self._ledger.has_slot(key):
-                        self._lineage.gone(key)
+                        self.lineage.gone(key)
                     changes.append((self.specs[tier].tier, key, False))
         for tier, keys in forgotten.items():
             self._movers.forget(tier, keys)

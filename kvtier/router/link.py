@@ -102,6 +102,8 @@ class Link:
         self.heartbeat = feed_pb2.Heartbeat()
         self.settled = False  # it told all that it holds, or could not be reached
         self._context = context
+        self.pulls_bytes_per_s = 0.0  # a daemon's, from other nodes; 0: it can't
+        self._pull_bytes_per_s = 0.0  # of the daemon beside a worker
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
         self._tries = 0  # in vain, in a row
@@ -109,6 +111,13 @@ class Link:
         self._blamed = ""  # what a person was told to change
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
+
+    def pulls_at(self, bytes_per_s: float) -> bool:
+        """What its node's daemon says of pulls; whether the worker can have any."""
+        if bytes_per_s != self._pull_bytes_per_s:
+            self._pull_bytes_per_s = bytes_per_s
+            self._rates = self._read_rates()
+        return bytes_per_s > 0
 
     @property
     def rates(self) -> Rates:
@@ -120,7 +129,7 @@ class Link:
     def _read_rates(self) -> Rates:
         load = self.heartbeat.load
         return Rates(
-            peer_bytes_per_s=self._context.config.peer_bytes_per_s,
+            peer_bytes_per_s=self._pull_bytes_per_s,
             decode_drag=DECODE_DRAG,
             prefill_tokens_per_s=_rate(load.prefill_tokens_per_s),
             host_bytes_per_s=_rate(load.host_bytes_per_s),
@@ -254,6 +263,11 @@ class Link:
 
     def _beat(self, heartbeat: feed_pb2.Heartbeat) -> None:
         self._tries = 0
+        if heartbeat.HasField("pulls"):
+            usual = self._context.config.peer_bytes_per_s
+            self.pulls_bytes_per_s = usual and (_rate(heartbeat.pulls.bytes_per_s) or usual)
+        else:
+            self.pulls_bytes_per_s = 0.0
         turned = heartbeat.draining != self.heartbeat.draining
         self.heartbeat = heartbeat
         if turned:
@@ -284,6 +298,7 @@ class Link:
             self._beside(_close(channel, grace_s))
         self.text = None
         self.heartbeat = feed_pb2.Heartbeat()
+        self.pulls_bytes_per_s = 0.0
         self._context.directory.remove(self.source)
         self._become(State.CONNECTING)
 

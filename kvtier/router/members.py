@@ -103,6 +103,17 @@ class Members:
         """
         return [worker.source, *(link.source for link in self._daemons.get(worker.node, ()))]
 
+    def pulls(self, worker: Link) -> bool:
+        """Whether the worker's node can load blocks from others for it; its rates know how fast."""
+        if worker.info is None or not worker.info.pulls:
+            return worker.pulls_at(0.0)
+        daemons = self._daemons.get(worker.node, ())
+        return worker.pulls_at(max((link.pulls_bytes_per_s for link in daemons), default=0.0))
+
+    def lends(self, worker: Link) -> bool:
+        """Whether other nodes can load blocks from the worker's node."""
+        return any(link.heartbeat.lends for link in self._daemons.get(worker.node, ()))
+
     def draining(self, worker: Link) -> bool:
         """Whether somebody wants no new requests on this worker, or nothing new on its node."""
         return (

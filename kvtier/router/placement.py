@@ -131,6 +131,11 @@ class Ranked:
         return told
 
     @property
+    def pull_from(self) -> str:
+        """The node that its daemon is to load blocks from, or none."""
+        return self.source if self.choice.pull_from else ""
+
+    @property
     def source_blocks(self) -> int:
         """Blocks that come from `source`."""
         return self.choice.pull_blocks or self.choice.taken.shared
@@ -217,7 +222,9 @@ class Sent:
             loaded = tuple(
                 (FROM_WIRE[each.tier], each.tokens * block_nbytes_per_token)
                 for each in started.restored
-                if each.tokens and FROM_WIRE.get(each.tier, Tier.VRAM) is not Tier.VRAM
+                if each.tokens
+                and not started.pulled_tokens  # its time says nothing of the tier
+                and FROM_WIRE.get(each.tier, Tier.VRAM) is not Tier.VRAM
             )
             sample = Sample(started.computed_tokens, started.prefill_s, loaded, started.restore_s)
             self.teach(sample)
@@ -326,7 +333,7 @@ class Placement:
         else:
             keys = prompt.keys(info, root)
         sources = {name: self._members.sources(link) for name, (link, *_) in alike.items()}
-        pulls = self._config.peer_bytes_per_s > 0
+        pulls = sum(self._members.pulls(link) for link, *_ in alike.values())
         if pulls:  # what a node's daemon has, without its worker's VRAM, could be pulled from it
             sources |= {f"{_LENDER}{name}": of[1:] for name, of in sources.items()}
         warmth = self._directory.warmth(keys, sources)
@@ -342,7 +349,9 @@ class Placement:
                 draining=self._members.draining(link),
                 decoding=link.heartbeat.load.running,
                 loads_all=known.loads_all,
-                lends=_own(warmth[f"{_LENDER}{name}"]) if pulls else 0,
+                lends=_own(warmth[f"{_LENDER}{name}"])
+                if pulls and self._members.lends(link)
+                else 0,
             )
             for name, (link, known, _) in alike.items()
         ]

@@ -55,6 +55,9 @@ class Op(IntEnum):
     COMMIT = 5  # lease, filled; no reply
     RELEASE = 6  # lease; no reply
     AWAIT = 7  # lease, have -> arrived, blocks that the lease has now
+    # Load what the node lacks of keys[first:] from another node's daemon, if it knows one of that
+    # name; the numbers are as in READ. An engine that never asks needs not know it.
+    PULL = 8  # keys, node, first, wait ms, block us, growth ns, request, output -> blocks
 
 
 NOTED: Final = frozenset({Op.COMMIT, Op.RELEASE})  # may come by the pipe
@@ -67,6 +70,7 @@ _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.COMMIT: (int, int),
     Op.RELEASE: (int,),
     Op.AWAIT: (int, int),
+    Op.PULL: (bytes, str, int, int, int, int, int, int),
 }
 
 

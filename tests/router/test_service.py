@@ -118,19 +118,20 @@ async def test_explain_gives_every_term_and_they_add_up(engines, routers):
     load.host_bytes_per_s, load.disk_bytes_per_s, load.shared_bytes_per_s = 4e9, 2e9, 1e9
     held = {Tier.HOST: KEYS[2:5], Tier.DISK: KEYS[5:9], Tier.SHARED: KEYS[9:10]}
     lender = await engines(StubSource({Tier.HOST: KEYS[:40]}))
+    lender.heartbeat.lends = True
+    daemon = await engines(StubSource(held))
+    daemon.heartbeat.pulls.bytes_per_s = 8e9
+    worker.info.pulls = True
     other = await engines(StubWorker("lender"))
     other.info.kv_bytes_per_token = 100_000
-    router = await routers(
-        (worker, await engines(StubSource(held))),
-        (other, lender),
-        peer_bytes_per_s=8 * 10**9, behind=1.5,
-    )  # fmt: skip
+    router = await routers((worker, daemon), (other, lender), behind=1.5)
 
     async def heard() -> bool:
         choices = {c.worker_id: c for c in await router.explain(PROMPT)}
-        return choices["w"].terms.waiting_tokens == 500
+        w = choices["w"]
+        return (w.terms.waiting_tokens, w.source) == (500, "lender")
 
-    await eventually(heard, "the worker's load was told")
+    await eventually(heard, "the worker's load and the daemons' words were told")
     assert (await router.route("else")).worker_id == "lender", "one of two was busy"
     choices = {c.worker_id: c for c in await router.explain(PROMPT)}
     choice, terms = choices["w"], choices["w"].terms
@@ -500,26 +501,6 @@ async def test_a_route_that_is_late_goes_by_load_alone(engines, routers):
     assert not choice.warm
     assert metrics.ROUTED_BY_LOAD._value.get() == before + 1
     assert (await router.warmth(PROMPT))["warm"] != {}  # Explain takes its time
-
-
-async def test_the_answer_names_whom_to_load_from(engines, routers):
-    holder, idle = await engines(StubWorker("holder")), await engines(StubWorker("idle"))
-    daemon = await engines(StubSource({Tier.HOST: KEYS}))
-    holder.heartbeat.load.waiting_tokens = 10**6
-    router = await routers((holder, daemon), idle, peer_bytes_per_s=10**12)
-    await router.until_warmth(PROMPT, lambda each: each["holder"] != {})
-
-    async def best_is_idle():
-        return (await router.explain(PROMPT))[0].worker_id == "idle"
-
-    await eventually(best_is_idle, "the holder's load was heard of")
-    best, other = await router.explain(PROMPT)
-    assert (best.source, other.source) == ("holder", "")
-    assert best.source_tokens == len(KEYS) * 4
-    assert "from" in best.why
-    plain = await routers((holder, daemon), idle)  # where nobody can
-    await plain.until_warmth(PROMPT, lambda each: each["holder"] != {})
-    assert [each.source for each in await plain.explain(PROMPT)] == ["", ""]
 
 
 async def test_the_shared_store_is_named_as_a_source(engines, routers):

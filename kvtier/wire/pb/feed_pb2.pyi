@@ -73,12 +73,22 @@ class TierKeys(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., keys: _Optional[bytes] = ..., starts: _Optional[_Iterable[int]] = ..., parents: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("draining", "load")
+    __slots__ = ("draining", "load", "pulls", "lends")
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    LENDS_FIELD_NUMBER: _ClassVar[int]
     draining: bool
     load: WorkerLoad
-    def __init__(self, draining: _Optional[bool] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    pulls: Pulls
+    lends: bool
+    def __init__(self, draining: _Optional[bool] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., pulls: _Optional[_Union[Pulls, _Mapping]] = ..., lends: _Optional[bool] = ...) -> None: ...
+
+class Pulls(_message.Message):
+    __slots__ = ("bytes_per_s",)
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    bytes_per_s: float
+    def __init__(self, bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("running", "waiting", "waiting_tokens", "prefill_tokens_per_s", "host_bytes_per_s", "disk_bytes_per_s", "shared_bytes_per_s")

@@ -115,3 +115,23 @@ class RecordedUse(_message.Message):
     keys: bytes
     dropped: int
     def __init__(self, at_s: _Optional[float] = ..., request: _Optional[int] = ..., output_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., keys: _Optional[bytes] = ..., dropped: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("layout", "keys", "first", "blocks")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    layout: str
+    keys: bytes
+    first: int
+    blocks: int
+    def __init__(self, layout: _Optional[str] = ..., keys: _Optional[bytes] = ..., first: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class FetchPart(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: bytes
+    payload: bytes
+    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...

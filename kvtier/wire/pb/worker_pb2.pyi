@@ -22,7 +22,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "spaces", "loads_all", "key_scheme")
+    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "spaces", "pulls", "loads_all", "key_scheme")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class WorkerInfo(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SPACES_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
     LOADS_ALL_FIELD_NUMBER: _ClassVar[int]
     KEY_SCHEME_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -51,9 +52,10 @@ class WorkerInfo(_message.Message):
     kv_bytes_per_token: int
     http_address: str
     spaces: _containers.RepeatedCompositeFieldContainer[Space]
+    pulls: bool
     loads_all: bool
     key_scheme: str
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., spaces: _Optional[_Iterable[_Union[Space, _Mapping]]] = ..., loads_all: _Optional[bool] = ..., key_scheme: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., spaces: _Optional[_Iterable[_Union[Space, _Mapping]]] = ..., pulls: _Optional[bool] = ..., loads_all: _Optional[bool] = ..., key_scheme: _Optional[str] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("adapter", "tenant", "root")
@@ -83,7 +85,7 @@ class TokenizerFiles(_message.Message):
     def __init__(self, files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model", "adapter", "tenant")
+    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model", "adapter", "tenant", "source")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +96,7 @@ class WorkerRequest(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -104,7 +107,8 @@ class WorkerRequest(_message.Message):
     model: str
     adapter: str
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    source: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class WorkerResponse(_message.Message):
     __slots__ = ("started", "tokens", "done")
@@ -117,7 +121,7 @@ class WorkerResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("prompt_tokens", "restored", "computed_tokens", "queue_s", "restore_s", "prefill_s", "first_logits")
+    __slots__ = ("prompt_tokens", "restored", "computed_tokens", "queue_s", "restore_s", "prefill_s", "first_logits", "pulled_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESTORED_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +129,7 @@ class Started(_message.Message):
     RESTORE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     restored: _containers.RepeatedCompositeFieldContainer[TierTokens]
     computed_tokens: int
@@ -132,7 +137,8 @@ class Started(_message.Message):
     restore_s: float
     prefill_s: float
     first_logits: bytes
-    def __init__(self, prompt_tokens: _Optional[int] = ..., restored: _Optional[_Iterable[_Union[TierTokens, _Mapping]]] = ..., computed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_logits: _Optional[bytes] = ...) -> None: ...
+    pulled_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., restored: _Optional[_Iterable[_Union[TierTokens, _Mapping]]] = ..., computed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., restore_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_logits: _Optional[bytes] = ..., pulled_tokens: _Optional[int] = ...) -> None: ...
 
 class TierTokens(_message.Message):
     __slots__ = ("tier", "tokens")

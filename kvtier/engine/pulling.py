@@ -1,0 +1,21 @@
+"""What a request brings to its node before it is restored: blocks that another node has."""
+
+from collections.abc import Sequence
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.breakeven import ComputeCost
+from kvtier.core.policy import Use
+from kvtier.engine.beside import LowerTiers
+from kvtier.engine.sequence import Running
+
+
+def pull(
+    tiers: LowerTiers, sequence: Running, path: Sequence[BlockKey], first: int,
+    compute: ComputeCost | None, use: Use,
+) -> None:  # fmt: skip
+    """Have the missing ones of path[first:] loaded from the node that the request names, if any.
+
+    On the tiers' thread, which the engine's thread waits for before it looks at `pulled`.
+    """
+    if source := sequence.request.source:
+        sequence.pulled += tiers.pull(path, first, source, compute, use)

@@ -1,0 +1,158 @@
+"""Which node a router names for a worker's node to load blocks from, and that it is told."""
+
+import asyncio
+import math
+
+import pytest
+
+from kvtier.core.tiers import Tier
+from tests.router.stub_engine import StubSource, StubWorker, ids, started, tokens
+from tests.router.stub_engine import keys as keys_of
+from tests.router.support import eventually, generate_request
+
+PROMPT = "x" * 400
+KEYS = keys_of(PROMPT)
+
+
+class Pair:
+    """A busy worker whose node holds the prompt, and an idle one of a node that can pull."""
+
+    def __init__(self) -> None:
+        self.holder, self.idle = StubWorker("holder"), StubWorker("idle")
+        self.lender, self.puller = StubSource({Tier.HOST: KEYS}), StubSource()
+        self.holder.heartbeat.load.waiting_tokens = 10**6
+        self.lender.heartbeat.lends = True
+        self.puller.heartbeat.pulls.SetInParent()
+        self.idle.info.pulls = True
+
+    async def routed(self, engines, routers, **settings):
+        for each in (self.holder, self.idle, self.lender, self.puller):
+            await engines(each)
+        router = await routers((self.holder, self.lender), (self.idle, self.puller), **settings)
+        await router.until_warmth(PROMPT, lambda each: each["holder"] != {})
+        return router
+
+
+async def until_named(router):
+    async def named() -> bool:
+        best = (await router.explain(PROMPT))[0]
+        return (best.worker_id, best.source) == ("idle", "holder")
+
+    await eventually(named, "the idle worker is the best, with the other's blocks")
+
+
+async def test_the_node_that_holds_the_blocks_is_named_and_the_worker_is_told(engines, routers):
+    pair = Pair()
+    router = await pair.routed(engines, routers, peer_bytes_per_s=10**12)
+    await until_named(router)
+    best, other = await router.explain(PROMPT)
+    assert other.source == "", "it has them"
+    assert best.source_tokens == len(KEYS) * 4
+    assert f"{len(KEYS) * 4:,} from" in best.why
+    assert [each.bytes_per_s for each in best.terms.loads] == [1e12]
+    call = router.stub.Generate(generate_request(PROMPT))
+    async for _ in call:
+        pass
+    (asked,) = pair.idle.requests
+    assert asked.source == "holder"
+    assert not pair.holder.requests
+
+
+async def test_a_measured_speed_takes_the_place_of_the_usual_one(engines, routers):
+    pair = Pair()
+    router = await pair.routed(engines, routers, peer_bytes_per_s=10**12)
+    await until_named(router)
+    pair.puller.heartbeat.pulls.bytes_per_s = 5e11
+
+    async def told() -> bool:
+        best = (await router.explain(PROMPT))[0]
+        return [each.bytes_per_s for each in best.terms.loads] == [5e11]
+
+    await eventually(told, "the daemon's own word counts")
+    pair.puller.heartbeat.pulls.bytes_per_s = 1.0  # so slow that computing is faster
+
+    async def unnamed() -> bool:
+        return all(not each.source for each in await router.explain(PROMPT))
+
+    await eventually(unnamed, "nobody pulls at that speed")
+    pair.puller.heartbeat.pulls.bytes_per_s = math.nan
+    await until_named(router)
+
+
+def puller_stops(pair: Pair) -> None:
+    pair.puller.heartbeat.ClearField("pulls")
+
+
+def lender_stops(pair: Pair) -> None:
+    pair.lender.heartbeat.lends = False
+
+
+@pytest.mark.parametrize("stops", [puller_stops, lender_stops])
+async def test_nobody_is_named_once_a_daemon_cannot_do_its_part(engines, routers, stops):
+    pair = Pair()
+    router = await pair.routed(engines, routers, peer_bytes_per_s=10**12)
+    await until_named(router)
+    stops(pair)
+
+    async def unnamed() -> bool:
+        return all(not each.source for each in await router.explain(PROMPT))
+
+    await eventually(unnamed, "it cannot any more")
+
+
+async def test_nobody_is_named_to_an_engine_that_passes_no_source_on(engines, routers):
+    pair = Pair()
+    plain = await engines(StubWorker("plain"))  # of the same node
+    for each in (pair.holder, pair.idle, pair.lender, pair.puller):
+        await engines(each)
+    router = await routers(
+        (pair.holder, pair.lender), (pair.idle, pair.puller), (plain, pair.puller)
+    )
+
+    async def sources() -> bool:
+        found = {each.worker_id: each.source for each in await router.explain(PROMPT)}
+        return found == {"holder": "", "idle": "holder", "plain": ""}
+
+    await eventually(sources, "one of the two can have them")
+
+
+async def test_nobody_is_named_where_the_router_is_told_not_to(engines, routers):
+    pair = Pair()
+    router = await pair.routed(engines, routers, peer_bytes_per_s=0)
+    (beside,) = [await routers((pair.holder, pair.lender), (pair.idle, pair.puller))]
+    await until_named(beside)
+    assert all(not each.source for each in await router.explain(PROMPT))
+
+
+async def test_pulled_tokens_teach_no_speed_of_a_tier(engines, routers):
+    pair = Pair()
+
+    async def script(request, context):
+        first = started(request)
+        first.started.pulled_tokens = len(KEYS) * 4
+        first.started.restored.add(tier=2, tokens=len(KEYS) * 4)
+        first.started.restore_s = 1000.0  # of a tier it would be a crawl
+        yield first
+        yield tokens(*ids("x"))
+        await asyncio.Event().wait()
+
+    pair.idle.script = script
+    pair.idle.heartbeat.load.host_bytes_per_s = 3e9
+    pair.puller.held = {Tier.HOST: keys_of("y" * 40)}
+    router = await pair.routed(engines, routers, peer_bytes_per_s=10**12)
+
+    async def speeds() -> list[float]:
+        choices = {each.worker_id: each for each in await router.explain("y" * 40)}
+        return [each.bytes_per_s for each in choices["idle"].terms.loads if each.tier == 2]
+
+    async def told() -> bool:
+        return await speeds() == [3e9]
+
+    await until_named(router)
+    await eventually(told, "another prompt lies in its host tier, of a known speed")
+    call = router.stub.Generate(generate_request(PROMPT))
+    async for message in call:
+        if message.WhichOneof("body") == "chunk":
+            break
+    call.cancel()
+    assert await speeds() == [3e9]
