@@ -26,7 +26,9 @@ SOON_TIMES: Final = 200
 END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
-BATCH: Final = 32  # blocks of a lease: an arena smaller than a prompt still serves it
+BATCH: Final = 32  # blocks that a save leases at once: an arena smaller than a prompt serves it
+READ_BATCHES: Final = 2  # of them that a restore does, and at most
+READ_SHARE: Final = 8  # of the arena: what one lease pins, the next cannot load into
 STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
 _RATES: Final = 8  # newest measurements of a tier's speed that count
 
@@ -38,11 +40,15 @@ class EngineTier:
     """Saves and restores an engine's blocks through the node daemon.
 
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
-    thread calls them, and the blocks that they name stay as they are meanwhile. Many blocks go in
-    batches of `batch`: while one is copied the daemon works on the lease of the next, so that at
-    most two are held. A failure ends a call; what it had done before counts. A daemon that went
-    is attached to again, beside the calls, as soon as it is back; one that never was there, or that
-    failed, is tried again at most every RECONNECT_S by whichever call comes next.
+    thread calls them, and the blocks that they name stay as they are meanwhile.
+
+    Many blocks go in batches of `batch`, twice as many where they are read: while one is copied
+    the daemon works on the lease of the next, so that at most two are held. A failure ends a call;
+    what it had done before counts.
+
+    A daemon that went is attached to again, beside the calls, as soon as it is back; one that never
+    was there, or that failed, is tried again at most every RECONNECT_S by whichever call comes
+    next.
     """
 
     def __init__(
@@ -281,15 +287,16 @@ class EngineTier:
         use: Use,
         restored: list[Tier],
     ) -> None:
-        """Restore batch by batch, each asked for before the one before it is copied."""
+        """Restore lease by lease, each asked for before the blocks of the one before are copied."""
+        most = max(1, min(READ_BATCHES * self._batch, client.arena.slots // READ_SHARE))
         held = 0
-        if compute is not None and len(keys) > first + min(self._batch, len(block_ids)):
+        if compute is not None and len(keys) > first + min(most, len(block_ids)):
             held = client.match(keys[:MAX_KEYS]).blocks
 
         def ask(at: int) -> AbstractContextManager[ReadLease] | None:
             if at >= len(block_ids):
                 return None
-            begin, end = first + at, first + min(at + self._batch, len(block_ids))
+            begin, end = first + at, first + min(at + most, len(block_ids))
             cost = compute
             if compute is not None and len(keys) > end:
                 cost = compute.mean(begin, max(held, end))
@@ -300,7 +307,7 @@ class EngineTier:
         start, asked = self._clock(), ask(0)
         while asked is not None:
             at = len(restored)
-            batch = block_ids[at : at + self._batch]
+            batch = block_ids[at : at + most]
             with asked as lease:
                 asked = self._fill(client, lease, batch, partial(ask, at + len(batch)))
             restored += lease.sources

@@ -14,12 +14,13 @@ from kvtier import metrics
 from kvtier.core.tiers import Tier
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
-from kvtier.engine.tier import EngineTier
+from kvtier.engine.tier import READ_BATCHES, EngineTier
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import blocks, status
 
 BATCH = 4
+READ = READ_BATCHES * BATCH
 POOL = 64
 
 
@@ -113,8 +114,11 @@ def test_while_a_batch_is_copied_the_lease_of_the_next_is_there(
     assert engine.save(tokens) == 3 * BATCH
     assert held == [2, 2, 1]
     held.clear()
+    more = prompt(2, 3 * READ)
+    engine.paged.watch(lambda number: None)
+    assert engine.save(more) == 3 * READ
     engine.paged.watch(copying)
-    assert engine.restore(tokens) == [Tier.HOST] * 3 * BATCH
+    assert engine.restore(more) == [Tier.HOST] * 3 * READ
     assert held == [2, 2, 1]
     assert leases(node) == 0
 
@@ -155,18 +159,18 @@ def test_a_copy_that_fails_costs_its_batch_and_those_after_it(
         if number == 1:
             raise RuntimeError("the GPU is gone")
 
-    tokens, before = prompt(5, 4 * BATCH), failures()
+    tokens, before = prompt(5, 4 * READ), failures()
     engine.paged.watch(copying)
     assert engine.save(tokens) == BATCH
     assert failures() == before + 1
     engine.paged.watch(lambda number: None)
     wait_for("the leases to end", lambda: leases(node) == 0)
-    wait_for("the engine to attach again", lambda: engine.save(tokens) == 3 * BATCH)
+    wait_for("the engine to attach again", lambda: engine.save(tokens) == 4 * READ - BATCH)
     engine.paged.watch(copying)
-    assert engine.restore(tokens) == [Tier.HOST] * BATCH
+    assert engine.restore(tokens) == [Tier.HOST] * READ
     engine.paged.watch(lambda number: None)
     wait_for("the leases to end", lambda: leases(node) == 0)
-    whole = [Tier.HOST] * 4 * BATCH
+    whole = [Tier.HOST] * 4 * READ
     wait_for("the engine to attach again", lambda: engine.restore(tokens) == whole)
 
 
@@ -194,37 +198,37 @@ def test_a_daemon_killed_between_two_batches_costs_no_wrong_byte(
         if number == 1:
             node.kill()
 
-    tokens = prompt(7, 6 * BATCH)
+    tokens = prompt(7, 6 * READ)
     engine.paged.watch(copying)
     assert engine.save(tokens) == BATCH, "what it had taken before"
     engine.paged.watch(lambda number: None)
     with Process("node", node_toml(tmp_path), tmp_path) as again:
-        wait_for("the engine to attach again", lambda: engine.save(tokens) == 6 * BATCH)
+        wait_for("the engine to attach again", lambda: engine.save(tokens) == 6 * READ)
         engine.paged.watch(lambda number: again.kill() if number == 1 else None)
         # Those whose lease it had given are still in the mapping, and nobody writes there.
-        assert len(engine.restore(tokens)) in (2 * BATCH, 3 * BATCH)
+        assert len(engine.restore(tokens)) in (2 * READ, 3 * READ)
 
 
 @pytest.mark.parametrize("copy", ["gather", "scatter"])
 def test_an_engine_killed_with_two_leases_leaves_none(
     node: Process, engine: Engine, tmp_path: Path, copy: str
 ) -> None:
-    tokens = prompt(8, 4 * BATCH)
+    tokens = prompt(8, 4 * READ)
     if copy == "scatter":
-        assert engine.save(tokens) == 4 * BATCH
+        assert engine.save(tokens) == 4 * READ
     code = f"""
 import os
 from pathlib import Path
 from tests.engine.test_batches import Engine, prompt
 engine = Engine(Path({str(tmp_path)!r}))
 engine.paged.watch(lambda number: os.kill(os.getpid(), 9) if number == 1 else None)
-tokens = prompt(8, {4 * BATCH})
+tokens = prompt(8, {4 * READ})
 engine.save(tokens) if {copy!r} == "gather" else engine.restore(tokens)
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     wait_for("its leases to end", lambda: leases(node) == 0)
-    held = BATCH if copy == "gather" else 4 * BATCH
+    held = BATCH if copy == "gather" else 4 * READ
     assert engine.restore(tokens) == [Tier.HOST] * held, "what was committed, and nothing else"
-    assert engine.save(tokens) == 4 * BATCH - held
-    assert engine.restore(tokens) == [Tier.HOST] * 4 * BATCH
+    assert engine.save(tokens) == 4 * READ - held
+    assert engine.restore(tokens) == [Tier.HOST] * 4 * READ

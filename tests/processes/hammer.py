@@ -28,7 +28,7 @@ NAMESPACE = Namespace("storm", "weights", LAYOUT)
 CONVERSATIONS = 80
 SYSTEM_PROMPTS, SYSTEM_BLOCKS = 4, 3  # what conversations share
 DEEPEST = 24  # blocks of a prompt
-BATCH = 5  # blocks of a lease: most saves and restores are of several
+BATCH = 4  # blocks of a lease, twice as many of a read: most prompts take several
 REPORT_S = 0.1
 
 
