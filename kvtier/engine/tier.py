@@ -16,8 +16,8 @@ from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import HangUp, ReadLease, TierClient, WriteLease
 from kvtier.engine.copier import ArenaTensor
-from kvtier.engine.newest import Newest
 from kvtier.engine.paged import Done, PagedKV
+from kvtier.engine.speeds import TierSpeeds
 from kvtier.wire.local import MAX_KEYS
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
@@ -30,7 +30,6 @@ BATCH: Final = 32  # blocks that a save leases at once: an arena smaller than a 
 READ_BATCHES: Final = 2  # of them that a restore does, and at most
 READ_SHARE: Final = 8  # of the arena: what one lease pins, the next cannot load into
 STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
-_RATES: Final = 8  # newest measurements of a tier's speed that count
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,8 +81,7 @@ class EngineTier:
         # At once: by the time of the first request the arena is there.
         self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = _beside(self._attach)
         self._began = clock()
-        self._speeds: dict[Tier, Newest] = {}
-        self._bytes_per_s: dict[Tier, float] = {}  # read by other threads as well
+        self._speeds = TierSpeeds(self._layout.nbytes)
 
     def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
         """The keys of the prompt's full blocks.
@@ -161,7 +159,7 @@ class EngineTier:
 
     def bytes_per_s(self) -> dict[Tier, float]:
         """How fast restores from each tier have been, waiting included."""
-        return dict(self._bytes_per_s)
+        return self._speeds.bytes_per_s()
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -312,7 +310,7 @@ class EngineTier:
                 asked = self._fill(client, lease, batch, partial(ask, at + len(batch)))
             restored += lease.sources
             start, began = self._clock(), start
-            self._measure(lease, start - began)
+            self._speeds.measure(lease.sources, start - began)
 
     def _fill(
         self,
@@ -339,18 +337,6 @@ class EngineTier:
         finally:  # no slot is given back while it is read
             for each in copies:
                 each.wait()
-
-    def _measure(self, lease: ReadLease, seconds: float) -> None:
-        """Learn a tier's speed from a read that came from it alone."""
-        if len(lease.sources) < 2 or seconds <= 0:
-            return
-        tier = lease.sources[0]
-        if lease.sources.count(tier) < len(lease.sources):
-            return
-        speeds = self._speeds.setdefault(tier, Newest(_RATES))
-        speeds.measure(len(lease.sources) * self._layout.nbytes / seconds)
-        if speeds.usual:
-            self._bytes_per_s[tier] = speeds.usual
 
     def _save(
         self,
