@@ -90,6 +90,9 @@ PICKS = _counter("picks", "Endpoints picked for a gateway, by how the prompt was
 RETRIES = _counter("retries", "Requests sent to another worker after one was lost")
 ROUTED_BY_LOAD = _counter("routed_by_load", "Rankings by load alone, as the budget was over")
 FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch", "node")
+MEMBER_FAILURES = _counter(
+    "member_failures", "Connections to a member that failed or ended", "node"
+)
 RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")
 UNAUTHENTICATED = _counter("unauthenticated", "Calls refused for their token", "why")
 MEMBERS = _gauge("members", "Workers known, by state", "state")

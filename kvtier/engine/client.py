@@ -97,6 +97,7 @@ class TierClient:
         self._timeout_s = 0.0
         self._wait_s = 0.0  # of the newest read
         self._unanswered = False  # a request was sent, and its answer was not read
+        self._ended_by = "this end has hung up"
         self._notes = -1
         self._ended = select.poll()
         self._socket = socket.socket(socket.AF_UNIX)
@@ -354,8 +355,11 @@ class TierClient:
             self._timeout_s = timeout_s
 
     def _lost(self, text: str) -> ArenaLost:
+        """What to raise: what ended the connection, also where that went by unheard."""
+        if self._socket.fileno() >= 0:
+            self._ended_by = text
         self.close()
-        return ArenaLost(text)
+        return ArenaLost(self._ended_by)
 
     def _broken(self, what: str) -> RemoteProtocolError:
         self.close()

@@ -157,6 +157,7 @@ class Link:
                 if not gap.replay:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
+                metrics.MEMBER_FAILURES.labels(self.node).inc()
                 self._say_away(_line(error))
                 self._beside(self._blame(error, self._tries))
                 silent = isinstance(error, TimeoutError)

@@ -12,9 +12,11 @@ import torch
 
 from kvtier import metrics
 from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
 from kvtier.engine.tier import READ_BATCHES, EngineTier
+from kvtier.errors import ArenaLost
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import blocks, status
@@ -207,6 +209,24 @@ def test_a_daemon_killed_between_two_batches_costs_no_wrong_byte(
         engine.paged.watch(lambda number: again.kill() if number == 1 else None)
         # Those whose lease it had given are still in the mapping, and nobody writes there.
         assert len(engine.restore(tokens)) in (2 * READ, 3 * READ)
+
+
+def test_a_daemon_killed_under_two_leases_is_said_to_be_gone(
+    node: Process, engine: Engine, tmp_path: Path
+) -> None:
+    tokens = prompt(8, READ)
+    assert engine.save(tokens) == READ
+    keys = engine.tier.keys(tokens)
+    client = TierClient(f"{tmp_path}/node.sock", LAYOUT)
+    try:
+        asked = client.read(keys[:BATCH])
+        with asked:
+            following = client.read(keys, BATCH)
+            node.kill()
+        with pytest.raises(ArenaLost, match=r"RELEASE: .*Broken pipe"), following:
+            pytest.fail("nobody can have given it")
+    finally:
+        client.close()
 
 
 @pytest.mark.parametrize("copy", ["gather", "scatter"])

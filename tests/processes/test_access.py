@@ -1,6 +1,7 @@
 """A router, a worker and a daemon that only trust each other: mTLS and a token on every way."""
 
 import ssl
+import urllib.request
 from pathlib import Path
 
 import openai
@@ -77,23 +78,30 @@ def test_a_router_says_once_which_setting_keeps_it_from_a_worker(
     tmp_path: Path, keys: Keys
 ) -> None:
     with Process("node", node_toml(tmp_path, more=keys.tls() + keys.auth()), tmp_path) as node:
+        (port,) = fixed_ports(1)
         toml = f"""
 [router]
 listen = "127.0.0.1:0"
+metrics_host = "127.0.0.1"
+metrics_port = {port}
 members = [{{ node = "n", daemon = "{node.address}" }}]
 """
+
+        url, trust = f"https://127.0.0.1:{port}/metrics", keys.path("ca.pem")
+        context = ssl.create_default_context(cafile=trust)
+
+        def tries() -> float:
+            with urllib.request.urlopen(url, timeout=60, context=context) as page:
+                lines = page.read().decode().splitlines()
+            wanted = 'kvtier_member_failures_total{node="n"} '
+            return sum(float(line.removeprefix(wanted)) for line in lines if wanted in line)
+
         for wrong, said in (
             (keys.tls(ca="stranger") + keys.auth(), f"tls.ca_file {tmp_path}/stranger.pem"),
             (keys.tls() + keys.auth("other"), f"(auth.token_file {tmp_path}/other)"),
         ):
             with Process("router", toml + wrong, tmp_path) as router:
-
-                def tries(router: Process = router) -> int:
-                    return router.log.read_text().count(
-                        f"INFO kvtier.router.link: daemon at {node.address}"
-                    )
-
-                wait_for("several tries", lambda tries=tries: tries() > 2)
+                wait_for("several tries", lambda: tries() > 2)
                 log = router.log.read_text().splitlines()
             (line,) = [each for each in log if "WARNING" in each]
             assert said in line
