@@ -274,28 +274,31 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
     terms = []
     for number, (each, rate) in enumerate(zip(candidates, rates, strict=True)):
         vram, host, disk, shared = each.warmth
-        blocks = vram + host + disk + shared
-        load_s = nbytes * host / rate.host_bytes_per_s if host else 0.0
+        blocks = held = vram + host + disk + shared
+        own_s = load_s = nbytes * host / rate.host_bytes_per_s if host else 0.0
         slow = 1 + rate.decode_drag * each.decoding
         wait_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
         prefill_s = rate.prefill_s(min(blocks * block_tokens, tokens - 1), tokens) * slow
-        if each.loads_all:
-            load_s += nbytes * (disk / rate.disk_bytes_per_s + shared / rate.shared_bytes_per_s)
-        elif disk or shared:
-            blocks, more_s, prefill_s = worth(
-                each.warmth, rate, prompt_tokens=tokens, block_tokens=block_tokens,
-                block_nbytes=nbytes, slow=slow,
-            )  # fmt: skip
-            load_s += more_s
+        if disk or shared:
+            own_s += nbytes * (disk / rate.disk_bytes_per_s + shared / rate.shared_bytes_per_s)
+            if each.loads_all:
+                load_s = own_s
+            else:
+                blocks, more_s, prefill_s = worth(
+                    each.warmth, rate, prompt_tokens=tokens, block_tokens=block_tokens,
+                    block_nbytes=nbytes, slow=slow,
+                )  # fmt: skip
+                load_s += more_s
         pull = -1
         if lenders and rate.peer_bytes_per_s:
             lender = lenders[0] if lenders[0] != number else lenders[-1]
             lent = candidates[lender].lends
-            if lent > blocks and lender != number:
-                pull_s = nbytes * (lent - blocks) / rate.peer_bytes_per_s
+            # A daemon asks for what its node has in no tier: all that comes before is loaded, too.
+            if lent > held and lender != number:
+                pull_s = own_s + nbytes * (lent - held) / rate.peer_bytes_per_s
                 rest_s = rate.prefill_s(min(lent * block_tokens, tokens - 1), tokens) * slow
-                if pull_s + rest_s < prefill_s:
-                    pull, load_s, prefill_s = lender, load_s + pull_s, rest_s
+                if pull_s + rest_s < load_s + prefill_s:
+                    pull, blocks, load_s, prefill_s = lender, held, pull_s, rest_s
         seconds = wait_s + (1 + behind) * (load_s + prefill_s)
         terms.append(
             _Terms(each.draining, seconds, number, wait_s, load_s, prefill_s, pull, blocks, rate)

@@ -214,6 +214,29 @@ def test_a_prefix_is_loaded_from_a_peer_where_that_is_faster():
     assert not best.pull_from  # nobody has measured what a peer gives
 
 
+def test_what_a_node_has_on_its_own_slow_disk_is_not_loaded_from_a_peer():
+    """Its daemon would not ask for it: blocks 3 to 8 come from the disk, or are computed."""
+    rates = replace(RATES, peer_bytes_per_s=1e5, disk_bytes_per_s=1e3)  # a disk of 1 s a block
+    own = Warmth(host=2, disk=6)
+    (idle,) = ranked(candidate("idle", own, rates=rates))
+    holder = candidate("holder", Warmth(host=8), rates=rates, lends=8, waiting_tokens=9000)
+    mate = candidate("mate", own, rates=rates, lends=8, waiting_tokens=9000)
+    for lender in (holder, mate):
+        best, _ = ranked(lender, candidate("idle", own, rates=rates))
+        assert (best.name, best.seconds) == ("idle", idle.seconds)
+        assert (best.used, best.pull_from, best.pull_blocks) == (2, "", 0)
+
+
+def test_what_lies_before_the_blocks_of_a_peer_is_loaded_too():
+    rates = replace(RATES, peer_bytes_per_s=1e7, disk_bytes_per_s=5e3)  # 0.2 s, twice computing
+    holder = candidate("holder", Warmth(host=8), rates=rates, lends=8, waiting_tokens=9000)
+    best, _ = ranked(holder, candidate("idle", Warmth(disk=1), rates=rates))
+    assert (best.used, best.pull_from, best.pull_blocks) == (1, "holder", 7)
+    assert best.load_s == pytest.approx(0.2 + 7 * 1e-4)
+    best, _ = ranked(holder, candidate("idle", Warmth(disk=7), rates=rates))
+    assert (best.used, best.pull_from) == (0, ""), "one block of 0.1 s is not worth 1.4 s"
+
+
 def test_only_as_many_as_asked_for():
     some = [candidate(name, waiting_tokens=100 * n) for n, name in enumerate("abcd")]
     all_of_them = names(*some)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from kvtier.config import MemberConfig
 from kvtier.core.tiers import Tier
 from tests.router.stub_engine import StubSource, StubWorker, ids, started, tokens
 from tests.router.stub_engine import keys as keys_of
@@ -12,6 +13,7 @@ from tests.router.support import eventually, generate_request
 
 PROMPT = "x" * 400
 KEYS = keys_of(PROMPT)
+OTHER = "z" * 400
 
 
 class Pair:
@@ -156,3 +158,40 @@ async def test_pulled_tokens_teach_no_speed_of_a_tier(engines, routers):
             break
     call.cancel()
     assert await speeds() == [3e9]
+
+
+async def test_no_node_is_named_for_what_a_worker_has_on_its_own_disk(engines, routers):
+    """Its daemon would not ask for that, however slow the disk is, and least of all itself."""
+    near, far = StubSource({Tier.DISK: KEYS}), StubSource({Tier.HOST: KEYS + keys_of(OTHER)})
+    one, two, third = [StubWorker(name) for name in ("one", "two", "third")]
+    for each in (one, two, third):
+        each.info.pulls = True
+        each.heartbeat.load.disk_bytes_per_s = 1.0
+        await engines(each)
+    for each in (near, far):
+        each.heartbeat.lends = True
+        each.heartbeat.pulls.bytes_per_s = 1e12
+        await engines(each)
+    homes = [("near", one, near), ("near", two, near), ("far", third, far)]
+    members = tuple(
+        MemberConfig(node=node, worker=worker.address, daemon=daemon.address)
+        for node, worker, daemon in homes
+    )
+    router = await routers(members=members)
+    await router.ready()
+    await router.until_warmth(PROMPT, lambda each: each["one"] != {} and each["two"] != {})
+
+    async def sources(prompt: str) -> dict[str, str]:
+        return {each.worker_id: each.source for each in await router.explain(prompt)}
+
+    async def named() -> bool:
+        return await sources(OTHER) == {"one": "far", "two": "far", "third": ""}
+
+    async def declined() -> bool:
+        return not any(
+            each.tier == 3 for c in await router.explain(PROMPT) for each in c.terms.loads
+        )
+
+    await eventually(named, "the other node is named for what the first has not")
+    await eventually(declined, "it is known how slow the disk is")
+    assert await sources(PROMPT) == {"one": "", "two": "", "third": ""}
