@@ -31,6 +31,18 @@ def test_version_and_help() -> None:
         assert f"\n    {command} " in text
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["plan", "--model", "list"], 0), (["x"], 2)])
+def test_a_closed_standard_output_changes_no_exit_status(arguments: list[str], status: int) -> None:
+    """As a service that was started with `>&-` has it."""
+    code = "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-m", "kvtier.cli", *arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+
+
 def parsers(parser: Parser) -> Iterator[Parser]:
     """This one and all below it."""
     yield parser

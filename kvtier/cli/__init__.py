@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _main(arguments)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can still be told from a mistake
+            if sys.stdout is not None:  # as it is where a service's starter has closed it
+                sys.stdout.flush()  # here, where a closed pipe can still be told from a mistake
     except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
