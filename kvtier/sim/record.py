@@ -60,8 +60,9 @@ class _Told:
 class Pieces:
     """Puts prompts together that a node daemon tells of in pieces: reads and writes.
 
-    The longest path that was told is the prompt. A daemon knows full blocks only, so a prompt is
-    as long as these, and an answer as long as an engine has said, 0 where none did.
+    A piece is a path from the prompt's first block on, or, as vLLM tells it, from where the piece
+    before ends: together they are the prompt. A daemon knows full blocks only, so a prompt is as
+    long as these, and an answer as long as an engine has said, 0 where none did.
     """
 
     def __init__(self, numbering: Numbering) -> None:
@@ -90,8 +91,7 @@ class Pieces:
             request = self._unnamed
         told = self._told.pop(request, None) or _Told(at_s, keys, block_tokens)
         self._told[request] = told
-        if len(keys) > len(told.keys):
-            told.keys = keys
+        told.keys = _joined(told.keys, keys)
         told.output_tokens = max(told.output_tokens, output)
         told.last_s = at_s
         while len(self._told) > TOLD or next(iter(self._told.values())).last_s < at_s - TOLD_S:
@@ -106,3 +106,12 @@ class Pieces:
         told = self._told.pop(request)
         tokens = len(told.keys) * told.block_tokens, told.output_tokens
         return self._numbering.request(told.at_s, tokens, told.keys, told.block_tokens)
+
+
+def _joined(told: Sequence[bytes], keys: Sequence[bytes]) -> Sequence[bytes]:
+    """What was told of a prompt, and those of `keys` that were not."""
+    shared = min(len(told), len(keys))
+    if told[:shared] == keys[:shared]:
+        return max(told, keys, key=len)
+    known = set(told)
+    return [*told, *(key for key in keys if key not in known)]

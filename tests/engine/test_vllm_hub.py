@@ -1,6 +1,8 @@
 """kvtier's side of the vLLM tier, without vLLM: plain memory above, a real daemon below."""
 
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from kvtier.engine.vllm.namespace import identity, row_layout
 from kvtier.engine.vllm.settings import TierSettings, completed, engine_table
 from kvtier.engine.vllm.transfers import Outcome
 from kvtier.errors import ConfigError
+from kvtier.sim.trace import read_trace
 from kvtier.testing.valkey import ValkeyServer
 from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 
@@ -43,9 +46,12 @@ class Tier:
     def fill(self, row: int, value: int) -> None:
         self.region[row] = np.resize(np.arange(value, value + 97, dtype=np.int8), ROW)
 
-    def submit(self, keys: list[bytes], rows: list[int], *, storing: bool) -> int:
+    def submit(
+        self, keys: list[bytes], rows: list[int], *, storing: bool, request: str | None = None
+    ) -> int:
         number = next(self.numbers)
-        self.hub.transfers.submit(number, storing=storing, keys=keys, rows=rows)
+        job = self.hub.transfers.submit
+        job(number, storing=storing, keys=keys, rows=rows, request=request)
         return number
 
     def finished(self, number: int) -> Outcome:
@@ -354,3 +360,39 @@ def test_more_of_vllms_arguments_come_as_json():
 def test_arguments_that_the_worker_decides_are_refused(text, line):
     with pytest.raises(ConfigError, match=line):
         engine_table(text)
+
+
+def test_a_recorded_prompt_is_all_that_was_loaded_and_saved_of_it(
+    tmp_path: Path, node: Process, tier: Tier
+) -> None:
+    """vLLM saves a long prompt step by step, and of the next turn what is new."""
+    out, path = tmp_path / "trace.jsonl", keys(9)
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "kvtier.cli", "trace", "record", node.address,
+         "--out", str(out), "--requests", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert recorder.stderr is not None
+        assert recorder.stderr.readline().startswith(b"recording")
+
+        def job(some: list[bytes], request: str, *, storing: bool) -> None:
+            rows = list(range(len(some)))
+            number = tier.submit(some, rows, storing=storing, request=request)
+            assert tier.finished(number).whole
+
+        job(path[:3], "first", storing=True)
+        job(path[3:5], "first", storing=True)
+        job(path[:5], "second", storing=False)
+        job(path[5:6], "second", storing=True)
+        job(path[6:9], "second", storing=True)
+        job(keys(1, start=20), "third", storing=True)  # where it begins, the others are whole
+        _, stderr = recorder.communicate(timeout=60)
+        assert recorder.returncode == 0, stderr
+    finally:
+        if recorder.poll() is None:
+            recorder.kill()
+        recorder.communicate()
+    first, second = (each.blocks for each in read_trace(out))
+    assert first == tuple(range(5))
+    assert second == tuple(range(9))
