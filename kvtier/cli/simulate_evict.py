@@ -146,7 +146,7 @@ def _print(workload: "Workload", rows: "list[Row]") -> None:
     for row in rows:
         parts = [f"{100 * part:.2f}%" for part in row.by_tier]
         if disk:
-            parts.append(str(row.disk_writes or "-"))
+            parts.append("-" if row.disk_writes is None else str(row.disk_writes))
         table.add_row(
             row.policy, f"{100 * row.capacity_fraction:g}%", str(row.capacity_blocks),
             f"{100 * row.token_hit_ratio:.2f}%",

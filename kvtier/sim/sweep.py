@@ -26,7 +26,7 @@ class Row(NamedTuple):
     flop_saved: float
     us_per_block: float
     by_tier: tuple[float, ...] = ()  # of token_hit_ratio, the parts, where there are tiers
-    disk_writes: int = 0  # blocks, where there is a disk; the optimum's are not known
+    disk_writes: int | None = None  # blocks, where there is a disk; the optimum's are not known
 
 
 def sweep(
@@ -68,7 +68,7 @@ def _row(
 ) -> Row:
     sizes = [workload.capacity(fraction * size / tiers[0]) for size in tiers]
     by_tier: tuple[float, ...] = ()
-    writes = 0
+    writes: int | None = None
     if name == OPT:
         hits, cost = optimum(workload, sum(sizes), progress)
         if len(tiers) > 1:
@@ -76,9 +76,10 @@ def _row(
             ratios = [0.0, *(each.token_ratio for each in down_to), hits.token_ratio]
             by_tier = tuple(below - above for above, below in pairwise(ratios))
     elif len(tiers) > 1:
-        hits, by_tier, writes, cost = tiered.replay(
+        hits, by_tier, made, cost = tiered.replay(
             workload, POLICIES[name], sizes, progress, second_use=second_use
         )
+        writes = made if len(tiers) == len(tiered.NAMES) else None
     else:
         hits, cost = replay(workload, POLICIES[name], sizes[0], progress, cache)
     return Row(name, fraction, sizes[0], hits.token_ratio, hits.flop_ratio, cost, by_tier, writes)
@@ -106,7 +107,7 @@ def _figures(row: Row) -> dict[str, object]:
     figures = row._asdict()
     if not row.by_tier:
         del figures["by_tier"]
-    if not row.disk_writes:
+    if row.disk_writes is None:
         del figures["disk_writes"]
     return figures
 

@@ -212,6 +212,23 @@ class TestCommands:
         assert main(arguments) == 0
         assert "by_tier" not in json.loads(out.read_text())["results"][0]
 
+    def test_a_disk_that_takes_nothing_has_no_writes(self, tmp_path: Path) -> None:
+        """What it can say of that is a number; of the optimum's, and without a disk, nothing."""
+        trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
+        lines = [
+            f'{{"timestamp": {n}, "input_length": 512, "output_length": 1, "hash_ids": [{n}]}}\n'
+            for n in range(40)
+        ]
+        trace.write_text("".join(lines))
+        arguments = ["simulate", "evict", "--trace", str(trace), "--capacity", "0.1"]
+        arguments += ["--policy", "lru,opt", "--json", str(out)]
+        assert main([*arguments, "--tiers", "1:1:9", "--admission", "second-use"]) == 0
+        lru, opt = json.loads(out.read_text())["results"]
+        assert lru["disk_writes"] == 0
+        assert "disk_writes" not in opt
+        assert main([*arguments, "--tiers", "1:1"]) == 0
+        assert "disk_writes" not in json.loads(out.read_text())["results"][0]
+
     def test_a_cache_may_keep_the_books_of_production(self, tmp_path: Path) -> None:
         """To LRU it is all the same where every prompt has room."""
         trace, out = tmp_path / "t.jsonl", tmp_path / "out.json"
