@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -109,6 +109,7 @@ class Link:
         self._tries = 0  # in vain, in a row
         self._absence = Absence()
         self._blamed = ""  # what a person was told to change
+        self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
@@ -139,9 +140,11 @@ class Link:
 
     async def stop(self, grace_s: float) -> None:
         """Follow no more, forget what it held; calls under way have `grace_s` to end."""
-        self.task.cancel()
+        looks = [self._blaming] if self._blaming is not None else []
+        for task in (self.task, *looks):
+            task.cancel()
         self._end_life(grace_s)
-        await asyncio.gather(self.task, *self._closing, return_exceptions=True)
+        await asyncio.gather(self.task, *looks, *self._closing, return_exceptions=True)
 
     async def _follow(self) -> None:
         while True:
@@ -159,7 +162,7 @@ class Link:
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 metrics.MEMBER_FAILURES.labels(self.node).inc()
                 self._say_away(_line(error))
-                self._beside(self._blame(error, self._tries))
+                self._look_into(error)
                 silent = isinstance(error, TimeoutError)
                 self._end_life(0 if silent else self._context.config.timeout_s)
                 self._settle()
@@ -178,6 +181,12 @@ class Link:
         away_s = self._absence.met(asyncio.get_running_loop().time())
         if away_s is not None:
             log.info("%s at %s is there, after %.1f s", self.serves, self.address, away_s)
+
+    def _look_into(self, error: Exception) -> None:
+        """Find out beside the tries what is wrong, one thing at a time."""
+        if self._blaming is None or self._blaming.done():
+            blame = self._blame(error, self._tries)
+            self._blaming = asyncio.get_running_loop().create_task(blame)
 
     async def _blame(self, error: Exception, tries: int) -> None:
         """Say once what a person must change for this connection to come about.
@@ -274,12 +283,6 @@ class Link:
         if turned:
             self._context.changed()
 
-    def _beside(self, work: Coroutine[object, object, None]) -> None:
-        """Does `work` without waiting for it, until `stop`."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
     def _settle(self) -> None:
         if not self.settled:
             self.settled = True
@@ -296,7 +299,9 @@ class Link:
     def _end_life(self, grace_s: float) -> None:
         channel, self.channel = self.channel, None
         if channel is not None:
-            self._beside(_close(channel, grace_s))
+            closing = asyncio.get_running_loop().create_task(_close(channel, grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
         self.text = None
         self.heartbeat = feed_pb2.Heartbeat()
         self.pulls_bytes_per_s = 0.0

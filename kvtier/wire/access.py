@@ -29,6 +29,7 @@ from kvtier.wire.handshake import diagnose, speaks_tls
 HEADER: Final = "authorization"
 SCHEME: Final = "bearer"
 OPEN: Final = "/grpc.health.v1.Health/"  # needs no token
+LOOKS: Final = 2  # at once, into what is wrong with an address: its threads are for others, too
 
 Options = Sequence[tuple[str, object]]
 
@@ -50,6 +51,7 @@ class Access:
         self._tls: TlsConfig | None = config.tls
         self._auth: AuthConfig | None = config.auth
         self.tokens = Tokens(config.auth) if config.auth else None
+        self._looks = asyncio.Semaphore(LOOKS)
         self._pair: tuple[Watched, Watched] | None = None
         self._ca: Watched | None = None
         if tls := config.tls:
@@ -194,8 +196,12 @@ class Access:
         return self._showing(grpc.secure_channel(address, credentials, options=options))
 
     async def why(self, address: str, error: Exception) -> str:
-        """What a person must change for calls to `address` to work, or ''; as `explain`."""
-        return await asyncio.to_thread(self.explain, address, error)
+        """What a person must change for calls to `address` to work, or ''; as `explain`.
+
+        Whoever asks waits for those that have asked before. Of one loop.
+        """
+        async with self._looks:
+            return await asyncio.to_thread(self.explain, address, error)
 
     def preflight(self, address: str) -> None:
         """For a command line: look at the certificates first, since gRPC writes of them itself.
