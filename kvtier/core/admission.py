@@ -38,6 +38,7 @@ class SecondUse:
             return []
         shards = self._once.shards
         again = [key for key in path if shards[key[-1]].get(key, request) != request]
+        again = [*dict.fromkeys(again)]  # an engine may name a block twice
         for key in again:
             self._once.pop(key)
         return again

@@ -51,6 +51,17 @@ def test_a_block_goes_down_with_its_second_use_and_not_before() -> None:
     assert sorted(one.ledger.held()[DISK]) == prompt("ab")
 
 
+def test_a_path_that_names_a_block_twice_uses_it_once() -> None:
+    one, _ = node(host=8, disk=8)
+    save(one, prompt("ab"), request=1)
+    lease = one.ledger.read(1, prompt("a") + prompt("ab"), use=Use(request=2))
+    assert len(lease.keys) == 3
+    assert one.ledger.disconnect(1) == 1
+    one.effects()
+    assert going(one) == set(prompt("ab"))
+    assert one.ledger.leases == 0
+
+
 def test_what_nobody_asked_for_is_no_use() -> None:
     one, _ = node(host=8, disk=8)
     save(one, prompt("a"), request=None)
