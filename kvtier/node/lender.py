@@ -1,6 +1,7 @@
 """Blocks of this node for other nodes' daemons: pinned, framed, and sent in small parts."""
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Coroutine, Mapping
 from itertools import count
 from typing import Final
@@ -82,8 +83,7 @@ class Lender:
         self, manager: TierManager, keys: list[BlockKey], first: int, left_s: float,
         context: grpc.aio.ServicerContext,
     ) -> None:  # fmt: skip
-        # No more than is known here: the shared store is the other's own to ask.
-        held = first + manager.match(keys[first:]).blocks
+        held = first + _owned(manager, keys[first:])
         if held == first:
             return
         client, sent = next(self._clients), 0
@@ -133,6 +133,18 @@ def _checked(request: node_pb2.FetchRequest) -> list[BlockKey]:
     if not 1 <= request.blocks <= MAX_BLOCKS:
         raise InvalidRequest(f"blocks is {request.blocks}, must be 1 to {MAX_BLOCKS}")
     return keys[: request.first + request.blocks]
+
+
+def _owned(manager: TierManager, keys: list[BlockKey]) -> int:
+    """How many of `keys`, from the first on, lie here: the shared store is the other's to ask."""
+
+    def reaches_shared(count: int) -> bool:
+        by_tier = manager.match(keys[:count]).by_tier
+        found = zip(manager.specs, by_tier, strict=True)
+        return any(blocks for spec, blocks in found if spec.shared)
+
+    held = manager.match(keys).blocks
+    return bisect_left(range(1, held + 1), True, key=reaches_shared)
 
 
 async def _now(lease: Lease | Coroutine[None, None, Lease]) -> Lease:

@@ -68,16 +68,31 @@ class Peer:
         self._address = address
         self._access = access
         self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
+        self._channel: grpc.Channel | None = None  # for the next call
+        self._calls: dict[grpc.Channel, int] = {}  # under way, by what they go through
         self._closed = False
 
     def fetch(self, order: Order, timeout_s: float) -> Fetched:
         """Ask for the blocks and wait for them, at most `timeout_s`. Raises nothing."""
+        channel = self._take() if timeout_s > 0 else None
+        if channel is None:
+            return Fetched(result=Result.LATE)
         fetched = Fetched()
-        channel = self._connected()
-        if channel is None or timeout_s <= 0:
-            fetched.result = Result.LATE
-            return fetched
+        try:
+            self._ask(channel, order, timeout_s, fetched)
+        finally:
+            self._give(channel)
+        return fetched
+
+    def close(self) -> None:
+        """Cut off the calls under way, and make no other."""
+        with self._lock:
+            self._closed = True
+            unused = {self._channel: 0} if self._channel is not None else {}
+            for channel in {**unused, **self._calls}:
+                channel.close()
+
+    def _ask(self, channel: grpc.Channel, order: Order, timeout_s: float, fetched: Fetched) -> None:
         request = node_pb2.FetchRequest(
             layout=order.layout.id, keys=b"".join(order.keys), first=order.first,
             blocks=len(order.places),
@@ -96,21 +111,14 @@ class Peer:
         except _Inexact:
             metrics.INEXACT_FRAMES.labels(LABEL).inc()
         except grpc.RpcError as error:
-            self._judge(error, fetched)
+            self._judge(error, fetched, channel)
         except ValueError:  # the channel was closed just before
             fetched.result = Result.LATE
         except (CorruptFrame, RemoteProtocolError) as error:
             metrics.CORRUPT_FRAMES.labels(LABEL).inc()
             fetched.result, fetched.why = Result.FAILED, str(error)
-        return fetched
 
-    def close(self) -> None:
-        """Cut off the calls under way, and make no other."""
-        with self._lock:
-            self._closed = True
-            self._hang_up()
-
-    def _judge(self, error: grpc.RpcError, fetched: Fetched) -> None:
+    def _judge(self, error: grpc.RpcError, fetched: Fetched, channel: grpc.Channel) -> None:
         code = error.code()
         fetched.why = f"{code.name}: {error.details()}"
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -122,18 +130,27 @@ class Peer:
         else:
             fetched.result = Result.FAILED
             with self._lock:  # the next one has a new connection, with the certificates of then
-                self._hang_up()
+                if self._channel is channel:
+                    self._channel = None
 
-    def _connected(self) -> grpc.Channel | None:
+    def _take(self) -> grpc.Channel | None:
+        """What a call goes through; None: there is no more calling."""
         with self._lock:
-            if self._channel is None and not self._closed:
+            if self._closed:
+                return None
+            if self._channel is None:
                 self._channel = self._access.blocking_channel(self._address, _OPTIONS)
+            self._calls[self._channel] = self._calls.get(self._channel, 0) + 1
             return self._channel
 
-    def _hang_up(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+    def _give(self, channel: grpc.Channel) -> None:
+        """A call is over; hang up after the last one, where the next ones go another way."""
+        with self._lock:
+            self._calls[channel] -= 1
+            if not self._calls[channel]:
+                del self._calls[channel]
+                if channel is not self._channel:
+                    channel.close()
 
 
 class Frames:

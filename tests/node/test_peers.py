@@ -14,15 +14,19 @@ import pytest
 
 from kvtier.codec import frame
 from kvtier.codec.codecs import RAW
+from kvtier.config import Config
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.fidelity import Fidelity
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
+from kvtier.node.peer import Order, Peer, Result
+from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire import local
+from kvtier.wire.access import Access
 from kvtier.wire.local import Op
-from kvtier.wire.pb import node_pb2, node_pb2_grpc
-from tests.launching import Process, disk_toml, node_toml, wait_for
+from kvtier.wire.pb import feed_pb2, node_pb2, node_pb2_grpc
+from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 from tests.node.conftest import (
     BLOCK,
     LAYOUT,
@@ -127,6 +131,30 @@ def test_blocks_come_from_the_others_disk_too(tmp_path: Path, stack: ExitStack) 
     for keys in prompts:
         assert at_b.pull(keys, 0, "a", wait_s=WAIT_S) == 8
         assert restore(at_b, keys) == [Tier.HOST] * 8
+
+
+def test_blocks_of_the_shared_store_are_for_everybody_to_ask_there(
+    tmp_path: Path, stack: ExitStack, valkey: ValkeyServer
+) -> None:
+    more = "[peers]\n" + redis_toml(valkey.url, 60.0)
+    a = stack.enter_context(started(tmp_path, "a", more))
+    at_a = stack.enter_context(engine(tmp_path, "a"))
+    keys = new_keys(9)
+    assert save(at_a, keys[:5]) == 5
+    wait_for_blocks(a, Tier.SHARED, 5)
+    with grpc.insecure_channel(a.address) as channel:
+        stub = node_pb2_grpc.NodeStub(channel)
+        host = node_pb2.NodeClearRequest(tiers=[feed_pb2.TIER_HOST])
+        assert stub.Clear(host, timeout=WAIT_S).blocks == 5
+        assert restore(at_a, keys[:3], wait_s=WAIT_S) == [Tier.SHARED] * 3
+        assert save(at_a, keys) == 4, "in host memory are 0 to 2, and 5 to 8"
+        for first, lent in ((0, 3), (2, 1), (3, 0), (5, 4)):
+            asked = node_pb2.FetchRequest(
+                layout=LAYOUT.id, keys=b"".join(keys), first=first, blocks=9
+            )
+            assert len(list(stub.Fetch(asked, timeout=WAIT_S))) == lent, first
+    assert at_a.match(keys).by_tier[Tier.SHARED] == 2, "nothing was loaded for it"
+    nothing_leased(a)
 
 
 def test_a_block_larger_than_a_message_comes_in_parts(tmp_path: Path, stack: ExitStack) -> None:
@@ -411,6 +439,38 @@ def test_what_had_come_before_a_peer_broke_off_or_fell_silent_counts(
     assert came <= 2, "no more was sent"
     assert restore(at_b, keys) == [Tier.HOST] * came
     nothing_leased(b)
+
+
+def test_a_pull_that_fails_cuts_no_other_from_the_same_peer(rogue: tuple[Rogue, str]) -> None:
+    servicer, address = rogue
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_or_failing(keys: list[BlockKey]) -> Iterator[node_pb2.FetchPart]:
+        if len(keys) == 1:
+            raise ConnectionError("on purpose")
+        yield from honest(keys)[:4]
+        begun.set()
+        go_on.wait(WAIT_S)
+        yield from honest(keys)[4:]
+
+    def order(count: int) -> Order:
+        places = [memoryview(bytearray(BLOCK)) for _ in range(count)]
+        return Order(LAYOUT, new_keys(count), 0, places, lossy=False)
+
+    servicer.sends = slow_or_failing
+    peer = Peer("a", address, Access(Config(), serving=False))
+    with futures.ThreadPoolExecutor(1) as beside:
+        long = beside.submit(peer.fetch, order(5), WAIT_S)
+        assert begun.wait(WAIT_S)
+        assert peer.fetch(order(1), WAIT_S).result is Result.FAILED
+        go_on.set()
+        fetched = long.result(WAIT_S)
+    assert (len(fetched.fidelities), fetched.result) == (5, Result.OK), fetched.why
+    servicer.sends = honest
+    assert peer.fetch(order(3), WAIT_S).result is Result.OK
+    peer.close()
+    peer.close()
+    assert peer.fetch(order(3), WAIT_S).result is Result.LATE
 
 
 def test_a_node_killed_in_the_middle_leaves_no_wrong_byte(tmp_path: Path, stack: ExitStack) -> None:
