@@ -20,7 +20,8 @@ not stop those above it.
 Blocks that are leased or moving stay. A copy that lies warmer too, and nowhere lower, stays as
 well: dropping it would only have it copied down again, and so on in a circle. A candidate that
 could not go for want of a lower copy is copied down at once, whatever `drain_at` says, up to
-`HASTE` of them.
+`HASTE` of them. For these alone, so that each takes a search for room in the host tier, copies
+that lie warmer give way, too: or a lower tier full of what the host tier keeps would stop it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -125,17 +126,20 @@ class Cascade(Residency):
         del self._free[start:]
         return taken
 
-    def _make_room(self, tier: int, nbytes: int) -> bool:
-        """Whether `nbytes` more fit into a lower `tier`, after dropping what may go."""
+    def _make_room(self, tier: int, nbytes: int, *, pressed: bool = False) -> bool:
+        """Whether `nbytes` more fit into a lower `tier`, after dropping what may go.
+
+        `pressed`: else copies that lie warmer, too.
+        """
         copies = self._tiers[tier]
         if nbytes > copies.spec.capacity:
             return False
         while not copies.fits(nbytes):
-            if not self._evict(tier):
+            if not self._evict(tier, pressed=pressed):
                 return False
         return True
 
-    def _evict(self, tier: int, wanted: int = 1) -> int:
+    def _evict(self, tier: int, wanted: int = 1, *, pressed: bool = False) -> int:
         """Drop the coldest copies that may go, and copy down the colder ones that may not yet.
 
         How many were dropped, `wanted` at most.
@@ -143,18 +147,18 @@ class Cascade(Residency):
         dropped, overdue, self._hid = 0, list[BlockKey](), False
         # A block that somebody else pins hides those above it; they go if nothing else can.
         for keep in (self._pinned, None) if tier == HOST else (None,):
-            victims, overdue = self._search(tier, keep, wanted - dropped)
+            victims, overdue = self._search(tier, keep, wanted - dropped, pressed)
             self._drop_all(victims, tier)
             dropped += len(victims)
             if dropped == wanted or not self._hid:
                 break
         for key in overdue:
-            if not self._copy_down(key, tier):
+            if not self._copy_down(key, tier, pressed=tier == HOST):
                 break
         return dropped
 
     def _search(
-        self, tier: int, keep: Keep | None, wanted: int
+        self, tier: int, keep: Keep | None, wanted: int, pressed: bool = False
     ) -> tuple[list[BlockKey], list[BlockKey]]:
         """The coldest copies that may go, and those before them that first want a lower copy."""
         victims: list[BlockKey] = []
@@ -168,7 +172,8 @@ class Cascade(Residency):
                 if len(victims) == wanted:
                     return victims, overdue
                 continue
-            if refused and len(last_resort) < wanted and self._idle(key, tier, alone=True):
+            spare = refused and self._idle(key, tier, alone=True)
+            if len(last_resort) < wanted and (spare or (pressed and self._doubled(key, tier))):
                 last_resort.append(key)
             elif len(overdue) < HASTE and shards[key[-1]][key].undrained_in == tier:
                 overdue.append(key)
@@ -187,6 +192,10 @@ class Cascade(Residency):
         if alone and any(key in copies for copies in self._tiers[:tier]):
             return False
         return tier != HOST or self._pins[self._in_host.of[key]] == 0
+
+    def _doubled(self, key: BlockKey, tier: int) -> bool:
+        """Whether the copy in `tier` is idle, and another one lies warmer."""
+        return self._idle(key, tier) and not self._idle(key, tier, alone=True)
 
     def _may_go(self, key: BlockKey, tier: int) -> bool:
         """Whether the copy in `tier` may be dropped for room: the table of this module."""
@@ -221,7 +230,7 @@ class Cascade(Residency):
                 return key
         return None
 
-    def _copy_down(self, key: BlockKey, tier: int) -> bool:
+    def _copy_down(self, key: BlockKey, tier: int, *, pressed: bool = False) -> bool:
         """Start copying `key` from its warmest tier to the one below `tier`, if that has room.
 
         Not while it loads: then it is soon copied from a warmer tier.
@@ -230,7 +239,7 @@ class Cascade(Residency):
         source = self._warmest(key)
         if block.phase is Phase.LOADING or source is None or not target.takes_copies:
             return False
-        if not self._make_room(tier + 1, target.frame_nbytes):
+        if not self._make_room(tier + 1, target.frame_nbytes, pressed=pressed):
             return False
         target.coming += 1
         slot = block.slot if source == HOST else None

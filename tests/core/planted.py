@@ -194,8 +194,8 @@ BUGS = [
     ),
     bug(
         "a tier that takes nothing stops the host tier",
-        "if refused and len(last_resort) < wanted",
-        "if False and len(last_resort) < wanted",
+        "spare = refused and self._idle",
+        "spare = False and self._idle",
     ),
     bug(
         "blocks that were filled stay pinned",

@@ -528,6 +528,22 @@ class CountingLRU(LRU):
             yield key
 
 
+def test_a_disk_full_of_what_stays_in_host_memory_does_not_stop_saves():
+    hot = prompt("a", 4)
+    node = with_disk(host=4 * LOOK, disk=4)
+    node.save(hot)
+    node.rest()
+    for path in [prompt(name, 2 * LOOK) for name in "bcdefg"]:
+        tries = 0
+        while sum(node.held(path)) < len(path):
+            tries += 1
+            assert tries < 100, "nothing will ever change"
+            node.touch(hot)  # always the warmest
+            node.save(path)
+            node.rest()
+        assert node.held(hot) == (4, 0)
+
+
 def test_a_search_for_room_looks_at_a_bounded_number_of_candidates():
     host = replace(spec(Tier.HOST, 4 * LOOK), policy=CountingLRU)
     ledger = Ledger(NBYTES, [host, spec(Tier.DISK, 8 * LOOK)])
