@@ -32,6 +32,10 @@ class Lineage:
         self._here: dict[BlockKey, Fidelity] = {}  # of blocks in the host tier that are not exact
         self._ever: set[BlockKey] = set()
 
+    def __len__(self) -> int:
+        """Blocks of the host tier that are not exact."""
+        return len(self._here)
+
     def of(self, key: BlockKey) -> Fidelity:
         """What the host tier's copy is."""
         return self._here.get(key, Fidelity.EXACT)
@@ -41,7 +45,10 @@ class Lineage:
         self._set(key, fidelity)
 
     def written(self, path: Sequence[BlockKey], new: Iterable[BlockKey]) -> None:
-        """An engine has computed `new`, each on what comes before it in `path`, its whole path."""
+        """An engine has computed `new`, each on what comes before it in `path`, its whole path.
+
+        They are in the host tier now: what is never to leave it again would be remembered for ever.
+        """
         if not self._ever:  # the common case, on every engine's path
             return
         full = len(self._ever) >= MOST_INEXACT

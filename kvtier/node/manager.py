@@ -123,14 +123,15 @@ class TierManager:
     def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
         lease = self._ledger.write(client, keys, first, use._replace(now=self._clock()))
-        self.lineage.written(keys, lease.keys)
         metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
 
     def commit(self, lease: int, filled: int) -> None:
         """The first `filled` granted blocks are in their slots: from now on they are kept."""
+        granted = self._ledger.lease(lease)
         self._ledger.commit(lease, filled)
+        self.lineage.written(granted.path, granted.keys[:filled])
         self._carry_out_soon()
 
     def release(self, lease: int) -> None:

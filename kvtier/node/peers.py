@@ -158,9 +158,9 @@ class Peers:
             fetched = await loop.run_in_executor(self._threads(), fetch, order, asked.wait_s)
             known.judge(fetched, loop.time())
         finally:
-            for key, fidelity in zip(lease.keys, fetched.fidelities, strict=False):
-                manager.lineage.loaded(key, fidelity)
             manager.commit(lease.id, len(fetched.fidelities))
+            for key, fidelity in zip(lease.keys, fetched.fidelities, strict=False):
+                manager.lineage.loaded(key, fidelity)  # not what an engine had computed here
         self._measure(known.speed(layout), len(slots), len(fetched.fidelities), start)
         return _counted(fetched.result, len(fetched.fidelities))
 

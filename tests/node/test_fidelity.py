@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.arena import Arena
 from kvtier.codec import frame
 from kvtier.config import RedisConfig
 from kvtier.core.blocks import BlockKey
 from kvtier.core.fidelity import Fidelity
-from kvtier.core.tiers import Tier
+from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
+from kvtier.node.manager import TierManager
 from kvtier.stores.redis import RedisStore
 from kvtier.testing.codecs import numbers
 from kvtier.testing.valkey import ValkeyServer
@@ -93,3 +95,23 @@ def test_what_is_not_exact_is_marked_and_takes_no_exact_block_s_place(
         assert fidelities(valkey.url, path[3:]) == [Fidelity.EXACT] * 3
         exact.close()
         lossy.close()
+
+
+async def test_what_was_never_filled_is_not_remembered() -> None:
+    host = TierSpec(tier=Tier.HOST, capacity=8 * LAYOUT.nbytes, drain_at=0)
+    manager = TierManager(LAYOUT, Arena.create(LAYOUT.nbytes, 8), [host], [], lambda _: None)
+    first, *keys = new_keys(4)
+    manager.commit(manager.write(1, [first], 0).id, 1)
+    manager.lineage.loaded(first, Fidelity.CODED)
+    manager.commit(manager.write(1, [first, *keys], 0).id, 2)
+    assert len(manager.lineage) == 3
+    assert manager.lineage.of(keys[1]) is Fidelity.DERIVED
+    for _ in range(10):
+        manager.commit(manager.write(1, [first, *new_keys(4)], 0).id, 0)
+        manager.release(manager.write(1, [first, *new_keys(4)], 0).id)
+        manager.write(2, [first, *new_keys(4)], 0)
+        manager.disconnect(2)
+    assert len(manager.lineage) == 3
+    assert manager.clear(Tier.HOST) == 3
+    assert len(manager.lineage) == 0
+    await manager.close()
