@@ -71,7 +71,9 @@ def machine() -> dict[str, object]:
 
 
 @contextmanager
-def server(name: str, toml: str, folder: Path) -> Iterator[str]:
+def server(
+    name: str, toml: str, folder: Path, end: signal.Signals = signal.SIGTERM
+) -> Iterator[str]:
     """`kvtier NAME` with this configuration in a process of its own; gives its gRPC address."""
     path = folder / f"{name}-{time.monotonic_ns()}.toml"
     path.write_text(toml)
@@ -90,7 +92,7 @@ def server(name: str, toml: str, folder: Path) -> Iterator[str]:
             raise RuntimeError(f"kvtier {name} did not start: {log.read_text()[-2000:]}")
         yield line.rsplit(" ", 1)[1].strip()
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(end)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

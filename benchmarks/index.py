@@ -20,6 +20,7 @@ from random import Random
 from typing import NamedTuple
 
 from benchmarks.common import Bar, summary
+from benchmarks.restarted import TIERS, restarted
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.directory import Directory
@@ -36,7 +37,9 @@ PATH = 512  # blocks of a prompt: 8k tokens
 SYSTEM = 32  # of them: one of 16 system prompts
 BLOCK_TOKENS = 16
 SCATTERED = 0  # in place of a piece's size: a node's blocks in random order, as after a restart
+RESTARTED = 64  # prompts on the disk of a real daemon that is killed and started again
 JOINER = 256  # prompts of the node that joins and leaves while the loop is watched: 131,072 blocks
+AFTER = "after a daemon's restart"
 PEER = Path(__file__).parent / "index_peer.py"
 
 
@@ -71,6 +74,9 @@ def run(*, tiny: bool, peers: str = "") -> dict[str, object]:
             measured = alone.submit(_measure, case, chains, rounds).result()
         times[case.name], figures[case.name], of_this = measured
         bars += [bar for bar in of_this if not (tiny and "bytes" in bar.name)]
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        times[AFTER], figures[AFTER], bar = alone.submit(_after_restart, chains, tiny).result()
+    bars.append(bar)
     return {
         "nodes": NODES,
         "bytes": figures["whole prompts, 1 holder"]["bytes_per_block"],
@@ -118,6 +124,34 @@ def _measure(
     found["drop of a node"] = [index.drop()]
     longest = {f"longest, {what}": max(each) for what, each in found.items() if "CPU" in what}
     return {each: summary(s) for each, s in found.items()}, {**figures, **longest}, bars
+
+
+def _after_restart(chains: int, tiny: bool) -> tuple[dict[str, object], dict[str, float], Bar]:
+    """A real daemon that was killed is one more source: its first look-ups, and how long it took.
+
+    Pieces of 16 blocks were saved in turn, and its disk was read from the start.
+    """
+    index = Index(CASES[0], chains)
+    starts = [os.urandom(16 * SYSTEM) for _ in range(16)]
+    packed = [
+        starts[n % 16] + os.urandom(16 * (PATH - SYSTEM)) for n in range(4 if tiny else RESTARTED)
+    ]
+    told = restarted([_unpack(each) for each in packed], 16)
+    taken_in = asyncio.run(index.hear("restarted", told.messages))
+    depths = {f"{100 * depth // PATH}% held": depth for depth in (PATH, PATH // 2)}
+    half = len(packed) // 2
+    found = {
+        f"{when}, {name}": [index.ask(each, depth) for each in part]
+        for when in ("first", "again")
+        for (name, depth), part in zip(depths.items(), (packed[:half], packed[half:]), strict=True)
+    }
+    times = {
+        **found, "started, disk read": [told.ready_s], "snapshot told": [told.told_s],
+        "snapshot taken in": [taken_in],
+    }  # fmt: skip
+    worst = max(summary(each)["median_s"] for each in found.values()) * 1e6
+    bar = Bar(f"{AFTER}: slowest p50 of a look-up in us", worst, at_most=40)
+    return {name: summary(each) for name, each in times.items()}, {"blocks": told.blocks}, bar
 
 
 class Index:
@@ -184,20 +218,32 @@ class Index:
 
     def look_up(self, depth: int, rounds: int, hole: int | None = None) -> list[float]:
         """Seconds of look-ups of prompts of which `depth` blocks are held, or all but one."""
-        seconds = []
         picks = Random(depth).sample(range(len(self._packed)), min(rounds, len(self._packed)))
-        for number in picks:
-            keys = _unpack(self._packed[number])
-            keys[depth:] = [BlockKey(os.urandom(16)) for _ in range(PATH - depth)]
-            if hole is not None:
-                keys[hole] = BlockKey(os.urandom(16))
-            start = time.perf_counter()
-            warmth = self.directory.warmth(keys, self._candidates)
-            seconds.append(time.perf_counter() - start)
-            best = max(each.blocks for each in warmth.values())
-            assert best == (depth if hole is None else hole), (best, depth)
-            self.joins += _timed(iter(self.directory.tidy, False))
-        return seconds
+        return [self.ask(self._packed[number], depth, hole) for number in picks]
+
+    def ask(self, packed: bytes, depth: int, hole: int | None = None) -> float:
+        """Seconds of a look-up of that prompt, cut off at `depth` and without block `hole`."""
+        keys = _unpack(packed)
+        keys[depth:] = [BlockKey(os.urandom(16)) for _ in range(PATH - depth)]
+        if hole is not None:
+            keys[hole] = BlockKey(os.urandom(16))
+        start = time.perf_counter()
+        warmth = self.directory.warmth(keys, self._candidates)
+        took = time.perf_counter() - start
+        best = max(each.blocks for each in warmth.values())
+        assert best == (depth if hole is None else hole), (best, depth)
+        self.joins += _timed(iter(self.directory.tidy, False))
+        return took
+
+    async def hear(self, source: str, messages: list[bytes]) -> float:
+        """Seconds until the snapshot of one more daemon is taken in, as a router does it."""
+        reader, pace = FeedReader(self.directory, source, TIERS), Pace()
+        start = time.perf_counter()
+        for message in messages:
+            await pace.through(reader.take(feed_pb2.FeedMessage.FromString(message)))
+        assert reader.ready
+        self._candidates[source] = [source]
+        return time.perf_counter() - start
 
     async def watched(self) -> dict[str, list[float]]:
         """CPU seconds of each round of a loop on which a node joins and leaves, fed as a router is.

@@ -9,6 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def doubles_at(*, parameters: float, layers: float, width: float) -> float:
+    """The position whose token takes twice as long to compute as a prompt's first; 0: none does.
+
+    There attention's operations, `4 layers width position`, are as many as the parameters',
+    `2 parameters` (Kaplan et al. 2020, section 2.1). `width` is that of all query heads together.
+    """
+    return parameters / (2 * layers * width) if layers and width else 0.0
+
+
+def as_first(start: int, stop: int, doubles_at: float) -> float:
+    """How many tokens at the start of a prompt take as long as those from `start` to `stop`.
+
+    As many as they are where `doubles_at` is 0, which means that it is not known.
+    """
+    tokens = float(stop - start)
+    return tokens + (stop * stop - start * start) / (2 * doubles_at) if doubles_at else tokens
+
+
 @dataclass(frozen=True, slots=True)
 class ComputeCost:
     """Seconds to compute a prompt's block number i: `block_s + i * growth_s`.

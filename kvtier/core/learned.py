@@ -39,7 +39,7 @@ _OF_TIER: Final = {
 class Sample(NamedTuple):
     """What one request took on a worker, up to its first token."""
 
-    computed_tokens: int
+    computed_tokens: float  # as many at the start of a prompt (`breakeven.as_first`)
     prefill_s: float
     loaded: tuple[tuple[Tier, int], ...] = ()  # bytes from each lower tier
     load_s: float = 0.0

@@ -18,6 +18,7 @@ from math import inf
 from typing import NamedTuple
 
 from kvtier.core.audience import Warmth
+from kvtier.core.breakeven import as_first
 from kvtier.core.tiers import Tier
 
 _TIE_SHARE = 0.01
@@ -56,10 +57,7 @@ class Rates:
 
     def prefill_s(self, start: int, stop: int) -> float:
         """Seconds to compute the tokens of a prompt from `start` to before `stop`."""
-        tokens = float(stop - start)
-        if self.doubles_at:
-            tokens += (stop * stop - start * start) / (2 * self.doubles_at)
-        return tokens / self.prefill_tokens_per_s
+        return as_first(start, stop, self.doubles_at) / self.prefill_tokens_per_s
 
 
 _NEEDED = (

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from transformers import PreTrainedModel
 
 from kvtier.core.blocks import BlockLayout
-from kvtier.core.breakeven import ComputeCost
+from kvtier.core.breakeven import ComputeCost, doubles_at
 from kvtier.engine.newest import FEW
 
 _LEAST_TOKENS: Final = 64  # steps smaller than this say nothing about speed
@@ -43,6 +43,11 @@ class Work(NamedTuple):
             heads * max(group.head_dim for group in layout.groups),
         )
 
+    @property
+    def doubles_at(self) -> float:
+        """See `kvtier.core.breakeven.doubles_at`."""
+        return doubles_at(parameters=self.parameters, layers=self.layers, width=self.width)
+
     def flops(self, tokens: int, position: int) -> float:
         """Operations for `tokens` that begin at `position`."""
         middle = position + (tokens - 1) / 2
@@ -56,20 +61,21 @@ class PrefillSpeed:
     """
 
     def __init__(self, work: Work, block_tokens: int) -> None:
+        self.doubles_at = work.doubles_at
         self._work = work
         self._block_tokens = block_tokens
-        self._steps: deque[tuple[float, float]] = deque(maxlen=_NEWEST)
-        self.tokens_per_s = 0.0  # as routers are told: 0 until there are FEW steps
+        self._steps: deque[float] = deque(maxlen=_NEWEST)  # operations a second
+        self.tokens_per_s = 0.0  # at a prompt's start, as routers are told: 0 until FEW steps
         self._flops_per_s = 0.0
 
     def measure(self, tokens: int, position: int, seconds: float) -> None:
         """A step of `tokens` tokens, the first of them at `position`, took so long."""
         if tokens < _LEAST_TOKENS or seconds <= 0:
             return
-        self._steps.append((tokens / seconds, self._work.flops(tokens, position) / seconds))
+        self._steps.append(self._work.flops(tokens, position) / seconds)
+        self._flops_per_s = median(self._steps)
         if len(self._steps) >= FEW:
-            self.tokens_per_s = median(rate for rate, _ in self._steps)
-        self._flops_per_s = median(flops for _, flops in self._steps)
+            self.tokens_per_s = self._flops_per_s / self._work.flops(1, 0)
 
     def cost(self, among: int = 1) -> ComputeCost | None:
         """Of a block of a prompt that `among` prompts in all take turns with; None: not known."""

@@ -170,6 +170,11 @@ class Engine:
             self._wake.notify_all()
         return answer
 
+    @property
+    def doubles_at(self) -> float:
+        """The position whose token takes twice as long to compute as a prompt's first; 0: none."""
+        return self._scheduler.prefill.doubles_at
+
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
         with self._wake:

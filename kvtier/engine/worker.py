@@ -83,6 +83,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             kv_bytes_per_token=loaded.layout.nbytes_per_token,
             loads_all=self._loads_all,
             pulls=self._pulls,
+            doubles_at=self.engine.doubles_at,
             spaces=[
                 worker_pb2.Space(tenant=name, root=loaded.namespace(name).root())
                 for name in loaded.tenants

@@ -198,7 +198,7 @@ class _Attempt:
             body = message.WhichOneof("body")
             if body == "started":
                 self._started = message.started  # goes out with the first token
-                sent.told(message.started, self._to.info.kv_bytes_per_token)
+                sent.told(message.started, self._to.info)
             elif body == "tokens":
                 sent.began()
                 await self._send_started()

@@ -131,6 +131,7 @@ class Link:
         load = self.heartbeat.load
         return Rates(
             peer_bytes_per_s=self._pull_bytes_per_s,
+            doubles_at=self.info.doubles_at if self.info is not None else 0.0,
             decode_drag=DECODE_DRAG,
             prefill_tokens_per_s=_rate(load.prefill_tokens_per_s),
             host_bytes_per_s=_rate(load.host_bytes_per_s),
@@ -331,6 +332,10 @@ def _check(info: worker_pb2.WorkerInfo) -> None:
         value = getattr(info, name)
         if not 1 <= len(value) <= 256:
             raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
+    if info.doubles_at and not 1 <= info.doubles_at < math.inf:
+        raise RemoteProtocolError(
+            f"worker info: doubles_at is {info.doubles_at}, must be 0, or 1 or more"
+        )
     if info.key_scheme not in KEY_SCHEMES:
         raise RemoteProtocolError(f"worker info: key_scheme {info.key_scheme[:64]!r} is unknown")
     if len(info.spaces) > MAX_SPACES:

@@ -12,6 +12,7 @@ from kvtier.core import score
 from kvtier.core.audience import Warmth
 from kvtier.core.behind import Behind
 from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.breakeven import as_first
 from kvtier.core.directory import Directory
 from kvtier.core.learned import Learned, Sample
 from kvtier.core.sessions import Sessions, Standing, hint
@@ -216,18 +217,19 @@ class Sent:
     tokens: int
     teach: Callable[[Sample], None] | None = None
 
-    def told(self, started: worker_pb2.Started, block_nbytes_per_token: int) -> None:
+    def told(self, started: worker_pb2.Started, by: worker_pb2.WorkerInfo) -> None:
         """What the worker says of the request at its first token; others are sent by it."""
         if self.teach is not None:
             loaded = tuple(
-                (FROM_WIRE[each.tier], each.tokens * block_nbytes_per_token)
+                (FROM_WIRE[each.tier], each.tokens * by.kv_bytes_per_token)
                 for each in started.restored
                 if each.tokens
                 and not started.pulled_tokens  # its time says nothing of the tier
                 and FROM_WIRE.get(each.tier, Tier.VRAM) is not Tier.VRAM
             )
-            sample = Sample(started.computed_tokens, started.prefill_s, loaded, started.restore_s)
-            self.teach(sample)
+            stop = max(started.prompt_tokens, started.computed_tokens)
+            tokens = as_first(stop - started.computed_tokens, stop, by.doubles_at)
+            self.teach(Sample(tokens, started.prefill_s, loaded, started.restore_s))
 
     def began(self) -> None:
         """Its first token came, or the request ended; only the first call counts."""
@@ -316,7 +318,8 @@ class Placement:
             self._sessions.place(prompt.conversation, address, now)
         self._speculation.add(address, prompt.keys(to.info, to.root), now)
         expires = None if followed else now + SPECULATIVE_S
-        sent = self._load.send(address, len(prompt.ids) - to.warm_tokens, expires)
+        tokens = as_first(to.warm_tokens, len(prompt.ids), to.choice.rates.doubles_at)
+        sent = self._load.send(address, round(tokens), expires)
         sent.teach = lambda sample: self._learned.observe(address, sample, self._clock())
         return sent
 

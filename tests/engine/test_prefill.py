@@ -26,7 +26,7 @@ def test_a_step_at_any_position_tells_the_cost_at_every_other(position: int) -> 
     for _ in range(FEW):
         assert not speed.tokens_per_s
         speed.measure(100, position, seconds)
-    assert speed.tokens_per_s == pytest.approx(100 / seconds)
+    assert speed.tokens_per_s == pytest.approx(1000), "as at the start of a prompt"
     cost = speed.cost()
     assert cost is not None
     for block in (0, 7, 300):
@@ -48,7 +48,13 @@ def test_one_slow_step_changes_nothing() -> None:
     speed = PrefillSpeed(WORK, 100)
     for seconds in (0.1, 0.1, 60.0):
         speed.measure(100, 0, seconds)
-    assert speed.tokens_per_s == pytest.approx(1000)
+    assert speed.tokens_per_s == pytest.approx(WORK.flops(100, 0) / 0.1 / 2e6)
+
+
+def test_a_token_takes_twice_as_long_where_attention_is_half_of_it() -> None:
+    assert WORK.doubles_at == 500
+    assert WORK.flops(1, 500) == 2 * WORK.flops(1, 0)
+    assert Work(1, 1, 0).doubles_at == 0
 
 
 def test_what_a_model_computes_is_read_from_it(tiny: LoadedModel) -> None:

@@ -25,7 +25,7 @@ from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 
 SERVED = Served(
     model="m", revision="r", block_tokens=16, max_tokens=100, vocab_size=1000,
-    kv_bytes_per_token=1, eos_token_ids=(), tokenizer_files={}, none_hash=bytes(32),
+    kv_bytes_per_token=1, doubles_at=0.0, eos_token_ids=(), tokenizer_files={}, none_hash=bytes(32),
     root=bytes(32), events="", replay="", spaces=Spaces({"red": "salt"}, {"poet": "/poet"}),
 )  # fmt: skip
 

@@ -37,6 +37,14 @@ def test_prefill_and_restores_are_measured_apart():
     assert speeds.prefill == 1000.0
 
 
+def test_prefill_is_told_as_at_the_start_of_a_prompt():
+    """Where a token at 1,000 takes twice as long as the first, 500 from 2,000 on are 1,625."""
+    speeds = Speeds(1000, doubles_at=1000)
+    for _ in range(FEW):
+        speeds.measure(started(500, 2.0, {Tier.VRAM: 2000}, 0.0))
+    assert speeds.prefill == 1625 / 2.0
+
+
 def test_a_restore_from_two_tiers_teaches_of_neither():
     speeds = Speeds(1000)
     speeds.measure(started(24, 0.1, {Tier.HOST: 1000, Tier.DISK: 1000}, 0.5))

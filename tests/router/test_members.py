@@ -183,7 +183,14 @@ async def test_a_worker_that_starts_after_the_router_is_found(engines, routers):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_tokens", 0), ("max_tokens", 1), ("vocab_size", 0), ("root", b""), ("model", "")],
+    [
+        ("block_tokens", 0),
+        ("max_tokens", 1),
+        ("vocab_size", 0),
+        ("root", b""),
+        ("model", ""),
+        ("doubles_at", 0.5),
+    ],
 )
 async def test_a_worker_that_makes_no_sense_is_never_ready(engines, routers, field, value):
     worker = StubWorker("odd")

@@ -1,3 +1,5 @@
+import pytest
+
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
 from kvtier.core.learned import Sample
@@ -88,5 +90,10 @@ def test_the_first_token_teaches_what_the_worker_did():
     started = worker_pb2.Started(
         computed_tokens=50, prefill_s=0.5, restore_s=0.1, restored=restored
     )
-    sent.told(started, 1000)
+    info = worker_pb2.WorkerInfo(kv_bytes_per_token=1000)
+    sent.told(started, info)
     assert samples == [Sample(50, 0.5, ((Tier.HOST, 64_000),), 0.1)]
+    # 50 tokens from 96 on, where one at 200 takes twice as long as the first.
+    started.prompt_tokens, info.doubles_at = 146, 200
+    sent.told(started, info)
+    assert samples[1].computed_tokens == pytest.approx(50 + (146**2 - 96**2) / 400)

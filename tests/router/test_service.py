@@ -157,6 +157,35 @@ async def test_explain_gives_every_term_and_they_add_up(engines, routers):
     assert not (await router.route(PROMPT)).HasField("terms")
 
 
+@pytest.mark.parametrize("grows", [False, True])
+async def test_a_worker_says_how_much_more_later_tokens_take(engines, routers, grows):
+    """Half of a prompt is warm behind a queue of three quarters: worth it where attention tells."""
+    count = len(ids(PROMPT))
+    warm, cold = StubWorker("warm", KEYS[: len(KEYS) // 2]), StubWorker("cold")
+    for each in (warm, cold):
+        each.heartbeat.load.prefill_tokens_per_s = 1000.0
+        each.info.doubles_at = count / 8 if grows else 0.0
+    warm.heartbeat.load.waiting_tokens = count * 3 // 4
+    router = await routers(await engines(warm), await engines(cold))
+
+    async def heard() -> bool:
+        choices = {c.worker_id: c for c in await router.explain(PROMPT)}
+        return choices["warm"].terms.waiting_tokens > 0 and all(
+            c.terms.prefill_tokens_per_s == 1000.0 for c in choices.values()
+        )
+
+    await eventually(heard, "both workers' load was told")
+    choices = await router.explain(PROMPT)
+    assert [c.worker_id for c in choices] == (["warm", "cold"] if grows else ["cold", "warm"])
+    for each in choices:
+        terms, start = each.terms, count - each.terms.computed_tokens
+        tokens = float(terms.computed_tokens)
+        if grows:
+            assert terms.doubles_at == count / 8
+            tokens += (count**2 - start**2) / (2 * terms.doubles_at)
+        assert each.prefill_s == pytest.approx(tokens / 1000)
+
+
 async def test_more_of_the_prefix_beats_less(engines, routers):
     less, more = await engines(StubWorker("a", KEYS[:100])), await engines(StubWorker("b", KEYS))
     router = await routers(less, more)

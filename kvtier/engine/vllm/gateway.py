@@ -50,6 +50,7 @@ class Served:
     max_tokens: int
     vocab_size: int
     kv_bytes_per_token: int
+    doubles_at: float  # see worker.proto
     eos_token_ids: tuple[int, ...]
     tokenizer_files: dict[str, bytes]
     none_hash: bytes
@@ -105,7 +106,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self._http = http_address(config.worker.url) if config.worker.url else ""
         self._waiting_tokens = 0
         served = backend.served
-        self._speeds = Speeds(served.kv_bytes_per_token)
+        self._speeds = Speeds(served.kv_bytes_per_token, served.doubles_at)
         self.residency = Residency(
             served.none_hash, served.root, served.block_tokens, served.spaces.adapters
         )
@@ -126,6 +127,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             max_tokens=served.max_tokens, root=served.none_hash + served.root,
             eos_token_ids=served.eos_token_ids, vocab_size=served.vocab_size,
             kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
+            doubles_at=served.doubles_at,
             http_address=self._http, loads_all=True,  # vLLM declines nothing
             spaces=[
                 worker_pb2.Space(adapter=adapter, tenant=tenant, root=root)

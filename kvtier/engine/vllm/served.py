@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtier.core import vllm_keys
+from kvtier.core.breakeven import doubles_at
 from kvtier.engine.vllm.announced import Announced
 from kvtier.engine.vllm.gateway import Served
 from kvtier.engine.vllm.spaces import Spaces
@@ -42,6 +43,11 @@ def describe(
     eos = text.get("eos_token_id")
     heads = text.get("num_key_value_heads") or text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    inner = text.get("intermediate_size") or 0
+    if experts := text.get("num_experts_per_tok"):
+        inner = experts * (text.get("moe_intermediate_size") or inner)
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        inner = 0  # not all layers look at all tokens: not known
     return Served(
         model=name or folder.resolve().name,
         revision=said.revision,
@@ -50,6 +56,12 @@ def describe(
         vocab_size=text["vocab_size"],
         # In two bytes each: an estimate for routers, which weigh loads against computing.
         kv_bytes_per_token=text["num_hidden_layers"] * 2 * heads * head_dim * 2,
+        doubles_at=_doubles_at(
+            hidden=text["hidden_size"],
+            inner=inner,
+            width=text["num_attention_heads"] * head_dim,
+            kv_width=heads * head_dim,
+        ),
         eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
         tokenizer_files=files,
         none_hash=said.none_hash,
@@ -58,3 +70,11 @@ def describe(
         replay=replay,
         spaces=spaces,
     )
+
+
+def _doubles_at(*, hidden: int, inner: int, width: int, kv_width: int) -> float:
+    """See worker.proto; of a layer with a gated feed-forward part of width `inner`."""
+    if not inner:
+        return 0.0
+    layer = hidden * (2 * width + 2 * kv_width + 3 * inner)
+    return doubles_at(parameters=layer, layers=1, width=width)

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from kvtier.core.breakeven import as_first
 from kvtier.core.tiers import Tier
 from kvtier.engine.newest import Newest
 from kvtier.engine.sequence import Started
@@ -12,10 +13,14 @@ MOSTLY: Final = 0.9  # of what was restored came from one tier: then its time wa
 
 
 class Speeds:
-    """Medians of prefill in tokens a second, and of restores from each tier in bytes."""
+    """Medians of prefill in tokens a second, and of restores from each tier in bytes.
 
-    def __init__(self, bytes_per_token: int) -> None:
+    Prefill is as at the start of a prompt, see `kvtier.core.breakeven.as_first`.
+    """
+
+    def __init__(self, bytes_per_token: int, doubles_at: float = 0.0) -> None:
         self._bytes_per_token = bytes_per_token
+        self._doubles_at = doubles_at
         self._prefill = Newest(KEPT)
         self._restore: dict[Tier, Newest] = {}
 
@@ -27,7 +32,9 @@ class Speeds:
     def measure(self, started: Started) -> None:
         """One request has begun to answer."""
         if started.computed_tokens >= LEAST_TOKENS and started.prefill_s > 0:
-            self._prefill.measure(started.computed_tokens / started.prefill_s)
+            start = started.prompt_tokens - started.computed_tokens
+            tokens = as_first(start, started.prompt_tokens, self._doubles_at)
+            self._prefill.measure(tokens / started.prefill_s)
         below = {tier: n for tier, n in started.restored.items() if tier is not Tier.VRAM}
         tokens = sum(below.values())
         if tokens < LEAST_TOKENS or started.restore_s <= 0:

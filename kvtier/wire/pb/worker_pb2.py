@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvtier.wire.pb import feed_pb2 as kvtier_dot_v1_dot_feed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/worker.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xcb\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0c\n\x04root\x18\x08 \x01(\x0c\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0chttp_address\x18\x0c \x01(\t\x12 \n\x06spaces\x18\r \x03(\x0b\x32\x10.kvtier.v1.Space\x12\r\n\x05pulls\x18\x0e \x01(\x08\x12\x11\n\tloads_all\x18\x0f \x01(\x08\x12\x12\n\nkey_scheme\x18\x14 \x01(\t\"6\n\x05Space\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04root\x18\x03 \x01(\x0c\"\x12\n\x10TokenizerRequest\"s\n\x0eTokenizerFiles\x12\x33\n\x05\x66iles\x18\x01 \x03(\x0b\x32$.kvtier.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xde\x01\n\rWorkerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06source\x18\x0b \x01(\t\"\x85\x01\n\x0eWorkerResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.TokensH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\xc6\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\'\n\x08restored\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x66irst_logits\x18\x07 \x01(\x0c\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\";\n\nTierTokens\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"g\n\x04\x44one\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.kvtier.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0csaved_tokens\x18\x03 \x01(\r\"\x0e\n\x0c\x43learRequest\"\x1f\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8b\x02\n\x06Worker\x12=\n\x08\x44\x65scribe\x12\x1a.kvtier.v1.DescribeRequest\x1a\x15.kvtier.v1.WorkerInfo\x12\x41\n\x08Generate\x12\x18.kvtier.v1.WorkerRequest\x1a\x19.kvtier.v1.WorkerResponse0\x01\x12\x43\n\tTokenizer\x12\x1b.kvtier.v1.TokenizerRequest\x1a\x19.kvtier.v1.TokenizerFiles\x12:\n\x05\x43lear\x12\x17.kvtier.v1.ClearRequest\x1a\x18.kvtier.v1.ClearResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/worker.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xdf\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0c\n\x04root\x18\x08 \x01(\x0c\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0chttp_address\x18\x0c \x01(\t\x12 \n\x06spaces\x18\r \x03(\x0b\x32\x10.kvtier.v1.Space\x12\r\n\x05pulls\x18\x0e \x01(\x08\x12\x11\n\tloads_all\x18\x0f \x01(\x08\x12\x12\n\ndoubles_at\x18\x10 \x01(\x01\x12\x12\n\nkey_scheme\x18\x14 \x01(\t\"6\n\x05Space\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04root\x18\x03 \x01(\x0c\"\x12\n\x10TokenizerRequest\"s\n\x0eTokenizerFiles\x12\x33\n\x05\x66iles\x18\x01 \x03(\x0b\x32$.kvtier.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xde\x01\n\rWorkerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06source\x18\x0b \x01(\t\"\x85\x01\n\x0eWorkerResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.TokensH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\xc6\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\'\n\x08restored\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x66irst_logits\x18\x07 \x01(\x0c\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\";\n\nTierTokens\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"g\n\x04\x44one\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.kvtier.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0csaved_tokens\x18\x03 \x01(\r\"\x0e\n\x0c\x43learRequest\"\x1f\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8b\x02\n\x06Worker\x12=\n\x08\x44\x65scribe\x12\x1a.kvtier.v1.DescribeRequest\x1a\x15.kvtier.v1.WorkerInfo\x12\x41\n\x08Generate\x12\x18.kvtier.v1.WorkerRequest\x1a\x19.kvtier.v1.WorkerResponse0\x01\x12\x43\n\tTokenizer\x12\x1b.kvtier.v1.TokenizerRequest\x1a\x19.kvtier.v1.TokenizerFiles\x12:\n\x05\x43lear\x12\x17.kvtier.v1.ClearRequest\x1a\x18.kvtier.v1.ClearResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIZERFILES_FILESENTRY']._loaded_options = None
   _globals['_TOKENIZERFILES_FILESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1405
-  _globals['_FINISHREASON']._serialized_end=1500
+  _globals['_FINISHREASON']._serialized_start=1425
+  _globals['_FINISHREASON']._serialized_end=1520
   _globals['_DESCRIBEREQUEST']._serialized_start=59
   _globals['_DESCRIBEREQUEST']._serialized_end=76
   _globals['_WORKERINFO']._serialized_start=79
-  _globals['_WORKERINFO']._serialized_end=410
-  _globals['_SPACE']._serialized_start=412
-  _globals['_SPACE']._serialized_end=466
-  _globals['_TOKENIZERREQUEST']._serialized_start=468
-  _globals['_TOKENIZERREQUEST']._serialized_end=486
-  _globals['_TOKENIZERFILES']._serialized_start=488
-  _globals['_TOKENIZERFILES']._serialized_end=603
-  _globals['_TOKENIZERFILES_FILESENTRY']._serialized_start=559
-  _globals['_TOKENIZERFILES_FILESENTRY']._serialized_end=603
-  _globals['_WORKERREQUEST']._serialized_start=606
-  _globals['_WORKERREQUEST']._serialized_end=828
-  _globals['_WORKERRESPONSE']._serialized_start=831
-  _globals['_WORKERRESPONSE']._serialized_end=964
-  _globals['_STARTED']._serialized_start=967
-  _globals['_STARTED']._serialized_end=1165
-  _globals['_TIERTOKENS']._serialized_start=1167
-  _globals['_TIERTOKENS']._serialized_end=1226
-  _globals['_TOKENS']._serialized_start=1228
-  _globals['_TOKENS']._serialized_end=1249
-  _globals['_DONE']._serialized_start=1251
-  _globals['_DONE']._serialized_end=1354
-  _globals['_CLEARREQUEST']._serialized_start=1356
-  _globals['_CLEARREQUEST']._serialized_end=1370
-  _globals['_CLEARRESPONSE']._serialized_start=1372
-  _globals['_CLEARRESPONSE']._serialized_end=1403
-  _globals['_WORKER']._serialized_start=1503
-  _globals['_WORKER']._serialized_end=1770
+  _globals['_WORKERINFO']._serialized_end=430
+  _globals['_SPACE']._serialized_start=432
+  _globals['_SPACE']._serialized_end=486
+  _globals['_TOKENIZERREQUEST']._serialized_start=488
+  _globals['_TOKENIZERREQUEST']._serialized_end=506
+  _globals['_TOKENIZERFILES']._serialized_start=508
+  _globals['_TOKENIZERFILES']._serialized_end=623
+  _globals['_TOKENIZERFILES_FILESENTRY']._serialized_start=579
+  _globals['_TOKENIZERFILES_FILESENTRY']._serialized_end=623
+  _globals['_WORKERREQUEST']._serialized_start=626
+  _globals['_WORKERREQUEST']._serialized_end=848
+  _globals['_WORKERRESPONSE']._serialized_start=851
+  _globals['_WORKERRESPONSE']._serialized_end=984
+  _globals['_STARTED']._serialized_start=987
+  _globals['_STARTED']._serialized_end=1185
+  _globals['_TIERTOKENS']._serialized_start=1187
+  _globals['_TIERTOKENS']._serialized_end=1246
+  _globals['_TOKENS']._serialized_start=1248
+  _globals['_TOKENS']._serialized_end=1269
+  _globals['_DONE']._serialized_start=1271
+  _globals['_DONE']._serialized_end=1374
+  _globals['_CLEARREQUEST']._serialized_start=1376
+  _globals['_CLEARREQUEST']._serialized_end=1390
+  _globals['_CLEARRESPONSE']._serialized_start=1392
+  _globals['_CLEARRESPONSE']._serialized_end=1423
+  _globals['_WORKER']._serialized_start=1523
+  _globals['_WORKER']._serialized_end=1790
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "spaces", "pulls", "loads_all", "key_scheme")
+    __slots__ = ("worker_id", "node", "model", "revision", "layout", "block_tokens", "max_tokens", "root", "eos_token_ids", "vocab_size", "kv_bytes_per_token", "http_address", "spaces", "pulls", "loads_all", "doubles_at", "key_scheme")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class WorkerInfo(_message.Message):
     SPACES_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
     LOADS_ALL_FIELD_NUMBER: _ClassVar[int]
+    DOUBLES_AT_FIELD_NUMBER: _ClassVar[int]
     KEY_SCHEME_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     node: str
@@ -54,8 +55,9 @@ class WorkerInfo(_message.Message):
     spaces: _containers.RepeatedCompositeFieldContainer[Space]
     pulls: bool
     loads_all: bool
+    doubles_at: float
     key_scheme: str
-    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., spaces: _Optional[_Iterable[_Union[Space, _Mapping]]] = ..., pulls: _Optional[bool] = ..., loads_all: _Optional[bool] = ..., key_scheme: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., root: _Optional[bytes] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., http_address: _Optional[str] = ..., spaces: _Optional[_Iterable[_Union[Space, _Mapping]]] = ..., pulls: _Optional[bool] = ..., loads_all: _Optional[bool] = ..., doubles_at: _Optional[float] = ..., key_scheme: _Optional[str] = ...) -> None: ...
 
 class Space(_message.Message):
     __slots__ = ("adapter", "tenant", "root")
