@@ -12,8 +12,9 @@ import grpc
 from kvtier import metrics
 from kvtier.errors import Overloaded, RequestError, WorkerLost
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Ranked, Sent
+from kvtier.router.placement import Placement, Prompt, Ranked
 from kvtier.router.prompts import some
+from kvtier.router.sent import Sent
 from kvtier.router.text import Decoder
 from kvtier.wire.pb import router_pb2, worker_pb2, worker_pb2_grpc
 

@@ -4,8 +4,9 @@ from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BlockKey
 from kvtier.core.learned import Sample
 from kvtier.core.tiers import Tier
-from kvtier.router import placement
-from kvtier.router.placement import SPECULATIVE_S, Load, Prompt, Speculation, _at_least
+from kvtier.router import sent as sent_module
+from kvtier.router.placement import Prompt, _at_least
+from kvtier.router.sent import SPECULATIVE_S, Load, Speculation
 from kvtier.wire.pb import worker_pb2
 
 KEYS = [BlockKey(i.to_bytes(16, "big")) for i in range(10)]
@@ -31,7 +32,7 @@ def test_what_is_sent_again_is_expected_for_longer():
 
 
 def test_expectations_are_bounded(monkeypatch):
-    monkeypatch.setattr(placement, "MAX_SPECULATED", 12)
+    monkeypatch.setattr(sent_module, "MAX_SPECULATED", 12)
     speculation = Speculation()
     speculation.add("a", KEYS, now=0.0)
     speculation.add("b", OTHER, now=0.0)

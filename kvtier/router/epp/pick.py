@@ -11,8 +11,9 @@ from kvtier.config import RouterConfig, parse_address
 from kvtier.errors import ConfigError, InvalidRequest, Overloaded, UnknownTenant, WorkerLost
 from kvtier.router.http.openai import LONG_BODY, BadRequest, prompt_of
 from kvtier.router.link import Link
-from kvtier.router.placement import Placement, Prompt, Sent
+from kvtier.router.placement import Placement, Prompt
 from kvtier.router.prompts import KeyedPrompt, Prompts, Space
+from kvtier.router.sent import Sent
 from kvtier.wire.pb import router_pb2
 
 READ_S: Final = 1.0  # for a prompt to become token ids; then it goes by load alone

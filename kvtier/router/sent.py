@@ -1,0 +1,115 @@
+"""What was sent to workers a moment ago and they have not told of yet: blocks, load, and speeds."""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvtier.core.blocks import BlockKey
+from kvtier.core.breakeven import as_first
+from kvtier.core.learned import Sample
+from kvtier.core.tiers import Tier
+from kvtier.wire.chains import TO_WIRE
+from kvtier.wire.pb import worker_pb2
+
+SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
+MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
+EXPIRED_AT_ONCE: Final = 4  # prompts
+
+FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
+
+
+class Speculation:
+    """What workers will hold soon: the prompts sent to them a moment ago. Time is passed in."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, dict[BlockKey, float]] = defaultdict(dict)
+        self._order: deque[tuple[float, str, Sequence[BlockKey]]] = deque()
+        self._blocks = 0
+
+    def add(self, worker: str, keys: Sequence[BlockKey], now: float) -> None:
+        """`worker` was sent a prompt with these keys; the oldest make room for it."""
+        keys = keys[:MAX_SPECULATED]
+        self._order.append((now + SPECULATIVE_S, worker, keys))
+        self._blocks += len(keys)
+        self._until[worker].update(dict.fromkeys(keys, now + SPECULATIVE_S))
+        for _ in range(EXPIRED_AT_ONCE):  # the rest is for the next: a crowd may end in a moment
+            if self._order[0][0] <= now:
+                self._forget_oldest()
+        while self._blocks > MAX_SPECULATED:
+            self._forget_oldest()
+
+    def blocks(self, worker: str, keys: Sequence[BlockKey], now: float) -> int:
+        """How many leading `keys` the worker was sent within the last SPECULATIVE_S."""
+        until = self._until.get(worker)
+        if until is None:
+            return 0
+        return next((i for i, key in enumerate(keys) if until.get(key, now) <= now), len(keys))
+
+    def _forget_oldest(self) -> None:
+        expires, worker, keys = self._order.popleft()
+        self._blocks -= len(keys)
+        until = self._until[worker]
+        for key in keys:
+            if until.get(key) == expires:  # not sent again since
+                del until[key]
+        if not until:
+            del self._until[worker]
+
+
+class Load:
+    """Prompt tokens sent to workers that no first token has come for yet. Time is passed in."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = defaultdict(int)
+        self._passing: deque[tuple[float, Sent]] = deque()
+
+    def send(self, worker: str, tokens: int, expires: float | None) -> "Sent":
+        """Count `tokens` for `worker` until `Sent.began` or, if given, until `expires`."""
+        self._tokens[worker] += tokens
+        sent = Sent(self, worker, tokens)
+        if expires is not None:
+            self._passing.append((expires, sent))
+        return sent
+
+    def waiting(self, worker: str, now: float) -> int:
+        """Tokens sent to `worker` that are still to be computed, as far as we know."""
+        while self._passing and self._passing[0][0] <= now:
+            self._passing.popleft()[1].began()
+        return self._tokens.get(worker, 0)
+
+    def drop(self, worker: str, tokens: int) -> None:
+        """Take back what `send` counted."""
+        self._tokens[worker] -= tokens
+        if not self._tokens[worker]:
+            del self._tokens[worker]
+
+
+@dataclass(slots=True)
+class Sent:
+    """One prompt that `Load` counts."""
+
+    load: Load
+    worker: str
+    tokens: int
+    teach: Callable[[Sample], None] | None = None
+
+    def told(self, started: worker_pb2.Started, by: worker_pb2.WorkerInfo) -> None:
+        """What the worker says of the request at its first token; others are sent by it."""
+        if self.teach is not None:
+            loaded = tuple(
+                (FROM_WIRE[each.tier], each.tokens * by.kv_bytes_per_token)
+                for each in started.restored
+                if each.tokens
+                and not started.pulled_tokens  # its time says nothing of the tier
+                and FROM_WIRE.get(each.tier, Tier.VRAM) is not Tier.VRAM
+            )
+            stop = max(started.prompt_tokens, started.computed_tokens)
+            tokens = as_first(stop - started.computed_tokens, stop, by.doubles_at)
+            self.teach(Sample(tokens, started.prefill_s, loaded, started.restore_s))
+
+    def began(self) -> None:
+        """Its first token came, or the request ended; only the first call counts."""
+        tokens, self.tokens = self.tokens, 0
+        if tokens:
+            self.load.drop(self.worker, tokens)
