@@ -1,4 +1,4 @@
-"""Fake workers for `route`: they sleep by a model of their speed and answer one token.
+"""Fake workers for `route`: they sleep by a model of their speed, then answer as fast as they can.
 
 `python -m benchmarks.fake_engine COUNT PORT RATE` serves COUNT workers in this process, each over
 gRPC (kvtier.v1.Worker and its feed, from PORT on; 0: any) and over HTTP (OpenAI's completions), and
@@ -66,8 +66,10 @@ class Worker(worker_pb2_grpc.WorkerServicer, feed_pb2_grpc.FeedServicer):
         await asyncio.sleep(len(request.token_ids) / self._rate)
         started = worker_pb2.Started(prompt_tokens=len(request.token_ids))
         yield worker_pb2.WorkerResponse(started=started)
-        yield worker_pb2.WorkerResponse(tokens=worker_pb2.Tokens(ids=[1]))
-        yield worker_pb2.WorkerResponse(done=worker_pb2.Done(completion_tokens=1))
+        count = max(1, request.max_tokens)
+        for _ in range(count):
+            yield worker_pb2.WorkerResponse(tokens=worker_pb2.Tokens(ids=[1]))
+        yield worker_pb2.WorkerResponse(done=worker_pb2.Done(completion_tokens=count))
 
     async def Watch(self, request: object, context: object) -> AsyncIterator[feed_pb2.FeedMessage]:
         held = [feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"".join(keys(WARM)))]

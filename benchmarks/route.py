@@ -22,6 +22,7 @@ from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_g
 
 WORKERS = 8
 AT_ONCE = 32
+ANSWER = 64  # tokens of an answer that is streamed
 PROMPT_BYTES = 2000
 LONG_BYTES = 500_000
 RECOVERY_S = 3.0
@@ -82,6 +83,14 @@ async def _grpc(address, ends, ways, bars, other, sizes) -> None:
         }
         rates["route by stream"] = await _stream_rate(stub, route, sizes[1])
         stream.cancel()
+        longer = router_pb2.GenerateRequest(prompt=asked, max_tokens=ANSWER)
+        straight = worker_pb2.WorkerRequest(token_ids=WARM, max_tokens=ANSWER)
+        other["tokens_per_s"] = {
+            "generate": await _tokens_rate(lambda: _drain(stub.Generate(longer)), sizes[1]),
+            "straight to a worker": await _tokens_rate(
+                lambda: _drain(worker.Generate(straight)), sizes[1]
+            ),
+        }
     other["requests_per_s"] = rates
     other["generate_added_ms"] = 1e3 * (
         found["generate"]["median_s"] - found["straight to a worker"]["median_s"]
@@ -117,6 +126,9 @@ async def _http(http, epp, ends, ways, bars, other, sizes, folder, peers) -> Non
             asks[name] = pool.ask
         ways["HTTP, one at a time, 2 KB"] = found = await _in_turn(asks, sizes[0])
         rates = {name: await _rate(ask, sizes[1]) for name, ask in asks.items()}
+        streams = Pool(at["kvtier"], rng, ANSWER)
+        stack.push_async_callback(streams.close)
+        other["tokens_per_s"]["HTTP, streamed"] = await _tokens_rate(streams.ask, sizes[1])
     straight = found["straight to a worker"]["median_s"]
     other["http_requests_per_s"] = rates
     other["http_added_ms"] = {n: 1e3 * (t["median_s"] - straight) for n, t in found.items()}
@@ -179,9 +191,13 @@ def _recovery(folder, ways, bars, tiny) -> None:
 
 
 class Pool:
-    """Keep-alive HTTP/1.1 connections to one address; prompts of 2 KB of which half is shared."""
+    """Keep-alive HTTP/1.1 connections to one address; prompts of 2 KB of which half is shared.
 
-    def __init__(self, address: str, rng: random.Random) -> None:
+    Answers of more than one token are streamed.
+    """
+
+    def __init__(self, address: str, rng: random.Random, tokens: int = 1) -> None:
+        self._fields = {"model": MODEL, "max_tokens": tokens, "stream": tokens > 1}
         self._host, _, self._port = address.partition(":")
         self._rng = rng
         self._head = _text(PROMPT_BYTES // 2)
@@ -194,8 +210,7 @@ class Pool:
             else await asyncio.open_connection(self._host, int(self._port))
         )
         tail = " ".join(f"w{self._rng.randrange(WORDS)}" for _ in range(PROMPT_BYTES // 12))
-        fields = {"model": MODEL, "prompt": f"{self._head} {tail}", "max_tokens": 1}
-        body = json.dumps(fields).encode()
+        body = json.dumps({**self._fields, "prompt": f"{self._head} {tail}"}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\n\r\n"
@@ -251,6 +266,11 @@ async def _rate(ask: Ask, count: int) -> float:
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(AT_ONCE)))
     return count / (time.perf_counter() - start)
+
+
+async def _tokens_rate(ask: Ask, count: int) -> float:
+    """Tokens a second of answers of ANSWER tokens, AT_ONCE under way."""
+    return ANSWER * await _rate(ask, max(AT_ONCE, count // 10))
 
 
 async def _stream_rate(stub, route, count: int) -> float:

@@ -97,7 +97,7 @@ class Front:
 
     async def generate(
         self, request: router_pb2.GenerateRequest, deadline: float, write: Write, *,
-        fill: bool = False, fallbacks: int = MAX_FALLBACKS,
+        fill: bool = False, fallbacks: int | None = MAX_FALLBACKS,
     ) -> None:  # fmt: skip
         """Route and pass on the answer to `write`; see `generate.generate` for what it raises.
 
@@ -106,7 +106,7 @@ class Front:
             deadline: On the clock.
             write: Takes the messages.
             fill: Without `max_tokens` it may take all the room that the model has.
-            fallbacks: How many workers behind the best each Routed names.
+            fallbacks: How many workers behind the best each Routed names; None: no Routed.
         """
         _check(request)
         prompt, links = await self.prompts.read(request)

@@ -61,7 +61,7 @@ class Job:
     candidates: Callable[[Prompt], list[Link]]  # at the moment of the call
     deadline: float  # on the loop's clock
     fill: bool = False  # without max_tokens: all the room that the model has
-    fallbacks: int = 0  # that Routed names behind the best
+    fallbacks: int | None = 0  # that Routed names behind the best; None: no Routed at all
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class _Answer:
 async def generate(
     job: Job, placement: Placement, max_attempts: int, rng: random.Random, write: Write
 ) -> None:
-    """Write Routed, Started, Chunks and the end to `write`, trying worker after worker.
+    """Write Routed (if wanted), Started, Chunks and the end to `write`, trying worker after worker.
 
     A worker lost before its first token is replaced, at most `max_attempts` being lost; a full
     one is passed over. One lost later is replaced where the request says `resume`.
@@ -96,18 +96,18 @@ async def generate(
         links = [link for link in job.candidates(prompt) if link.address not in avoided]
         if not links:
             break
-        ranked = placement.rank(prompt, links, rng.random, most=1 + job.fallbacks)
-        best = ranked[0]
+        best, *others = placement.rank(prompt, links, rng.random, most=1 + (job.fallbacks or 0))
         attempt = _Attempt(job, prompt, answer, best, write)
-        routed = router_pb2.Routed(
-            choice=best.proto(), others=[each.proto() for each in ranked[1:]],
-            attempt=len(avoided) + 1, resumed_tokens=len(answer.ids),
-        )  # fmt: skip
         if lost:
             (metrics.RESUMES if answer.ids else metrics.RETRIES).inc()
         sent = placement.sent(prompt, best, followed=True)  # before others are ranked meanwhile
         try:
-            await write(router_pb2.GenerateResponse(routed=routed))
+            if job.fallbacks is not None:
+                routed = router_pb2.Routed(
+                    choice=best.proto(), others=[each.proto() for each in others],
+                    attempt=len(avoided) + 1, resumed_tokens=len(answer.ids),
+                )  # fmt: skip
+                await write(router_pb2.GenerateResponse(routed=routed))
             outcome = await attempt.run(sent)
         finally:
             sent.began()

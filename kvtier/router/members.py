@@ -50,6 +50,7 @@ class Members:
         check_members(self._fixed, "router.members")
         self._members: tuple[Member, ...] = ()
         self._links: dict[tuple[Serves, str], Link] = {}
+        self._workers: tuple[Link, ...] = ()
         self._daemons: dict[str, list[Link]] = {}  # by node
         self._unwanted: set[str] = set()  # workers that somebody wants no new requests on
         self._settled = False
@@ -78,10 +79,9 @@ class Members:
         self._follow(announced)
         return True
 
-    def workers(self) -> list[Link]:
+    def workers(self) -> tuple[Link, ...]:
         """Every worker's link, whatever its state, in the order of the members."""
-        keys = dict.fromkeys((Serves.WORKER, m.worker) for m in self._members if m.worker)
-        return [self._links[key] for key in keys]
+        return self._workers
 
     def any_ready(self) -> bool:
         """Whether at least one worker takes requests."""
@@ -153,7 +153,7 @@ class Members:
         """Follow nobody any more; calls under way are cut off."""
         self.end_changes()
         links, self._links = list(self._links.values()), {}
-        self._members, self._daemons = (), {}
+        self._members, self._workers, self._daemons = (), (), {}
         for task in (self._tidying, *self._retiring):
             task.cancel()
         stops = [link.stop(0) for link in links]
@@ -184,6 +184,8 @@ class Members:
                 self._links[key] = Link(*key, node, self._context)
                 self._links[key].task.add_done_callback(self._ended)
             self._links[key].node = node
+        workers = dict.fromkeys(m.worker for m in self._members if m.worker)
+        self._workers = tuple(self._links[Serves.WORKER, each] for each in workers)
         self._daemons = {}
         for member in self._members:
             link = self._links.get((Serves.DAEMON, member.daemon))

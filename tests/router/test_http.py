@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from kvtier.errors import ConfigError
-from kvtier.router.http.answer import MAX_AHEAD, Answer
+from kvtier.router.http.answer import Answer
 from kvtier.router.http.openai import Writer, read
 from kvtier.wire.pb import router_pb2, worker_pb2
 from tests.router.stub_engine import (
@@ -406,6 +406,26 @@ async def test_a_worker_lost_in_mid_answer_is_told_in_the_stream(engines, fronts
         await client.completions.create(model="tiny", prompt=PROMPT)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_choice_that_fails_ends_them_all(engines, fronts, stream):
+    worker = await engines(StubWorker("a"))
+    client, _ = await fronts(worker)
+    asked = 0
+
+    async def script(request, context):
+        nonlocal asked
+        asked += 1
+        how = hangs() if asked == 1 else aborts(Status.RESOURCE_EXHAUSTED, "64 requests wait")
+        async for message in how(request, context):
+            yield message
+
+    worker.script = script
+    with pytest.raises(openai.RateLimitError, match="every worker of 'tiny' is full"):
+        await client.completions.create(model="tiny", prompt=PROMPT, n=2, stream=stream)
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.cancelled.wait()
+
+
 async def test_a_worker_lost_before_its_first_token_is_not_seen(engines, fronts):
     warm, cold = await engines(StubWorker("warm", keys(PROMPT))), await engines(StubWorker("cold"))
     warm.script, cold.script = aborts(Status.UNAVAILABLE, "gone"), says("ok")
@@ -431,17 +451,25 @@ async def test_a_slow_client_holds_up_its_own_worker_only():
                 await write(router_pb2.GenerateResponse(chunk=chunk))
 
     asked = read({"prompt": "x", "stream": True}, chat=False, request_id="", luck=lambda: 1)
-    pieces = Answer(Front(), asked, Writer(asked, "id", "tiny", 0), None).pieces()
-    await anext(pieces)
-    for _ in range(1000):
-        await asyncio.sleep(0)
-    assert written <= MAX_AHEAD + 2
-    for _ in range(300):
-        await anext(pieces)
-    await pieces.aclose()
-    ended = written
-    await asyncio.sleep(0)
-    assert written == ended
+    room, taken = asyncio.Semaphore(1), 0
+
+    async def emit(piece) -> None:
+        nonlocal taken
+        await room.acquire()
+        taken += 1
+
+    answer = Answer(Front(), asked, Writer(asked, "id", "tiny", 0), None)
+    streaming = asyncio.create_task(answer.stream(emit))
+    await eventually(lambda: written, "the worker has begun")
+    for allowed in (1, 300):
+        for _ in range(allowed - 1):
+            room.release()
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert (taken, written) == (allowed, allowed + 1), "no more is read than is taken"
+    streaming.cancel()
+    await asyncio.gather(streaming, return_exceptions=True)
+    assert written == 301
 
 
 async def test_a_taken_http_port_is_named(engines, routers):

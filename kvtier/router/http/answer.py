@@ -1,18 +1,15 @@
 """One request's answer: its choices side by side, as pieces or as a whole."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
 
-from kvtier.errors import RequestError
 from kvtier.router.front import Front
 from kvtier.router.http.openai import Asked, Stops, Writer, finish_reason
 from kvtier.wire.pb import router_pb2
 
-MAX_AHEAD: Final = 64  # messages of the workers that a slow client has not taken yet
-
-_Event = tuple[int, router_pb2.GenerateResponse | RequestError | None]
+Emit = Callable[[dict[str, object]], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -24,6 +21,10 @@ class _Choice:
     tokens: int = 0
     begun: bool = False
     reason: str = ""  # set when it has ended
+
+
+class _Stopped(Exception):
+    """A choice has met one of its stops: the rest of its answer is not wanted."""
 
 
 class Answer:
@@ -42,8 +43,6 @@ class Answer:
         self._writer = writer
         self._limit_s = limit_s
         self._choices = [_Choice(Stops(asked.stops)) for _ in asked.requests]
-        self._events: asyncio.Queue[_Event] = asyncio.Queue()  # never more than `_room` gives
-        self._room = asyncio.Semaphore(MAX_AHEAD)
 
     async def whole(self) -> dict[str, object]:
         """The answer in one body.
@@ -51,67 +50,51 @@ class Answer:
         Raises:
             RequestError: A choice could not be had.
         """
-        async for _ in self.pieces():
-            pass
+        await self._run_all(None)
         answers = [("".join(choice.text), choice.reason) for choice in self._choices]
         return self._writer.whole(answers, self._usage())
 
-    async def pieces(self) -> AsyncIterator[dict[str, object]]:
-        """The answer's chunks as they come; ending the iteration cancels the rest.
+    async def stream(self, emit: Emit) -> None:
+        """Give `emit` the answer's chunks as they come.
+
+        Nothing is kept for a slow client: while `emit` waits, no more is read of the worker.
 
         Raises:
             RequestError: A choice could not be had, or not to its end.
         """
-        tasks = [
-            asyncio.ensure_future(self._run(i, each)) for i, each in enumerate(self._asked.requests)
-        ]
-        try:
-            left = len(tasks)
-            while left:
-                index, event = await self._events.get()
-                if isinstance(event, RequestError):
-                    raise event
-                if event is None:
-                    left -= 1
-                    continue
-                self._room.release()
-                for piece in self._take(index, event):
-                    yield piece
-                if self._choices[index].stops.met:
-                    tasks[index].cancel()
-            if self._asked.include_usage:
-                yield self._writer.usage(self._usage())
-        finally:
-            for task in tasks:
-                task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for end in ends:
-            if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
-                raise end  # a bug of ours
+        await self._run_all(emit)
+        if self._asked.include_usage:
+            await emit(self._writer.usage(self._usage()))
 
-    async def _run(self, index: int, request: router_pb2.GenerateRequest) -> None:
+    async def _run_all(self, emit: Emit | None) -> None:
+        if len(self._choices) == 1:  # as nearly always: it needs no task of its own
+            await self._run(0, emit)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(self._choices)):
+                    group.create_task(self._run(index, emit))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _run(self, index: int, emit: Emit | None) -> None:
         async def write(message: router_pb2.GenerateResponse) -> None:
-            if message.WhichOneof("body") != "routed":
-                await self._room.acquire()
-                self._events.put_nowait((index, message))
+            for piece in self._take(index, message):
+                if emit is not None:
+                    await emit(piece)
+            if self._choices[index].stops.met:
+                raise _Stopped
 
         async def work(deadline: float) -> None:
-            fill = self._asked.fill
-            await self._front.generate(request, deadline, write, fill=fill, fallbacks=0)
+            request, fill = self._asked.requests[index], self._asked.fill
+            with suppress(_Stopped):
+                await self._front.generate(request, deadline, write, fill=fill, fallbacks=None)
 
-        end: RequestError | None = None
-        try:
-            await self._front.within(self._limit_s, work, wait=True)
-        except RequestError as error:
-            end = error
-        finally:
-            self._events.put_nowait((index, end))
+        await self._front.within(self._limit_s, work, wait=True)
 
     def _take(self, index: int, message: router_pb2.GenerateResponse) -> list[dict[str, object]]:
         """The chunks that one message of a worker makes."""
         choice, writer = self._choices[index], self._writer
-        if choice.reason:
-            return []
         body = message.WhichOneof("body")
         if body == "started":
             choice.prompt_tokens = message.started.prompt_tokens

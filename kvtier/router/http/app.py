@@ -5,7 +5,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import Coroutine
 from typing import Final, TypeVar, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -121,12 +121,9 @@ class _Paths:
             writer = Writer(asked, answer_id, model, int(time.time()))
             answer = Answer(self._front, asked, writer, _limit_s(request))
             if not asked.stream:
-                whole = await _unless_gone(request, answer.whole())
+                whole = await _unless_gone(request.receive, answer.whole())
                 return JSONResponse(whole, headers=headers)
-            # The status is known once the first piece is there.
-            pieces = cast("AsyncGenerator[dict[str, object], None]", answer.pieces())
-            first = await _unless_gone(request, anext(pieces))
-            return _Events(first, pieces, headers)
+            return _Events(answer, headers)
         except RequestError as error:
             return _error(error, headers)
         except ClientDisconnect:
@@ -134,36 +131,40 @@ class _Paths:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, whose source ends with them, however they end."""
+    """An answer as server-sent events, made while it is sent."""
 
-    def __init__(
-        self, first: dict[str, object], rest: AsyncGenerator[dict[str, object], None],
-        headers: dict[str, str],
-    ) -> None:  # fmt: skip
-        self._rest = rest
+    def __init__(self, answer: Answer, headers: dict[str, str]) -> None:
+        self._answer = answer
+        self._told = headers
         super().__init__(
-            _events(first, rest), media_type="text/event-stream",
+            iter(()), media_type="text/event-stream",
             headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def body(text: bytes, *, more: bool) -> None:
+            nonlocal begun
+            if not begun:  # the status is known once the first piece is there
+                begun = True
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
+            await send({"type": "http.response.body", "body": text, "more_body": more})
+
+        async def emit(piece: dict[str, object]) -> None:
+            await body(_event(piece), more=True)
+
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._rest.aclose()
-
-
-async def _events(
-    first: dict[str, object], rest: AsyncIterator[dict[str, object]]
-) -> AsyncIterator[bytes]:
-    yield _event(first)
-    try:
-        async for piece in rest:
-            yield _event(piece)
-    except RequestError as error:
-        yield _event(error_body(error))
-        return
-    yield b"data: [DONE]\n\n"
+            await _unless_gone(receive, self._answer.stream(emit))
+            await body(b"data: [DONE]\n\n", more=False)
+        except RequestError as error:
+            if begun:
+                await body(_event(error_body(error)), more=False)
+            else:
+                await _error(error, self._told)(scope, receive, send)
+        except ClientDisconnect:
+            pass
 
 
 def _event(body: dict[str, object]) -> bytes:
@@ -171,28 +172,31 @@ def _event(body: dict[str, object]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; cancelled when the client hangs up.
+async def _unless_gone(receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """What `work` gives; it is cancelled when the client hangs up.
 
     Raises:
         ClientDisconnect: It did.
     """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise ClientDisconnect from None
+        raise
     finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()  # as in asyncio.timeout: from here on it cancels nothing
 
 
 class _Bodies:
