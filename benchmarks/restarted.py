@@ -74,8 +74,10 @@ def _save(folder: Path, paths: list[list[BlockKey]], piece: int) -> None:
     with closing(TierClient(f"{folder}/node.sock", LAYOUT)) as client:
         for start in range(0, len(paths[0]), piece):
             for path in paths:
-                with client.write(path[: start + piece], start) as lease:
-                    lease.filled = len(lease.slots)
+                end = start + piece
+                while client.match(path[:end]).blocks < end:  # what is not granted is asked again
+                    with client.write(path[:end], start) as lease:
+                        lease.filled = len(lease.slots)
 
 
 async def _on_disk(address: str, blocks: int) -> None:
