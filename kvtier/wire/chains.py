@@ -18,6 +18,7 @@ TO_WIRE: Final = {
     Tier.DISK: feed_pb2.TIER_DISK,
     Tier.SHARED: feed_pb2.TIER_SHARED,
 }
+STEP: Final = 2048  # blocks; a few ms of work
 MAX_STARTS: Final = 8192  # of one message
 _NONE: Final = bytes(KEY_NBYTES)
 _TIERS: Final[dict[int, Tier]] = {int(wire): tier for tier, wire in TO_WIRE.items()}
@@ -52,6 +53,35 @@ def tell(tier: Tier, keys: Sequence[BlockKey], before: Before) -> feed_pb2.TierK
         tier=TO_WIRE[tier], keys=b"".join(loose + chained),
         starts=[len(loose) + start for start in starts], parents=b"".join(heads),
     )  # fmt: skip
+
+
+def in_chains(keys: Sequence[BlockKey], before: Before) -> Iterator[list[BlockKey]]:
+    """These blocks, which differ, each behind the one before it where that is among them.
+
+    In steps of at most STEP blocks of work, of which some give nothing yet.
+    """
+    left: dict[BlockKey, BlockKey | None] = {}  # with the block before each
+    after: dict[BlockKey, BlockKey] = {}  # the first that follows; others begin chains of their own
+    for at in range(0, len(keys), STEP):
+        for key in keys[at : at + STEP]:
+            parent = left[key] = before(key)
+            if parent is not None:
+                after.setdefault(parent, key)
+        yield []
+    found: list[BlockKey] = []
+    for key in keys:
+        parent = left.get(key)
+        if parent in left and after.get(parent) == key:
+            continue  # it comes behind its parent
+        link: BlockKey | None = key
+        while link in left:
+            del left[link]
+            found.append(link)
+            link = after.get(link)
+            if len(found) == STEP:
+                yield found
+                found = []
+    yield [*found, *left]  # in a circle, which no prompt is
 
 
 def hear(part: feed_pb2.TierKeys, tiers: Container[Tier]) -> Iterator[Told]:

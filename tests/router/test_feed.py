@@ -1,4 +1,5 @@
 from hashlib import sha256
+from itertools import pairwise
 
 import pytest
 
@@ -238,6 +239,25 @@ async def test_a_source_names_the_block_before(directory):
     await stream.aclose()
     assert added.keys == KEYS[3] + KEYS[4]
     assert (list(added.starts), added.parents) == ([0], KEYS[2])
+
+
+async def test_a_snapshot_tells_prompts_one_after_the_other(directory, reader):
+    """As a disk has them that were saved in turn; told so, a router takes them in as runs."""
+    prompts = [
+        [BlockKey(sha256(f"{prompt} {n}".encode()).digest()[:16]) for n in range(50)]
+        for prompt in range(4)
+    ]
+    before = {key: last for prompt in prompts for last, key in pairwise(prompt)}
+    held = [key for level in zip(*prompts, strict=True) for key in level]
+    source = FeedServicer(lambda: {Tier.DISK: held}, feed_pb2.Heartbeat, before.get)
+    (first, last), stream = await watched(source, 0, 0, 2)
+    await stream.aclose()
+    (part,) = first.snapshot.held
+    assert (list(part.starts), part.parents) == ([0, 50, 100, 150], bytes(64))
+    assert part.keys == b"".join(key for prompt in prompts for key in prompt)
+    for message in (first, last):
+        take(reader, message)
+    assert directory.counts("s")[Tier.DISK] == 200
 
 
 def test_half_a_snapshot_of_a_stream_that_broke_leaves_nothing(directory, reader):

@@ -9,7 +9,8 @@ from hypothesis import given
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
-from kvtier.wire.chains import MAX_STARTS, hear, tell
+from kvtier.wire import chains
+from kvtier.wire.chains import MAX_STARTS, hear, in_chains, tell
 from kvtier.wire.pb import feed_pb2
 
 KEYS = [BlockKey(bytes([n + 1]) * 16) for n in range(12)]
@@ -49,6 +50,31 @@ def test_a_prompt_is_one_chain_whatever_the_order_in_which_its_blocks_come():
         assert said(keys, before) == [(None, [A, B, C, D])]
     assert said([D, C], before) == [(B, [C, D])]
     assert said([D, B], before) == [(C, [D]), (A, [B])]
+
+
+@given(
+    keys=st.lists(st.sampled_from(KEYS), unique=True),
+    before=st.dictionaries(st.sampled_from(KEYS), st.one_of(st.none(), st.sampled_from(KEYS))),
+)
+def test_chains_have_all_blocks_once_and_the_fewest_beginnings(keys, before):
+    ordered = [key for step in in_chains(keys, before.get) for key in step]
+    assert sorted(ordered) == sorted(keys)
+    # As many follow the one before them as there are different ones that some block follows.
+    followed = {before.get(key) for key in keys} & set(keys)
+    behind = sum(before.get(key) == last for last, key in pairwise(ordered))
+    if all(before.get(key) is None or key > before[key] for key in keys):  # no circle
+        assert behind == len(followed)
+
+
+def test_prompts_that_were_saved_in_turn_are_told_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(chains, "STEP", 5)
+    prompts = [KEYS[at : at + 4] for at in range(0, 12, 4)]
+    before = {key: last for prompt in prompts for last, key in pairwise(prompt)}
+    in_turn = [key for level in zip(*prompts, strict=True) for key in reversed(level)]
+    steps = list(in_chains(in_turn, before.get))
+    ordered = [key for step in steps for key in step]
+    assert ordered == [*prompts[2], *prompts[1], *prompts[0]]
+    assert max(map(len, steps)) <= 5
 
 
 def test_where_nothing_is_known_the_message_is_as_it_always_was():
