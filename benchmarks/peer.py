@@ -73,14 +73,15 @@ def _measure(layers: int, rounds: int) -> dict[str, list[float]]:
         folder = stack.enter_context(scratch())
         shared = f'[redis]\nurl = "{stack.enter_context(ValkeyServer()).url}"\n'
         a = stack.enter_context(server("node", _toml(folder, "a", "[peers]\n" + shared), folder))
-        members = f'[peers]\nmembers = [{{ node = "a", daemon = "{a}" }}]\n'
+        status = node_pb2_grpc.NodeStub(stack.enter_context(grpc.insecure_channel(a)))
+        lends = status.Status(node_pb2.NodeStatusRequest()).lends_at
+        members = f'[peers]\nmembers = [{{ node = "a", address = "{lends}" }}]\n'
         stack.enter_context(server("node", _toml(folder, "b", members), folder))
         stack.enter_context(server("node", _toml(folder, "c", shared), folder))
         at_a, at_b, at_c = (
             stack.enter_context(closing(TierClient(f"{folder}/{name}.sock", layout)))
             for name in "abc"
         )
-        status = node_pb2_grpc.NodeStub(stack.enter_context(grpc.insecure_channel(a)))
         times: dict[str, list[float]] = {"pull from a node": [], "read from Valkey": []}
         drained = 0
         for number in range(WARM_UP + rounds):

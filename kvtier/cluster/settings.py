@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kvtier.config import Config, is_loopback, parse_address
+from kvtier.config import Config, PeersConfig, is_loopback, parse_address
 from kvtier.errors import ConfigError
 
 Kind = Literal["node", "worker", "router"]
@@ -84,12 +84,14 @@ def config_for(config: Config, place: Place) -> Config:
         host = host if is_loopback(host) else place.ip
         return f"{host}:{0 if place.shared_ip else port}"
 
+    socket = filled(config.node.socket, "node.socket")
     return dataclasses.replace(
         config,
+        peers=_peers_for(config, socket, listen),
         node=dataclasses.replace(
             config.node,
             name=place.name,
-            socket=filled(config.node.socket, "node.socket"),
+            socket=socket,
             listen=listen(config.node.listen, "node.listen"),
             metrics_port=0 if place.shared_ip else config.node.metrics_port,
         ),
@@ -109,6 +111,20 @@ def config_for(config: Config, place: Place) -> Config:
     )
 
 
+def _peers_for(config: Config, socket: str, listen: Callable[[str, str], str]) -> PeersConfig:
+    """`[peers]` is there in a cluster, and whom to ask is told by the Coordinator in a file.
+
+    Where the settings name somebody themselves, only those are asked.
+    """
+    peers = config.peers or PeersConfig()
+    named = peers.members or peers.file
+    return dataclasses.replace(
+        peers,
+        listen=listen(peers.listen, "peers.listen") if peers.listen else "",
+        file=peers.file if named else f"{socket}.peers",
+    )
+
+
 def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str, str]) -> None:
     """Refuse loopback listeners where nodes have more than one address.
 
@@ -123,6 +139,8 @@ def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str,
     if len(set(ips.values())) < 2:
         return
     listeners = [("node.listen", config.node.listen)]
+    if config.peers and config.peers.listen:
+        listeners.append(("peers.listen", config.peers.listen))
     if settings.workers:
         listeners.append(("worker.listen", config.worker.listen))
     for name, at in listeners:
