@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -84,10 +84,11 @@ def config_for(config: Config, place: Place) -> Config:
         host = host if is_loopback(host) else place.ip
         return f"{host}:{0 if place.shared_ip else port}"
 
-    socket = filled(config.node.socket, "node.socket")
+    socket, peers = filled(config.node.socket, "node.socket"), config.peers or PeersConfig()
+    lends = listen(peers.listen, "peers.listen") if peers.listen else ""
     return dataclasses.replace(
         config,
-        peers=_peers_for(config, socket, listen),
+        peers=_peers_for(peers, socket, place.name, lends),
         node=dataclasses.replace(
             config.node,
             name=place.name,
@@ -111,18 +112,15 @@ def config_for(config: Config, place: Place) -> Config:
     )
 
 
-def _peers_for(config: Config, socket: str, listen: Callable[[str, str], str]) -> PeersConfig:
-    """`[peers]` is there in a cluster, and whom to ask is told by the Coordinator in a file.
+def _peers_for(peers: PeersConfig, socket: str, node: str, listen: str) -> PeersConfig:
+    """`[peers]` of one node: the Coordinator says who lends, by a file, which is ours to write.
 
-    Where the settings name somebody themselves, only those are asked.
+    Where the settings name members and no file, only those are asked.
     """
-    peers = config.peers or PeersConfig()
-    named = peers.members or peers.file
-    return dataclasses.replace(
-        peers,
-        listen=listen(peers.listen, "peers.listen") if peers.listen else "",
-        file=peers.file if named else f"{socket}.peers",
-    )
+    file = peers.file.replace("{node}", node)
+    if not file and not peers.members:
+        file = f"{socket}.peers"
+    return dataclasses.replace(peers, listen=listen, file=file)
 
 
 def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str, str]) -> None:

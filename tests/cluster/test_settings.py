@@ -51,8 +51,8 @@ def test_blocks_are_lent_beside_the_daemon_and_the_coordinator_says_by_whom():
     own = {"peers": {"listen": "0.0.0.0:9", "members": [{"node": "b", "address": "h:1"}]}}
     told = config_for(from_dict(own), PLACE)
     assert (told.peers.listen, told.peers.file) == ("10.0.0.7:9", ""), "whom it may ask is said"
-    kept = config_for(from_dict({"peers": {"file": "/etc/peers", "lends": 0}}), PLACE)
-    assert (kept.peers.file, kept.peers.lends) == ("/etc/peers", 0)
+    kept = config_for(from_dict({"peers": {"file": "/run/{node}.json", "lends": 0}}), PLACE)
+    assert (kept.peers.file, kept.peers.lends) == ("/run/alpha.json", 0)
 
 
 def test_a_workers_threads_are_the_nodes_cpus_unless_configured():
