@@ -3,10 +3,12 @@
 Three real daemons and a Valkey, all on this machine: A saves, B pulls from A's host memory, C reads
 what A has put into Valkey, in turn and both into their host tiers. So it is what the processes take
 and no network; on two cores four of them share what two have. One engine asks, 16 MiB or 8 blocks
-at a time, whichever is less.
+at a time, whichever is less. Also how long another engine's look-up takes at A while B pulls 64 MiB
+from there: sending must not hold up A's loop.
 """
 
 import os
+import threading
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -44,7 +46,8 @@ def run(*, tiny: bool) -> dict[str, object]:
             f"{size} {way}": summary(times)
             for size, each in measured.items()
             for way, times in each.items()
-        },
+        }
+        | {f"look-up at A {when}": summary(times) for when, times in _look_ups(tiny).items()},
         "gb_per_s": {
             f"{size} {way}": nbytes[size] / summary(times)["median_s"] / 1e9
             for size, each in measured.items()
@@ -73,14 +76,14 @@ def _measure(layers: int, rounds: int) -> dict[str, list[float]]:
         folder = stack.enter_context(scratch())
         shared = f'[redis]\nurl = "{stack.enter_context(ValkeyServer()).url}"\n'
         a = stack.enter_context(server("node", _toml(folder, "a", "[peers]\n" + shared), folder))
-        members = f'[peers]\nmembers = [{{ node = "a", daemon = "{a}" }}]\n'
+        status = node_pb2_grpc.NodeStub(stack.enter_context(grpc.insecure_channel(a)))
+        members = f'[peers]\nmembers = [{{ node = "a", address = "{_lends_at(a)}" }}]\n'
         stack.enter_context(server("node", _toml(folder, "b", members), folder))
         stack.enter_context(server("node", _toml(folder, "c", shared), folder))
         at_a, at_b, at_c = (
             stack.enter_context(closing(TierClient(f"{folder}/{name}.sock", layout)))
             for name in "abc"
         )
-        status = node_pb2_grpc.NodeStub(stack.enter_context(grpc.insecure_channel(a)))
         times: dict[str, list[float]] = {"pull from a node": [], "read from Valkey": []}
         drained = 0
         for number in range(WARM_UP + rounds):
@@ -95,6 +98,46 @@ def _measure(layers: int, rounds: int) -> dict[str, list[float]]:
                     times[way].append(time.perf_counter() - start)
                 assert came == len(keys), f"{way}: {came} of {len(keys)} blocks"
         return times
+
+
+def _look_ups(tiny: bool) -> dict[str, list[float]]:
+    """Of 32 blocks at A: with nothing beside them, and while B pulls 64 MiB."""
+    layout, rounds = _layout(LAYERS["2MiB"]), 2 if tiny else 25
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch())
+        a = stack.enter_context(server("node", _toml(folder, "a", "[peers]\n"), folder))
+        members = f'[peers]\nmembers = [{{ node = "a", address = "{_lends_at(a)}" }}]\n'
+        stack.enter_context(server("node", _toml(folder, "b", members), folder))
+        at_a, other, at_b = (
+            stack.enter_context(closing(TierClient(f"{folder}/{name}.sock", layout)))
+            for name in "aab"
+        )
+        times: dict[str, list[float]] = {"alone": [], "beside a pull": []}
+
+        def look_up(keys: list[BlockKey], when: str) -> None:
+            start = time.perf_counter()
+            other.match(keys)
+            times[when].append(time.perf_counter() - start)
+
+        for _ in range(rounds):
+            keys = [BlockKey(os.urandom(16)) for _ in range(32)]
+            _save(at_a, keys)
+            for _ in range(100):
+                look_up(keys, "alone")
+            pulling = threading.Thread(
+                target=at_b.pull, args=(keys, 0, "a"), kwargs={"wait_s": WAIT_S}
+            )
+            pulling.start()
+            while pulling.is_alive():
+                look_up(keys, "beside a pull")
+            pulling.join()
+            assert at_b.match(keys).blocks == len(keys)
+        return times
+
+
+def _lends_at(address: str) -> str:
+    with grpc.insecure_channel(address) as channel:
+        return node_pb2_grpc.NodeStub(channel).Status(node_pb2.NodeStatusRequest()).lends_at
 
 
 def _toml(folder: Path, name: str, more: str) -> str:

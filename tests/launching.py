@@ -51,6 +51,13 @@ class Process:
     def pid(self) -> int:
         return self.process.pid
 
+    def lends_at(self) -> str:
+        """Where a node lends blocks, by the line after the first; to be asked once."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "lends blocks at" in line, line
+        return line.rsplit(" ", 1)[1].strip()
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()

@@ -63,17 +63,17 @@ def test_no_file_means_defaults_and_no_lower_tiers() -> None:
         ({"router": {"members": [{"node": 1}]}}, r"router.members[0].node is 1, must be of type"),
         ({"router": {"members": {}}}, "router.members must be a list"),
         ({"peers": {"lends": 65}}, "peers.lends is 65, must be 0 to 64"),
-        ({"peers": {"members": [{"node": "a"}]}}, "peers.members[0].daemon must be set"),
+        ({"peers": {"members": [{"node": "a"}]}}, "peers.members[0].address must be set"),
         (
-            {"peers": {"members": [{"node": "a", "daemon": "h"}]}},
-            "peers.members[0].daemon is 'h', must be host:port",
+            {"peers": {"members": [{"node": "a", "address": "h"}]}},
+            "peers.members[0].address is 'h', must be host:port",
         ),
         (
-            {"peers": {"members": [{"node": "", "daemon": "h:1"}]}},
+            {"peers": {"members": [{"node": "", "address": "h:1"}]}},
             "peers.members[0].node has 0 characters, must have 1 to 253",
         ),
         (
-            {"peers": {"members": [{"node": "a", "daemon": "h:1"}] * 2}},
+            {"peers": {"members": [{"node": "a", "address": "h:1"}] * 2}},
             "peers.members[1].node is a, which another member has too",
         ),
     ],

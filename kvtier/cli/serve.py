@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Protocol, cast
 
 from kvtier import config as configuration
@@ -26,9 +26,13 @@ _TEXTS = {
 }
 
 
+class _Started(Protocol):
+    def __call__(self, address: str, *, lends: str = "") -> None: ...
+
+
 class _Serve(Protocol):
     def __call__(
-        self, config: Config, *, started: Callable[[str], None], stop: asyncio.Event
+        self, config: Config, *, started: _Started, stop: asyncio.Event
     ) -> Coroutine[None, None, None]: ...
 
 
@@ -69,8 +73,10 @@ async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bo
         # A parent that dies, in whatever way, closes its end: nothing of it stays behind.
         loop.add_reader(0, lambda: None if os.read(0, 4096) else _ended(stop))
 
-    def started(address: str) -> None:
+    def started(address: str, *, lends: str = "") -> None:
         print(f"kvtier {name}: ready at {address}", flush=True)
+        if lends:
+            print(f"kvtier {name}: lends blocks at {lends}", flush=True)
 
     await serve(config, started=started, stop=stop)
     print(f"kvtier {name}: stopped", flush=True)

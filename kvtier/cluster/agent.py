@@ -7,22 +7,28 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
-from kvtier.config import Config
+from kvtier.config import Config, PeerConfig, write_peers
 
 _LOG = logging.getLogger(__name__)
 _ANSWER_S: Final = 0.5  # a room's loop that takes longer to answer counts as not answering
 
 
+class Started(Protocol):
+    """What a room calls once it serves."""
+
+    def __call__(self, address: str, *, lends: str = "") -> None:
+        """It listens at `address`; a daemon lends blocks at `lends`."""
+        ...
+
+
 class Room(Protocol):
     """A server of kvtier as a coroutine: runs until `stop`, tells its address by `started`."""
 
-    def __call__(
-        self, config: Config, *, started: Callable[[str], None], stop: asyncio.Event
-    ) -> Awaitable[None]:
+    def __call__(self, config: Config, *, started: Started, stop: asyncio.Event) -> Awaitable[None]:
         """Serve; port 0 in a listen address means any, `started` gets the bound host:port."""
         ...
 
@@ -33,6 +39,7 @@ class Report:
 
     pid: int
     address: str  # host:port; empty until the room serves
+    lends: str  # host:port where a daemon lends blocks; empty: it does not
     digest: str  # of its settings
     answering: bool  # the room's event loop runs
     stopped: bool
@@ -61,6 +68,7 @@ class Agent:
         self._digest = digest
         self._pause_s = pause_s
         self._address = ""
+        self._lends = ""
         self._failure = ""
         self._stopping = False
         # Where uvloop is installed, Ray makes it every process's default. Rooms have asyncio's own.
@@ -74,11 +82,24 @@ class Agent:
         return Report(
             pid=os.getpid(),
             address=self._address,
+            lends=self._lends,
             digest=self._digest,
             answering=self._answers(),
             stopped=not self._thread.is_alive(),
             failure=self._failure,
         )
+
+    def peers(self, members: tuple[PeerConfig, ...]) -> bool:
+        """Write down for the daemon who lends blocks; False: that is not possible here."""
+        path = self._config.peers.file if self._config.peers else ""
+        if not path:
+            return True  # its settings name whom it may ask
+        try:
+            write_peers(path, members)
+        except OSError as error:
+            _LOG.warning("peers.file %s: %s", path, error)
+            return False
+        return True
 
     def stop(self, deadline_s: float) -> bool:
         """Ask the room to end and wait for it; False: it did not within `deadline_s`."""
@@ -115,7 +136,7 @@ class Agent:
 
         task = asyncio.ensure_future(room())
         await asyncio.wait({task})
-        self._address = ""
+        self._address = self._lends = ""
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._failure = f"{type(error).__name__}: {error}"
@@ -124,5 +145,5 @@ class Agent:
         if error is not None and self._stopping:
             _LOG.error("%s: %s while it stopped", self._run, self._failure)
 
-    def _started(self, address: str) -> None:
-        self._address = address
+    def _started(self, address: str, *, lends: str = "") -> None:
+        self._address, self._lends = address, lends

@@ -23,10 +23,11 @@ from kvtier.cluster.settings import (
     Place,
     config_for,
 )
-from kvtier.config import Config
+from kvtier.config import Config, PeerConfig
 
 _LOG = logging.getLogger(__name__)
 _HEAD: Final = "node:__internal_head__"
+_TELL_S: Final = 5.0
 
 AgentId = tuple[Kind, str]  # kind, Ray node id
 
@@ -39,6 +40,7 @@ class AgentHandle(Protocol):
     """The Ray actor around an Agent."""
 
     report: _Remote
+    peers: _Remote
     stop: _Remote
 
 
@@ -156,6 +158,15 @@ async def ask(agent: AgentId) -> Report | ActorDiedError | None:
         return error
     except (ValueError, RayError):
         return None
+
+
+async def tell_peers(agent: AgentId, members: tuple[PeerConfig, ...]) -> bool:
+    """Tell a daemon's agent who lends; whether it has taken it."""
+    try:
+        reference = await asyncio.to_thread(lambda: handle(agent).peers.remote(members))
+        return bool(await asyncio.wait_for(asyncio.wrap_future(reference.future()), _TELL_S))
+    except (TimeoutError, ValueError, RayError):
+        return False  # the next round tries again
 
 
 async def stop(agent: AgentId, deadline_s: float) -> None:

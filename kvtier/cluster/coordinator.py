@@ -17,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayError
 from kvtier.cluster import control, members
 from kvtier.cluster.agent import Report
 from kvtier.cluster.control import AgentId
+from kvtier.cluster.lenders import Daemons, lenders
 from kvtier.cluster.plan import (
     Action,
     AgentView,
@@ -31,7 +32,7 @@ from kvtier.cluster.plan import (
     wanted,
 )
 from kvtier.cluster.settings import ClusterSettings, digest
-from kvtier.config import Config
+from kvtier.config import Config, PeerConfig
 from kvtier.errors import ConfigError
 from kvtier.wire.access import Access
 
@@ -80,7 +81,7 @@ class Status(TypedDict):
     pid: int
     digest: str
     version: int
-    settled: bool  # all that is wanted runs, and every router knows
+    settled: bool  # all that is wanted runs, and every router and daemon knows of the others
     nodes: list[NodeRow]
     agents: list[AgentRow]
     routers: list[RouterRow]
@@ -113,6 +114,8 @@ class Coordinator:
         self._drains: dict[str, asyncio.Task[str]] = {}
         self._access = Access(config, serving=False)
         self._routers = members.Routers(self._access)
+        self._daemons = Daemons()
+        self._lenders: tuple[PeerConfig, ...] = ()
         self._placed: tuple[Placed, ...] = ()
         self._version = 0
         self._born = time.monotonic()
@@ -166,6 +169,7 @@ class Coordinator:
             now = [agent for agent in there if (agent[0] == "node") is daemons]
             await asyncio.gather(*(control.stop(agent, deadline_s) for agent in now))
         await self._routers.close()
+        await self._daemons.close()
         self._calm = False
         return len(there)
 
@@ -235,6 +239,7 @@ class Coordinator:
                 node_id=node_id,
                 condition=k.condition,
                 address=k.report.address if k.report else "",
+                lends=k.report.lends if k.report else "",
                 digest=k.report.digest if k.report else "",
                 silent_s=now - k.heard_at,
             )
@@ -288,6 +293,16 @@ class Coordinator:
         own = [v.address for v in views if v.kind == "router" and v.condition == "ready"]
         told = members.message(self._version, placed)
         self._routers.tell([*self._settings.routers, *own], told)
+        self._lenders = lenders(self._nodes, views)
+        self._daemons.tell(self._daemon_pids(), self._lenders)
+
+    def _daemon_pids(self) -> dict[AgentId, int]:
+        """The processes of the daemons that serve."""
+        return {
+            agent: known.report.pid
+            for agent, known in self._known.items()
+            if agent[0] == "node" and known.condition == "ready" and known.report
+        }
 
     def _settled(self) -> bool:
         there = {a: k.condition == "ready" for a, k in self._known.items()}
@@ -304,6 +319,7 @@ class Coordinator:
             and bool(want)
             and all(there.get(agent, False) for agent in want)
             and informed
+            and self._daemons.informed(self._daemon_pids(), self._lenders)
             and bool(told) == bool(self._settings.routers or self._settings.router)
         )
 

@@ -211,4 +211,5 @@ def local_config(config: Config, folder: Path) -> Config:
             listen="127.0.0.1:0",
         ),
         disk=disk,
+        peers=config.peers and dataclasses.replace(config.peers, listen=""),
     )

@@ -34,6 +34,7 @@ class AgentView:
     node_id: str
     condition: Condition = "starting"
     address: str = ""  # host:port while it serves
+    lends: str = ""  # host:port where its daemon lends blocks, if it does
     digest: str = ""  # of the settings that it runs with; empty: not told yet
     silent_s: float = 0.0  # since its last sign of life
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kvtier.config import Config, is_loopback, parse_address
+from kvtier.config import Config, PeersConfig, is_loopback, parse_address
 from kvtier.errors import ConfigError
 
 Kind = Literal["node", "worker", "router"]
@@ -84,12 +84,15 @@ def config_for(config: Config, place: Place) -> Config:
         host = host if is_loopback(host) else place.ip
         return f"{host}:{0 if place.shared_ip else port}"
 
+    socket, peers = filled(config.node.socket, "node.socket"), config.peers or PeersConfig()
+    lends = listen(peers.listen, "peers.listen") if peers.listen else ""
     return dataclasses.replace(
         config,
+        peers=_peers_for(peers, socket, place.name, lends),
         node=dataclasses.replace(
             config.node,
             name=place.name,
-            socket=filled(config.node.socket, "node.socket"),
+            socket=socket,
             listen=listen(config.node.listen, "node.listen"),
             metrics_port=0 if place.shared_ip else config.node.metrics_port,
         ),
@@ -109,6 +112,17 @@ def config_for(config: Config, place: Place) -> Config:
     )
 
 
+def _peers_for(peers: PeersConfig, socket: str, node: str, listen: str) -> PeersConfig:
+    """`[peers]` of one node: the Coordinator says who lends, by a file, which is ours to write.
+
+    Where the settings name members and no file, only those are asked.
+    """
+    file = peers.file.replace("{node}", node)
+    if not file and not peers.members:
+        file = f"{socket}.peers"
+    return dataclasses.replace(peers, listen=listen, file=file)
+
+
 def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str, str]) -> None:
     """Refuse loopback listeners where nodes have more than one address.
 
@@ -123,6 +137,8 @@ def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str,
     if len(set(ips.values())) < 2:
         return
     listeners = [("node.listen", config.node.listen)]
+    if config.peers and config.peers.listen:
+        listeners.append(("peers.listen", config.peers.listen))
     if settings.workers:
         listeners.append(("worker.listen", config.worker.listen))
     for name, at in listeners:

@@ -7,7 +7,6 @@ line that names the key, the value and the limit.
 
 import tomllib
 from pathlib import Path
-from typing import Final
 
 from kvtier.config.credentials import Tokens, Watched, check_tls
 from kvtier.config.host import (
@@ -19,6 +18,13 @@ from kvtier.config.host import (
     sentinel_password,
     tenant_secrets,
     vllm_speaks_on_stderr,
+)
+from kvtier.config.roster import (
+    MAX_NAME,
+    check_peers,
+    parse_peers,
+    peers_listen,
+    write_peers,
 )
 from kvtier.config.settings import (
     AdapterConfig,
@@ -77,15 +83,15 @@ __all__ = [
     "node_name",
     "one_of",
     "parse_address",
+    "parse_peers",
     "parse_size",
+    "peers_listen",
     "redis_url",
     "sentinel_password",
     "tenant_secrets",
     "vllm_speaks_on_stderr",
+    "write_peers",
 ]
-
-MAX_PEERS: Final = 1024
-MAX_NAME: Final = 253  # characters of a node's name
 
 
 def load(path: str | Path | None) -> Config:
@@ -123,21 +129,7 @@ def from_dict(tables: dict[str, object]) -> Config:
         if at:
             parse_address(at, f"router.{name}")
     if config.peers:
-        _check_peers(config.peers)
+        check_peers(config.peers.members, "peers.members")
+        if config.peers.listen:
+            parse_address(config.peers.listen, "peers.listen")
     return config
-
-
-def _check_peers(peers: PeersConfig) -> None:
-    if len(peers.members) > MAX_PEERS:
-        raise ConfigError(f"peers.members: {len(peers.members)} of them, limit {MAX_PEERS}")
-    seen: set[str] = set()
-    for i, each in enumerate(peers.members):
-        where = f"peers.members[{i}]"
-        if not 1 <= len(each.node) <= MAX_NAME:
-            raise ConfigError(
-                f"{where}.node has {len(each.node)} characters, must have 1 to {MAX_NAME}"
-            )
-        if each.node in seen:
-            raise ConfigError(f"{where}.node is {each.node}, which another member has too")
-        seen.add(each.node)
-        parse_address(each.daemon, f"{where}.daemon")

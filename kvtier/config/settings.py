@@ -77,14 +77,16 @@ class PeerConfig:
     """One entry of `peers.members`."""
 
     node: str  # its name, as in router.members
-    daemon: str  # host:port of its node.listen
+    address: str  # host:port of its peers.listen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeersConfig:
     """`[peers]`: blocks that node daemons hand to each other. Absent: none do."""
 
+    listen: str = ""  # where blocks are lent; empty: port 7461 beside node.listen
     members: tuple[PeerConfig, ...] = ()  # that may be asked; the node's own entry is left out
+    file: str = ""  # more of them, in JSON, read anew when it changes; it need not be there yet
     pulls: int = field(default=4, metadata=limits(0, 64))  # at once; 0: asks nobody
     lends: int = field(default=4, metadata=limits(0, 64))  # at once; 0: gives nothing
     retry_s: float = field(default=1.0, metadata=limits(0.05, 600))  # after no answer

@@ -334,8 +334,11 @@ def _order(candidate: Candidate, luck: float) -> tuple[bool, float, float]:
     return cold, candidate.last_cold if cold else 0.0, luck
 
 
-def why(choice: Choice) -> str:
-    """One line for people: what is warm, and what the first token has to wait for."""
+def why(choice: Choice, source: str = "") -> str:
+    """One line for people: what is warm, and what the first token has to wait for.
+
+    `source` is what people call `choice.pull_from`.
+    """
     parts = [
         f"{name} {blocks * choice.block_tokens:,}"
         for name, blocks in zip(choice.warmth._fields, choice.warmth, strict=True)
@@ -346,7 +349,7 @@ def why(choice: Choice) -> str:
         f"{warm:,} of {choice.prompt_tokens:,} tokens warm"
         + (f" ({', '.join(parts)})" if parts else "")
         + (
-            f" and {choice.pull_blocks * choice.block_tokens:,} from {choice.pull_from}"
+            f" and {choice.pull_blocks * choice.block_tokens:,} from {source or choice.pull_from}"
             if choice.pull_from
             else ""
         )

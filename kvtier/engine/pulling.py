@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kvtier.core.blocks import BlockKey
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import Use
+from kvtier.core.tiers import Tier
 from kvtier.engine.beside import LowerTiers
 from kvtier.engine.sequence import Running
 
@@ -15,7 +16,13 @@ def pull(
 ) -> None:  # fmt: skip
     """Have the missing ones of path[first:] loaded from the node that the request names, if any.
 
-    On the tiers' thread, which the engine's thread waits for before it looks at `pulled`.
+    On the tiers' thread, which the engine's thread waits for before it calls `arrived`.
     """
     if source := sequence.request.source:
-        sequence.pulled += tiers.pull(path, first, source, compute, use)
+        sequence.coming = tiers.pull(path, first, source, compute, use)
+
+
+def arrived(sequence: Running, sources: Sequence[Tier]) -> None:
+    """Count what was pulled and then restored: some may have been evicted, or come too late."""
+    sequence.pulled += min(sequence.coming, sum(each is Tier.HOST for each in sources))
+    sequence.coming = 0

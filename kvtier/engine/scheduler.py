@@ -24,7 +24,7 @@ from kvtier.engine.kvcache import WorkingKV
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool
 from kvtier.engine.prefill import PrefillSpeed, Work
-from kvtier.engine.pulling import pull
+from kvtier.engine.pulling import arrived, pull
 from kvtier.engine.saving import Saver, save_runs
 from kvtier.engine.sequence import (
     Done,
@@ -257,6 +257,7 @@ class Scheduler:
         sequence, first, ids = piece.sequence, piece.first, piece.ids
         sources = [] if piece.sources.exception() else piece.sources.result()
         path, count = sequence.keys[: first + len(sources)], len(sources)
+        arrived(sequence, sources)
         there = len(self._pool.match(path)) - first  # others may have computed the same meanwhile
         self._pool.free([*ids[:there], *ids[count:]])
         if sources:

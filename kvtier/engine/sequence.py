@@ -124,7 +124,8 @@ class Running:
     offered: int = 0  # full blocks that were offered to the pool
     handed: int = 0  # leading keys of which all unsaved ones were handed to the lower tiers
     restored: dict[Tier, int] = field(default_factory=dict)
-    pulled: int = 0  # blocks that came from another node
+    pulled: int = 0  # blocks that came from another node and were restored
+    coming: int = 0  # that came for the piece which is being restored
     computed: int = 0
     queue_s: float = 0.0
     restore_s: float = 0.0

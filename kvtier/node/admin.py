@@ -1,4 +1,4 @@
-"""The node daemon's gRPC service: what it holds, emptying a tier, draining, lending blocks."""
+"""The node daemon's gRPC service: what it holds, emptying a tier, draining."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Final, Protocol
@@ -55,6 +55,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             clients=daemon.local.clients,
             counters=daemon.counters(),
             layouts=[_layout_status(manager) for manager in daemon.layouts.values()],
+            lends_at=daemon.lender.address,
         )
 
     async def Clear(  # noqa: N802
@@ -101,13 +102,6 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
                     yield await reader.get()
         except Overloaded as error:
             await refuse(context, error)
-
-    async def Fetch(  # noqa: N802
-        self, request: node_pb2.FetchRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        """See node.proto."""
-        self._daemon.local.hear()
-        await self._daemon.lender.fetch(request, context)
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:

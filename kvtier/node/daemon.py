@@ -6,13 +6,20 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from kvtier import metrics
 from kvtier.arena import Arena, stride
 from kvtier.codec import codecs
 from kvtier.codec.frame import max_frame_nbytes
-from kvtier.config import Config, DiskConfig, cores_available, memory_available, node_name
+from kvtier.config import (
+    Config,
+    DiskConfig,
+    cores_available,
+    memory_available,
+    node_name,
+    peers_listen,
+)
 from kvtier.core.admission import AdmissionFactory, SecondUse
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.policies import POLICIES
@@ -68,10 +75,11 @@ class NodeDaemon:
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         self.recorder = Recorder()
-        self.lender = Lender(config.peers, self.layouts)
-        self.peers = Peers(config.peers, self.name, access or Access(config, serving=False))
+        access = access or Access(config, serving=False)
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
+        self.lender = Lender(config.peers, self.name, self.layouts, access, self.local.hear)
+        self.peers = Peers(config.peers, self.name, access)
 
     async def reopen(self) -> None:
         """Open the layouts that an earlier life left on the disk, so that routers hear of them."""
@@ -258,7 +266,7 @@ class NodeDaemon:
             if left := await manager.drain(drain_s):
                 log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
         await self.local.close()
-        self.lender.close()
+        await self.lender.close()
         for manager in [*self.layouts.values()]:
             await self._close(manager)
 
@@ -318,8 +326,14 @@ def _layout_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*/{LAYOUT_FILE}"))
 
 
-async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
-    """Run a node daemon until `stop`; `started` gets the gRPC address that was bound.
+class Started(Protocol):
+    """Told once all is open: where it listens by gRPC, and where it lends blocks, if it does."""
+
+    def __call__(self, address: str, *, lends: str) -> None: ...  # noqa: D102
+
+
+async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> None:
+    """Run a node daemon until `stop`; `started` gets the addresses that were bound.
 
     Raises:
         ConfigError: An address or path is taken or unusable, or the memory is not there.
@@ -336,11 +350,12 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()
         await daemon.local.start()
+        await daemon.lender.start(peers_listen(config))
         address = await server.start()
         await server.healthy(True)
         log.info("node %s: engines at %s, gRPC at %s", daemon.name, config.node.socket, address)
         async with collected_when_quiet():
-            started(address)
+            started(address, lends=daemon.lender.address)
             await stop.wait()
     finally:
         await server.healthy(False)

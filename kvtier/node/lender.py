@@ -1,100 +1,276 @@
-"""Blocks of this node for other nodes' daemons: pinned, framed, and sent in small parts."""
+"""Blocks of this node for other nodes' daemons: pinned, framed, sent from where they lie.
+
+    daemon's loop    accepts, checks the token, reads requests, leases blocks
+    lends' threads   send them: one thread for each node that is being served
+
+What is said on the stream is in `wire/lending.py`.
+"""
 
 import asyncio
+import contextlib
+import logging
+import socket
+import time
 from bisect import bisect_left
-from collections.abc import Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
-from typing import Final
-
-import grpc
+from typing import Concatenate, Final, NamedTuple, ParamSpec
 
 from kvtier import metrics
 from kvtier.codec import frame
 from kvtier.codec.codecs import RAW
 from kvtier.config import PeersConfig
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.fidelity import Fidelity
 from kvtier.core.lease import Lease
-from kvtier.errors import InvalidRequest, Overloaded, RemoteProtocolError
+from kvtier.errors import RemoteProtocolError, Unauthenticated
+from kvtier.node.caller import Caller, to_its_end
 from kvtier.node.manager import TierManager
-from kvtier.node.peer import MAX_BLOCKS
 from kvtier.node.reading import Reading
-from kvtier.wire import local
-from kvtier.wire.pb import node_pb2
-from kvtier.wire.rpc import refuse
+from kvtier.node.stream import Buffer, Stream, prepare
+from kvtier.wire import lending, local
+from kvtier.wire.access import Access
+from kvtier.wire.lending import Kind, Wanted
+from kvtier.wire.rpc import bind_tcp
 
-PART_NBYTES: Final = 512 << 10  # copied on the loop at once: 0.1 ms
-MOST_S: Final = 30.0  # that one Fetch may take, however slowly the other side reads
-RETRY_S: Final = 0.1
+MOST_S: Final = 30.0  # that one request may take, however slowly the other side reads
+HELLO_S: Final = 5.0  # in which a caller must have said who it is
+GRACE_S: Final = 0.25  # longer than asked for, so that who asked is the one to give up
+IDLE_S: Final = 600.0  # after which one that asks nothing is hung up on
+MAX_CALLERS: Final = 512  # connections; a process has 1024 descriptors by default
+MAX_OF_HOST: Final = 128  # of these
+MAX_STRANGERS: Final = 64  # of these that have not said yet who they are
+PAUSE_S: Final = 1.0  # where the process has no descriptor left
+MAX_PINNED: Final = 256 << 20  # bytes of blocks that one request has pinned at a time
+SENT_AT_ONCE: Final = 1 << 20  # bytes of small blocks that go out in one call
+BACKLOG: Final = 64
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+
+
+class _Block(NamedTuple):
+    """A block as it is to be sent."""
+
+    key: BlockKey
+    place: memoryview
+    fidelity: Fidelity
 
 
 class Lender:
-    """Serves `Node.Fetch`. Lives on the daemon's loop.
+    """Serves other nodes' daemons. Lives on the daemon's loop.
 
     Args:
-        config: How many at once; None: nobody gets anything.
+        config: How many at once, and where; None: nobody gets anything.
+        node: Our name, which callers are told.
         layouts: What the daemon has, by layout.
+        access: Who may call.
+        hear: Acts on what engines have told up to now: what they have saved is there.
     """
 
-    def __init__(self, config: PeersConfig | None, layouts: Mapping[str, TierManager]) -> None:
+    def __init__(
+        self, config: PeersConfig | None, node: str, layouts: Mapping[str, TierManager],
+        access: Access, hear: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._hear = hear
         self._most = config.lends if config else 0
+        self._node = node
         self._layouts = layouts
+        self._access = access
         self._clients = count(-2, -1)  # of the ledgers; engines' numbers begin at 1
         self._serving = 0
+        self._strangers = 0
+        self._hosts: Counter[str] = Counter()
+        self._callers: dict[asyncio.Task[None], Caller] = {}
+        self._accepting: asyncio.Task[None] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self.address = ""  # while it serves
 
     @property
     def lends(self) -> bool:
         """Whether anybody gets anything."""
-        return self._most > 0
+        return bool(self.address) and self._most > 0
 
-    async def fetch(
-        self, request: node_pb2.FetchRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        """Write the blocks that are held to `context`, each in parts, as they come to memory."""
-        if not self.lends:
-            metrics.LENDS_REFUSED.labels("off").inc()
-            status = grpc.StatusCode.FAILED_PRECONDITION
-            await context.abort(status, "this node lends no blocks; see [peers] of its settings")
+    async def start(self, listen: str) -> None:
+        """Listen at host:port and serve, where anybody is to get anything.
+
+        Raises:
+            ConfigError: The address is taken or not this machine's.
+        """
+        if not self._most:
+            return
+        listener = bind_tcp(listen, "peers.listen")
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        host, _, _ = listen.rpartition(":")
+        self.address = f"{host}:{listener.getsockname()[1]}"
+        self._access.warn_if_open("peers.listen", self.address)
+        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="lend")
+        self._accepting = asyncio.create_task(self._accept(listener))
+
+    async def close(self) -> None:
+        """Serve nobody any more, and wait until no slot is read for anybody."""
+        self._most, self.address = 0, ""
+        tasks = [*self._callers, *([self._accepting] if self._accepting else [])]
+        for each in tasks:
+            each.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    # --- callers --------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    sock, where = await loop.sock_accept(listener)
+                except OSError as error:
+                    log.warning("peers.listen: %s", error)
+                    await asyncio.sleep(PAUSE_S)
+                    continue
+                self._admit(sock, where[0])
+
+    def _admit(self, sock: socket.socket, host: str) -> None:
+        full = len(self._callers) >= MAX_CALLERS or self._hosts[host] >= MAX_OF_HOST
+        if full or self._strangers >= MAX_STRANGERS:
+            metrics.LENDS_REFUSED.labels("connections").inc()
+            sock.close()
+            return
+        caller = Caller(sock, host)
+        self._hosts[host] += 1
+        self._strangers += 1
+        task = asyncio.create_task(self._meet(caller))
+        self._callers[task] = caller
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        caller = self._callers.pop(task)
+        self._strangers -= not caller.known
+        self._hosts[caller.host] -= 1
+        if not self._hosts[caller.host]:
+            del self._hosts[caller.host]
+        caller.close()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("lending to %s: a bug of ours", caller.host, exc_info=error)
+
+    async def _meet(self, caller: Caller) -> None:
+        """One connection, to its end."""
         try:
-            keys = _checked(request)
-        except (InvalidRequest, RemoteProtocolError) as error:
-            await refuse(context, InvalidRequest(str(error)))
+            async with asyncio.timeout(HELLO_S):
+                await self._greet(caller)
+            while request := await self._next(caller):
+                await self._serve(caller, lending.parse_wanted(request))
+        except (RemoteProtocolError, Unauthenticated) as error:
+            metrics.LENDS_REFUSED.labels(
+                "token" if isinstance(error, Unauthenticated) else "protocol"
+            ).inc()
+            log.warning("another node at %s refused: %s", caller.host, error)
+            refusal = (
+                lending.pack_end(Kind.REFUSED, str(error))
+                if caller.known
+                else local.encode(False, str(error)[: lending.MAX_TEXT])
+            )
+            with contextlib.suppress(OSError):
+                caller.say(refusal)
+        except (OSError, TimeoutError) as error:
+            log.info("another node at %s: %s", caller.host, error or type(error).__name__)
+
+    async def _greet(self, caller: Caller) -> None:
+        if (contexts := self._access.contexts) is not None:
+            await caller.shake_hands(contexts.serving())
+        prepare(caller.socket)
+        caller.decoder.limit = lending.MAX_HELLO
+        hello = await caller.message()
+        if hello is None:
+            raise ConnectionResetError("hung up before its hello")
+        self._access.check_token(lending.parse_hello(hello))
+        caller.decoder.limit = local.MAX_MESSAGE
+        caller.known = True
+        self._strangers -= 1
+        caller.say(local.encode(True, lending.VERSION, self._node))
+
+    @staticmethod
+    async def _next(caller: Caller) -> list[local.Value] | None:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                return await caller.message()
+        except TimeoutError:
+            return None
+
+    # --- blocks ---------------------------------------------------------------------------
+
+    async def _serve(self, caller: Caller, wanted: Wanted) -> None:
         if self._serving >= self._most:
             metrics.LENDS_REFUSED.labels("busy").inc()
             text = f"{self._most} other nodes are being served, the limit peers.lends"
-            await refuse(context, Overloaded(text, RETRY_S))
-        manager = self._layouts.get(request.layout)
-        if manager is None:
+            caller.say(lending.pack_end(Kind.BUSY, text))
+            return
+        self._hear()
+        manager = self._layouts.get(wanted.layout)
+        held = wanted.first
+        if manager is not None:
+            held += _owned(manager, wanted.keys[wanted.first :])
+        if manager is None or held == wanted.first:
+            caller.say(lending.pack_end())
             return
         self._serving += 1
-        left_s = min(MOST_S, context.time_remaining() or MOST_S)
         try:
-            async with asyncio.timeout(left_s):
-                await self._lend(manager, keys, request.first, left_s, context)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "not read in time")
+            deadline = time.monotonic() + min(MOST_S, wanted.wait_s)
+            # Whoever asked is gone by then; what was loaded in time may still be sent.
+            async with asyncio.timeout(deadline - time.monotonic() + GRACE_S):
+                await self._lend(
+                    caller, manager, wanted._replace(keys=wanted.keys[:held]), deadline
+                )
         finally:
             self._serving -= 1
 
-    def close(self) -> None:
-        """Serve nobody any more; those being served are ended by their server."""
-        self._most = 0
-
     async def _lend(
-        self, manager: TierManager, keys: list[BlockKey], first: int, left_s: float,
-        context: grpc.aio.ServicerContext,
-    ) -> None:  # fmt: skip
-        held = first + _owned(manager, keys[first:])
-        if held == first:
-            return
-        client, sent = next(self._clients), 0
-        reading = Reading(client, keys[:held], first, 1, left_s)
+        self, caller: Caller, manager: TierManager, wanted: Wanted, deadline: float
+    ) -> None:
+        """Send keys[first:], which are held, some of them at a time; then the end."""
+        at, end = wanted.first, len(wanted.keys)
+        step = max(1, MAX_PINNED // manager.layout.nbytes)
+        while at < end:
+            keys = wanted.keys[: min(at + step, end)]
+            sent, said = await self._lend_some(
+                caller, manager, keys, at, deadline, len(keys) == end
+            )
+            if said:
+                return
+            at += sent
+            if at < len(keys):
+                break
+        await self._in_thread(caller, Stream.send, [lending.pack_end()], deadline + GRACE_S)
+
+    async def _lend_some(
+        self, caller: Caller, manager: TierManager, keys: list[BlockKey], first: int,
+        deadline: float, last: bool,
+    ) -> tuple[int, bool]:  # fmt: skip
+        """Pin keys[first:] and send them as they come to memory.
+
+        How many there were; and whether the end was said, which it is with the last of them where
+        these are the `last`: it costs no way of its own then.
+        """
+        client, sent, end = next(self._clients), 0, b""
+        reading = Reading(client, keys, first, 1, max(0.0, deadline - time.monotonic()))
         lease: Lease | None = None
         try:
             lease = await _now(manager.read(reading))
-            while sent < lease.arrived():
-                for at in range(sent, lease.arrived()):
-                    await self._send(manager, lease, at, context)
-                    sent += 1
+            while sent < (here := lease.arrived()):
+                blocks = [
+                    _Block(key, manager.arena.slot(lease.slots[n]), manager.lineage.of(key))
+                    for n, key in enumerate(lease.keys[sent:here], sent)
+                ]
+                end = lending.pack_end() if last and here == len(lease.keys) else b""
+                until = deadline + GRACE_S
+                await self._in_thread(caller, _send, manager.layout, blocks, end, until)
+                sent = here
                 if sent < len(lease.keys):
                     lease = await _now(manager.more(lease.id, sent))
         finally:
@@ -103,36 +279,36 @@ class Lender:
                 manager.release(lease.id)
             else:
                 manager.disconnect(client)
+        return sent, bool(end)
 
-    @staticmethod
-    async def _send(
-        manager: TierManager, lease: Lease, at: int, context: grpc.aio.ServicerContext
-    ) -> None:
-        """One block of the lease as a frame."""
-        key, block = lease.keys[at], manager.arena.slot(lease.slots[at])
-        made = key, block, manager.layout, RAW, manager.lineage.of(key)
-        if block.nbytes > PART_NBYTES:  # its checksum takes a while
-            header, payload = await asyncio.to_thread(frame.encode, *made)
-        else:
-            header, payload = frame.encode(*made)
-        for start in range(0, block.nbytes, PART_NBYTES):
-            part = bytes(payload[start : start + PART_NBYTES])
-            message = node_pb2.FetchPart(header=b"" if start else bytes(header), payload=part)
-            await context.write(message)
+    async def _in_thread(
+        self, caller: Caller, work: Callable[Concatenate[Stream, P], None], *args: P.args,
+        **more: P.kwargs,
+    ) -> None:  # fmt: skip
+        """Have a thread do `work`: it reads from slots, so nothing ends before it has."""
+        assert self._pool is not None, "before start"
+        run = partial(work, Stream(caller.socket), *args, **more)
+        await to_its_end(asyncio.get_running_loop().run_in_executor(self._pool, run), caller.cut)
+        caller.socket.setblocking(False)
 
 
-def _checked(request: node_pb2.FetchRequest) -> list[BlockKey]:
-    """The path up to the last block that is wanted.
-
-    Raises:
-        InvalidRequest, RemoteProtocolError: A field is out of its limits.
-    """
-    keys = local.unpack_keys(request.keys)
-    if request.first > len(keys):
-        raise InvalidRequest(f"first is {request.first}, there are {len(keys)} keys")
-    if not 1 <= request.blocks <= MAX_BLOCKS:
-        raise InvalidRequest(f"blocks is {request.blocks}, must be 1 to {MAX_BLOCKS}")
-    return keys[: request.first + request.blocks]
+def _send(
+    stream: Stream, layout: BlockLayout, blocks: Sequence[_Block], end: bytes, deadline: float
+) -> None:
+    """Send the blocks, and then `end`; small ones several at a time."""
+    buffers: list[Buffer] = []
+    nbytes = 0
+    for key, place, fidelity in blocks:
+        header, payload = frame.encode(key, place, layout, RAW, fidelity)
+        buffers += [lending.pack_block(header, place.nbytes), payload]
+        nbytes += place.nbytes
+        if nbytes >= SENT_AT_ONCE:
+            stream.send(buffers, deadline)
+            buffers, nbytes = [], 0
+    if end:
+        buffers.append(end)
+    if buffers:
+        stream.send(buffers, deadline)
 
 
 def _owned(manager: TierManager, keys: list[BlockKey]) -> int:

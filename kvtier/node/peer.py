@@ -1,24 +1,30 @@
-"""One other node's daemon: blocks of it, by gRPC, straight into slots of our arena. Blocks."""
+"""One other node's daemon: blocks of it, by TCP, straight into slots of our arena. Blocks."""
 
+import socket
+import ssl
+import struct
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-import grpc
-
 from kvtier import metrics
 from kvtier.codec import frame
+from kvtier.config import parse_address
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.fidelity import Fidelity
-from kvtier.errors import CorruptFrame, RemoteProtocolError
+from kvtier.errors import ConfigError, CorruptFrame, RemoteProtocolError
+from kvtier.node.stream import Stream, prepare
+from kvtier.wire import lending, local
 from kvtier.wire.access import Access
-from kvtier.wire.pb import node_pb2, node_pb2_grpc
+from kvtier.wire.lending import Kind, Wanted
 
-MAX_BLOCKS: Final = 256  # of one Fetch
 LABEL: Final = "peer"  # in metrics, beside the tiers'
-_OPTIONS: Final = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 2 << 20))
+CONNECT_S: Final = 3.0  # at most, for a connection with its handshake
+KEPT_S: Final = 120.0  # that an idle connection is; less than the other side waits
+_LENGTH: Final = struct.Struct("<I")
 
 
 class Result(StrEnum):
@@ -31,6 +37,7 @@ class Result(StrEnum):
     BUSY = "busy"  # the peer serves, or we pull, as many as may be
     LEFT_ALONE = "left_alone"  # it failed too often a moment ago
     UNKNOWN = "unknown"  # no such peer
+    JOINED = "joined"  # another request's pull had it under way
 
 
 class Order(NamedTuple):
@@ -60,141 +67,190 @@ class _Inexact(Exception):
     """A block that is not exact has come, and no lossy codec is set here."""
 
 
+class _Busy(Exception):
+    """The peer serves as many as it may."""
+
+
 class Peer:
-    """The daemon at one address. Any thread may call any method."""
+    """The daemon of `node` at one address. Any thread may call any method.
+
+    Connections are kept, as many as there were fetches at once.
+    """
 
     def __init__(self, node: str, address: str, access: Access) -> None:
         self.node = node
-        self._address = address
+        self.address = address
         self._access = access
         self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None  # for the next call
-        self._calls: dict[grpc.Channel, int] = {}  # under way, by what they go through
+        self._idle: list[tuple[float, Stream]] = []  # since when, the oldest first
+        self._used: set[Stream] = set()
         self._closed = False
 
     def fetch(self, order: Order, timeout_s: float) -> Fetched:
         """Ask for the blocks and wait for them, at most `timeout_s`. Raises nothing."""
-        channel = self._take() if timeout_s > 0 else None
-        if channel is None:
-            return Fetched(result=Result.LATE)
-        fetched = Fetched()
+        fetched, deadline = Fetched(), time.monotonic() + timeout_s
+        if timeout_s <= 0 or self._closed:
+            fetched.result = Result.LATE
+            return fetched
         try:
-            self._ask(channel, order, timeout_s, fetched)
-        finally:
-            self._give(channel)
-        return fetched
-
-    def close(self) -> None:
-        """Cut off the calls under way, and make no other."""
-        with self._lock:
-            self._closed = True
-            unused = {self._channel: 0} if self._channel is not None else {}
-            for channel in {**unused, **self._calls}:
-                channel.close()
-
-    def _ask(self, channel: grpc.Channel, order: Order, timeout_s: float, fetched: Fetched) -> None:
-        request = node_pb2.FetchRequest(
-            layout=order.layout.id, keys=b"".join(order.keys), first=order.first,
-            blocks=len(order.places),
-        )  # fmt: skip
-        frames = Frames(order, fetched.fidelities)
-        try:
-            call = node_pb2_grpc.NodeStub(channel).Fetch(request, timeout=timeout_s)
-            try:
-                for part in call:
-                    frames.take(part)
-            finally:
-                call.cancel()
-            frames.end()
+            self._fetch(order, deadline, fetched)
             if len(fetched.fidelities) == len(order.places):
                 fetched.result = Result.OK
         except _Inexact:
             metrics.INEXACT_FRAMES.labels(LABEL).inc()
-        except grpc.RpcError as error:
-            self._judge(error, fetched, channel)
-        except ValueError:  # the channel was closed just before
-            fetched.result = Result.LATE
+        except _Busy as error:
+            fetched.result, fetched.why = Result.BUSY, str(error)
+        except TimeoutError as error:
+            late = self._closed or fetched.fidelities
+            fetched.result, fetched.why = Result.LATE if late else Result.FAILED, str(error)
+        except (OSError, ConfigError) as error:  # SSLError is one
+            fetched.result = Result.LATE if self._closed else Result.FAILED
+            fetched.why = self._explain(error)
         except (CorruptFrame, RemoteProtocolError) as error:
             metrics.CORRUPT_FRAMES.labels(LABEL).inc()
             fetched.result, fetched.why = Result.FAILED, str(error)
+        return fetched
 
-    def _judge(self, error: grpc.RpcError, fetched: Fetched, channel: grpc.Channel) -> None:
-        code = error.code()
-        fetched.why = f"{code.name}: {error.details()}"
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            fetched.result = Result.BUSY
-        elif code is grpc.StatusCode.CANCELLED or (
-            code is grpc.StatusCode.DEADLINE_EXCEEDED and fetched.fidelities
-        ):
-            fetched.result = Result.LATE
-        else:
-            fetched.result = Result.FAILED
-            with self._lock:  # the next one has a new connection, with the certificates of then
-                if self._channel is channel:
-                    self._channel = None
-
-    def _take(self) -> grpc.Channel | None:
-        """What a call goes through; None: there is no more calling."""
+    def close(self) -> None:
+        """Cut off the fetches under way, and make no other."""
         with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for stream in self._used:
+                stream.cut()
+        for _, stream in idle:
+            stream.close()
+
+    def tidy(self) -> None:
+        """Hang up on what has been idle for KEPT_S; meant to be called now and then."""
+        before = time.monotonic() - KEPT_S
+        with self._lock:
+            old = [each for each in self._idle if each[0] < before]
+            del self._idle[: len(old)]
+        for _, stream in old:
+            stream.close()
+
+    def _fetch(self, order: Order, deadline: float, fetched: Fetched) -> None:
+        stream, well = self._take() or self._connect(deadline), False
+        try:
+            keys, wait_s = list(order.keys), deadline - time.monotonic()
+            wanted = Wanted(order.layout.id, keys, order.first, len(order.places), wait_s)
+            stream.send([wanted.encode()], deadline)
+            try:
+                _receive(stream, order, deadline, fetched.fidelities)
+            except _Busy:
+                well = True
+                raise
+            well = True
+        finally:
+            self._give(stream, well)
+
+    def _take(self) -> Stream | None:
+        """A connection that is left from an earlier fetch."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                _, stream = self._idle.pop()
+                self._used.add(stream)
+            if stream.in_step():
+                return stream
+            self._give(stream, well=False)
+
+    def _give(self, stream: Stream, well: bool) -> None:
+        with self._lock:
+            self._used.discard(stream)
+            if well and not self._closed:
+                self._idle.append((time.monotonic(), stream))
+                return
+        stream.close()
+
+    def _connect(self, deadline: float) -> Stream:
+        """A new connection, on which we have said who we are."""
+        host, port = parse_address(self.address, "address")
+        deadline = min(deadline, time.monotonic() + CONNECT_S)
+        left_s = max(deadline - time.monotonic(), 0.001)
+        plain = socket.create_connection((host.strip("[]"), port), timeout=left_s)
+        try:
+            prepare(plain)
+            sock = self._wrapped(plain, host, deadline)
+        except BaseException:
+            plain.close()
+            raise
+        stream = Stream(sock)
+        with self._lock:
+            self._used.add(stream)
             if self._closed:
-                return None
-            if self._channel is None:
-                self._channel = self._access.blocking_channel(self._address, _OPTIONS)
-            self._calls[self._channel] = self._calls.get(self._channel, 0) + 1
-            return self._channel
+                stream.cut()
+        try:
+            stream.send([local.encode(lending.VERSION, self._access.token)], deadline)
+            node = lending.parse_welcome(_message(stream, deadline))
+            if node != self.node:
+                raise RemoteProtocolError(f"{self.address} is node {node}")
+        except BaseException as error:
+            self._give(stream, well=False)
+            if isinstance(error, RemoteProtocolError):  # no frame was damaged
+                raise ConnectionError(str(error)) from None
+            raise
+        return stream
 
-    def _give(self, channel: grpc.Channel) -> None:
-        """A call is over; hang up after the last one, where the next ones go another way."""
-        with self._lock:
-            self._calls[channel] -= 1
-            if not self._calls[channel]:
-                del self._calls[channel]
-                if channel is not self._channel:
-                    channel.close()
+    def _wrapped(self, plain: socket.socket, host: str, deadline: float) -> socket.socket:
+        contexts = self._access.contexts
+        if contexts is None:
+            return plain
+        plain.settimeout(max(deadline - time.monotonic(), 0.001))
+        return contexts.asking().wrap_socket(plain, server_hostname=contexts.name_of(host))
+
+    def _explain(self, error: Exception) -> str:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"the certificate of {self.address} is not accepted: {error.verify_message}"
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return f"{self.address}: {said or type(error).__name__}"
 
 
-class Frames:
-    """Puts the parts of frames together, each block in its own place; `whole` grows with them."""
+def _message(stream: Stream, deadline: float) -> list[local.Value]:
+    """One message of the other side's."""
+    prefix = bytearray(_LENGTH.size)
+    stream.receive(prefix, deadline)
+    (length,) = _LENGTH.unpack(prefix)
+    if length > lending.MAX_HELLO:
+        raise RemoteProtocolError(f"message of {length} bytes, limit {lending.MAX_HELLO}")
+    body = bytearray(length)
+    stream.receive(body, deadline)
+    (message,) = local.Decoder(lending.MAX_HELLO).feed(bytes(prefix + body))
+    return message
 
-    def __init__(self, order: Order, whole: list[Fidelity]) -> None:
-        self._order = order
-        self._whole = whole
-        self._header = b""  # of the frame that is under way
-        self._filled = 0
 
-    def take(self, part: node_pb2.FetchPart) -> None:
-        """The next part.
+def _receive(stream: Stream, order: Order, deadline: float, whole: list[Fidelity]) -> None:
+    """The answer to a request, each block into its place; `whole` grows with them.
 
-        Raises:
-            CorruptFrame: It completes a frame that fails a check; nothing of it counts.
-            RemoteProtocolError: It cannot be the next one.
-            _Inexact: It completes a block that may not be used here.
-        """
-        order, at = self._order, len(self._whole)
+    Raises:
+        CorruptFrame: A frame fails a check; nothing of it counts.
+        RemoteProtocolError: What came cannot be right.
+        _Inexact: A block came that may not be used here.
+        _Busy: None came for now.
+    """
+    data = bytearray(lending.HEAD_NBYTES)
+    while True:
+        stream.receive(data, deadline)
+        head, at = lending.parse_head(data), len(whole)
+        if head.kind is not Kind.BLOCK:
+            text = bytearray(head.nbytes)
+            stream.receive(text, deadline)
+            said = text.decode(errors="replace")
+            if head.kind is Kind.BUSY:
+                raise _Busy(said)
+            if head.kind is Kind.REFUSED:
+                raise ConnectionRefusedError(said)
+            return
         if at == len(order.places):
             raise RemoteProtocolError(f"more than the {at} blocks that were asked for")
-        if bool(part.header) is bool(self._header):
-            raise RemoteProtocolError(f"block {at}: a part out of its order")
-        self._header = self._header or part.header
-        place, payload = order.places[at], part.payload
-        end = self._filled + len(payload)
-        if not payload or end > len(place):
-            raise RemoteProtocolError(f"block {at}: {end} bytes, it has {len(place)}")
-        place[self._filled : end] = payload
-        self._filled = end
-        if end == len(place):
-            key = order.keys[order.first + at]
-            info = frame.decode_in_place(key, self._header, place, order.layout)
-            if info.fidelity and not order.lossy:
-                raise _Inexact
-            self._whole.append(info.fidelity)
-            self._header, self._filled = b"", 0
-
-    def end(self) -> None:
-        """No part comes any more.
-
-        Raises:
-            RemoteProtocolError: In the middle of a frame.
-        """
-        if self._header:
-            raise RemoteProtocolError(f"block {len(self._whole)}: its end is missing")
+        place = order.places[at]
+        if head.nbytes != place.nbytes:
+            raise RemoteProtocolError(f"block {at} has {head.nbytes} bytes, not {place.nbytes}")
+        stream.receive(place, deadline)
+        key = order.keys[order.first + at]
+        info = frame.decode_in_place(key, head.header, place, order.layout)
+        if info.fidelity and not order.lossy:
+            raise _Inexact
+        whole.append(info.fidelity)

@@ -25,6 +25,7 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 
 _ON_WIRE: Final = tuple(TO_WIRE[tier] for tier in Tier)
 
+_LAST: Final = ", and its session went there last"
 _LENDER: Final = "lender of "  # an address has no spaces
 
 Tie = Callable[[], float]
@@ -83,9 +84,9 @@ class Ranked:
     hinted: bool = False  # first because its session went there last
 
     @property
-    def warm_tokens(self) -> int:
-        """Leading prompt tokens that are not computed there."""
-        return self.choice.used * self.info.block_tokens
+    def there_tokens(self) -> int:
+        """Leading prompt tokens that are not computed there: restored, or pulled to its node."""
+        return (self.choice.used + self.choice.pull_blocks) * self.info.block_tokens
 
     def proto(self) -> router_pb2.Choice:
         """The candidate as callers see it."""
@@ -99,7 +100,7 @@ class Ranked:
             worker_id=self.info.worker_id, node=self.link.node, address=self.link.address,
             warm=warm, seconds=choice.seconds, wait_s=choice.wait_s, load_s=choice.load_s,
             prefill_s=choice.prefill_s, draining=self.draining, hinted=self.hinted,
-            why=score.why(choice) + (", and its session went there last" if self.hinted else ""),
+            why=score.why(choice, self.source) + (_LAST if self.hinted else ""),
             source=self.source, source_tokens=self.source_blocks * self.info.block_tokens,
         )  # fmt: skip
 
@@ -115,12 +116,11 @@ class Ranked:
             )
             for each in choice.loads(nbytes)
         ]  # fmt: skip
-        there = (choice.used + choice.pull_blocks) * self.info.block_tokens
         told.terms.CopyFrom(
             router_pb2.Terms(
                 loads=loads, waiting_tokens=choice.waiting_tokens, decoding=choice.decoding,
                 drag=rates.decode_drag, prefill_tokens_per_s=rates.prefill_tokens_per_s,
-                computed_tokens=max(1, choice.prompt_tokens - there),
+                computed_tokens=max(1, choice.prompt_tokens - self.there_tokens),
                 doubles_at=rates.doubles_at, behind=behind,
             )
         )  # fmt: skip
@@ -217,7 +217,7 @@ class Placement:
             self._sessions.place(prompt.conversation, address, now)
         self._speculation.add(address, prompt.keys(to.info, to.root), now)
         expires = None if followed else now + SPECULATIVE_S
-        tokens = as_first(to.warm_tokens, len(prompt.ids), to.choice.rates.doubles_at)
+        tokens = as_first(to.there_tokens, len(prompt.ids), to.choice.rates.doubles_at)
         sent = self._load.send(address, round(tokens), expires)
         sent.teach = lambda sample: self._learned.observe(address, sample, self._clock())
         return sent

@@ -1,4 +1,4 @@
-"""Who may connect, and how this process shows who it is: TLS and bearer tokens for gRPC.
+"""Who may connect, and how this process shows who it is: TLS and bearer tokens.
 
 Certificates and tokens come from the files that `[tls]` and `[auth]` name, and are read anew when
 these change. Health checks need no token: Kubernetes has none to show.
@@ -24,6 +24,7 @@ from kvtier.config import (
     parse_address,
 )
 from kvtier.errors import ConfigError, Unauthenticated
+from kvtier.wire.contexts import Contexts
 from kvtier.wire.handshake import diagnose, speaks_tls
 
 HEADER: Final = "authorization"
@@ -61,6 +62,7 @@ class Access:
                     Watched(tls.cert_file, "tls.cert_file"), Watched(tls.key_file, "tls.key_file")
                 )  # fmt: skip
             self._ca = Watched(tls.ca_file, "tls.ca_file") if tls.ca_file else None
+        self.contexts = Contexts(config.tls) if config.tls else None  # for sockets without gRPC
 
     # --- to serve -----------------------------------------------------------------------
 
@@ -81,7 +83,20 @@ class Access:
         if scheme.lower() != SCHEME or not token:
             metrics.UNAUTHENTICATED.labels("missing").inc()
             raise Unauthenticated("no bearer token in the header 'authorization'")
-        if not self.tokens.accepts(token.strip()):
+        self.check_token(token.strip())
+
+    def check_token(self, token: str) -> None:
+        """Let pass whoever shows one of our tokens, and everybody where there are none.
+
+        Raises:
+            Unauthenticated: It is empty, or a wrong one; counted.
+        """
+        if self.tokens is None:
+            return
+        if not token:
+            metrics.UNAUTHENTICATED.labels("missing").inc()
+            raise Unauthenticated("no bearer token")
+        if not self.tokens.accepts(token):
             metrics.UNAUTHENTICATED.labels("wrong").inc()
             raise Unauthenticated("the bearer token is none that is accepted here")
 
@@ -173,6 +188,11 @@ class Access:
             log.warning("%s: %s has no %s; see docs/security.md", name, address, lack)
 
     # --- to connect ---------------------------------------------------------------------
+
+    @property
+    def token(self) -> str:
+        """What we show to others; empty where there is no `[auth]`."""
+        return self.tokens.first() if self.tokens else ""
 
     @property
     def secure(self) -> bool:

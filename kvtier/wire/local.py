@@ -87,10 +87,11 @@ def encode(*values: Value) -> bytes:
 
 
 class Decoder:
-    """Cuts a stream of bytes into messages."""
+    """Cuts a stream of bytes into messages of at most `limit` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self._buffer = bytearray()
+        self.limit = limit
 
     def feed(self, data: bytes | memoryview) -> list[list[Value]]:
         """The messages that `data` completes.
@@ -102,8 +103,8 @@ class Decoder:
         messages: list[list[Value]] = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > MAX_MESSAGE:
-                raise RemoteProtocolError(f"message of {length} bytes, limit {MAX_MESSAGE}")
+            if length > self.limit:
+                raise RemoteProtocolError(f"message of {length} bytes, limit {self.limit}")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 break

@@ -86,20 +86,31 @@ class Server:
 
     def _probe(self) -> None:
         """Bind as gRPC will; it would write lines of its own about a failure, with no reason."""
-        host = self._host.strip("[]")
-        if host == "::":
-            return  # gRPC takes all of IPv4 where there is no IPv6
+        if self._host.strip("[]") != "::":  # gRPC takes all of IPv4 where there is no IPv6
+            bind_tcp(self.address, self._name).close()
+
+
+def bind_tcp(listen: str, name: str) -> socket.socket:
+    """A TCP socket that is bound to the address `listen`, which the setting `name` gives.
+
+    Raises:
+        ConfigError: It is taken or not this machine's.
+    """
+    host, port = parse_address(listen, name)
+    try:
+        family, kind, _, _, at = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind)
         try:
-            family, kind, _, _, at = socket.getaddrinfo(
-                host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(at)
-        except OSError as error:
-            raise ConfigError(
-                f"{self._name}: cannot listen on {self.address}: {error.strerror}"
-            ) from None
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(at)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot listen on {listen}: {error.strerror}") from None
+    return sock
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:

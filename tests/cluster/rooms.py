@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import ray
 
+from kvtier.cluster.agent import Started
 from kvtier.config import Config
 from kvtier.wire.pb import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 
@@ -19,7 +20,7 @@ def disk_folder(config: Config) -> Path:
     return folder
 
 
-async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio.Event) -> None:
+async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> None:
     """A node's gRPC side that leaves a file for what was done to it, in its disk folder."""
     folder = disk_folder(config)
 
@@ -35,7 +36,7 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     await server.start()
     where = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     (folder / "placed").write_text(f"{os.getpid()} {where}")
-    started(f"{host}:{port}")
+    started(f"{host}:{port}", lends=f"{config.node.name}.invalid:{port}")
     await stop.wait()
     await server.stop(1)
     (folder / "stopped").write_text(config.node.name)

@@ -1,5 +1,6 @@
 """The agent as a plain object: in this process while it behaves, in its own where it must die."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -8,7 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from kvtier.cluster.agent import Agent, Report
-from kvtier.config import Config, DiskConfig, NodeConfig
+from kvtier.config import (
+    Config,
+    DiskConfig,
+    NodeConfig,
+    PeerConfig,
+    PeersConfig,
+    parse_peers,
+)
 
 ROOMS = "tests.cluster.rooms"
 
@@ -31,6 +39,7 @@ def test_a_room_runs_until_it_is_asked_to_stop(tmp_path):
     report = until(agent, lambda r: bool(r.address))
     assert report.address.startswith("127.0.0.1:")
     assert not report.address.endswith(":0")
+    assert report.lends == f"alpha.invalid:{report.address.rpartition(':')[2]}"
     assert report.digest == "digest"
     assert report.answering
     assert not report.stopped
@@ -39,8 +48,21 @@ def test_a_room_runs_until_it_is_asked_to_stop(tmp_path):
     after = agent.report()
     assert after.stopped
     assert not after.address
+    assert not after.lends
     assert not after.failure
     assert agent.stop(0), "stopping twice is stopping"
+
+
+def test_who_lends_is_written_down_where_the_settings_say(tmp_path):
+    members = (PeerConfig(node="b", address="h:1"),)
+    config = Config(node=NodeConfig(name="alpha", listen="127.0.0.1:0"),
+                    disk=DiskConfig(path=str(tmp_path)))  # fmt: skip
+    for file, written in (("", True), ("peers", True), ("nowhere/peers", False)):
+        peers = PeersConfig(file=file and str(tmp_path / file))
+        agent = Agent(f"{ROOMS}:serve", dataclasses.replace(config, peers=peers), "digest")
+        assert agent.peers(members) is written
+        assert agent.stop(30)
+    assert parse_peers((tmp_path / "peers").read_bytes(), "") == members
 
 
 def in_a_process(room: str, then: str = "threading.Event().wait()") -> subprocess.CompletedProcess:

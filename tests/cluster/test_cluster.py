@@ -1,5 +1,6 @@
 """The control plane on a real Ray cluster of two nodes, with routers that only keep notes."""
 
+import json
 import os
 import signal
 import time
@@ -89,6 +90,18 @@ class Running:
         except (ValueError, ray.exceptions.RayError):
             return False
 
+    def peers(self, node: str) -> dict[str, str]:
+        """Where other nodes lend blocks, as a node's daemon can read it."""
+        return {e["node"]: e["address"] for e in json.loads(self.peers_file(node).read_text())}
+
+    def peers_file(self, node: str) -> Path:
+        return self.folder / f"{node}.sock.peers"
+
+    def lends(self, *nodes: str) -> dict[str, str]:
+        """Where they do: our rooms say the same port as of gRPC."""
+        ports = {n: self.agent("node", n)["address"].rpartition(":")[2] for n in nodes}
+        return {node: f"{node}.invalid:{port}" for node, port in ports.items()}
+
     def node(self, name: str) -> dict:
         (row,) = (n for n in self.status()["nodes"] if n["name"] == name)
         return row
@@ -130,6 +143,8 @@ def test_every_node_has_one_agent_of_each_kind_and_routers_know(running):
     assert members["a"].daemon_address == running.agent("node", "a")["address"]
     assert members["b"].worker_address == f"b.invalid:{os.cpu_count()}"
     assert any("settled" in line for line in running.said)
+    for node in "ab":
+        assert running.peers(node) == running.lends("a", "b")
 
 
 def test_up_again_changes_nothing(running):
@@ -152,6 +167,8 @@ def test_a_killed_agent_comes_back_and_the_routers_learn_its_new_address(running
     assert after["address"] != before["address"]
     assert running.agent("node", "a") == other
     assert running.notes.nodes()["b"].daemon_address == after["address"]
+    for node in "ab":
+        until(lambda node=node: running.peers(node) == running.lends("a", "b"), "daemons, too")
 
 
 def test_a_router_that_restarts_is_told_again(running):
@@ -234,6 +251,7 @@ def test_a_node_that_is_gone_is_no_member_and_its_agents_are_forgotten(running):
     until(lambda: set(running.notes.nodes()) == {"a"}, "routers know")
     until(lambda: gone not in {node for _, node in control.agents()}, "its agents are gone")
     until(running.settled, "the rest is well")
+    until(lambda: running.peers("a") == running.lends("a"), "its daemon is asked no more")
 
 
 def test_down_leaves_no_actor_and_no_process_of_ours(running):

@@ -1,13 +1,17 @@
 """`kvtier cluster up --local`: real node daemons on two Ray nodes that live as long as we wait."""
 
+from contextlib import ExitStack, closing
+
 import grpc
 import pytest
 
 from kvtier.cluster import launch, local
 from kvtier.cluster.settings import ClusterSettings
 from kvtier.config import from_dict
+from kvtier.engine.client import TierClient
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 from tests.cluster.support import DEADLINE_S, RAY, nothing_left
+from tests.node.conftest import LAYOUT, new_keys, restore, save
 
 DAEMONS = ClusterSettings(workers=False)
 
@@ -44,6 +48,7 @@ class TestUp:
     def test_real_daemons_serve_until_the_wait_is_over(self, tmp_path):
         said: list[str] = []
         served: dict[str, str] = {}
+        pulled: list[int] = []
 
         def wait() -> None:
             address = said[0].removeprefix("Ray at ")
@@ -54,10 +59,26 @@ class TestUp:
                     stub = node_pb2_grpc.NodeStub(channel)
                     status = stub.Status(node_pb2.NodeStatusRequest(), timeout=DEADLINE_S)
                     served[row[0]] = status.node
+            with ExitStack() as stack:
+                one, two = (
+                    stack.enter_context(closing(TierClient(f"{tmp_path}/{node}.sock", LAYOUT)))
+                    for node in served
+                )
+                keys = new_keys(4)
+                assert save(one, keys) == 4
+                pulled.append(two.pull(keys, 0, "node-1", wait_s=DEADLINE_S))
+                assert len(restore(two, keys)) == 4
 
-        config = from_dict({"host": {"bytes": "8MiB"}, "disk": {"path": str(tmp_path / "disk")}})
+        config = from_dict(
+            {
+                "node": {"socket": f"{tmp_path}/{{node}}.sock"},
+                "host": {"bytes": "8MiB"},
+                "disk": {"path": str(tmp_path / "disk")},
+            }
+        )
         with nothing_left():
             code = local.up(config, nodes=2, say=said.append, wait=wait, settings=DAEMONS)
         assert code == 0, said
         assert served == {"node-1": "node-1", "node-2": "node-2"}
+        assert pulled == [4], "though nobody has set where the other one is"
         assert said[-1] == "2 agents ended"

@@ -219,7 +219,8 @@ def test_the_configuration_fits_the_pods(manifests, tmp_path):
     settings = manifests.config(tmp_path)
     worker = manifests.container("ray-worker")
     mounts = {m["mountPath"]: m["name"] for m in worker["volumeMounts"]}
-    listens = {"node": settings.node.listen, "worker": settings.worker.listen}
+    lends = config.peers_listen(settings)
+    listens = {"node": settings.node.listen, "peers": lends, "worker": settings.worker.listen}
     assert {p["name"]: p["containerPort"] for p in worker["ports"]} == {
         name: port(at) for name, at in listens.items()
     }

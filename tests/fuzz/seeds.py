@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvtier.codec import codecs, frame
 from kvtier.stores.disk.record import Header
-from kvtier.wire import local
+from kvtier.wire import lending, local
 from kvtier.wire.local import Op
 from tests.fuzz.targets import KEY, LAYOUT
 
@@ -34,6 +34,13 @@ def seeds() -> dict[str, list[bytes]]:
     record = Header(1, 2, 4032, 9, KEY, 4096, 0).pack()
     return {
         "wire": messages,
+        "lent": [
+            local.encode(lending.VERSION, "token"),
+            local.encode(True, lending.VERSION, "node") + local.encode(False, "no"),
+            lending.Wanted(LAYOUT.id, [KEY] * 3, 1, 2, 2.0).encode(),
+            lending.pack_block(frames[0][: frame.HEADER_NBYTES], LAYOUT.nbytes),
+            lending.pack_end(lending.Kind.BUSY, "busy"),
+        ],
         "frame": frames + links,
         # After the fields that the target makes itself: codec, fidelity, lies, a length, payload.
         "sealed_frame": [each[5:7] + bytes(10) + each[frame.HEADER_NBYTES :] for each in frames],

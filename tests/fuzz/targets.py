@@ -16,7 +16,7 @@ from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.errors import CorruptFrame, ProtocolError
 from kvtier.stores.disk import record
 from kvtier.stores.redis.resp import Reader
-from kvtier.wire import local
+from kvtier.wire import lending, local
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "bfloat16")  # 4 KiB
 KEY = BlockKey(bytes(range(16)))
@@ -34,6 +34,16 @@ def wire(data: bytes) -> None:
                 if isinstance(each, bytes):
                     local.unpack_keys(each)
                     local.unpack_numbers(each)
+
+
+def lent(data: bytes) -> None:
+    """What either end of the stream between nodes' daemons says, and its first message."""
+    with contextlib.suppress(ProtocolError):
+        lending.parse_head(bytearray(data[: lending.HEAD_NBYTES].ljust(lending.HEAD_NBYTES)))
+    for message in local.Decoder(lending.MAX_HELLO).feed(data):
+        for parse in (lending.parse_hello, lending.parse_welcome, lending.parse_wanted):
+            with contextlib.suppress(ProtocolError):
+                parse(message)
 
 
 def any_frame(data: bytes) -> None:
@@ -100,6 +110,7 @@ class Target:
 
 TARGETS = {
     "wire": Target(wire, 4 << 20),
+    "lent": Target(lent),
     "frame": Target(any_frame),
     "sealed_frame": Target(sealed_frame),
     "record": Target(any_record),

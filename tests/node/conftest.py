@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -47,6 +48,11 @@ def status(node: Process) -> node_pb2.NodeStatus:
         return stub.Status(node_pb2.NodeStatusRequest(), timeout=10)
 
 
+def lends_at(node: Process) -> str:
+    """Where other nodes load blocks from it."""
+    return status(node).lends_at
+
+
 def blocks(node: Process) -> dict[int, int]:
     """Blocks by tier, of the one layout."""
     return {tier.tier - 1: tier.blocks for tier in status(node).layouts[0].tiers}
@@ -54,6 +60,12 @@ def blocks(node: Process) -> dict[int, int]:
 
 def wait_for_blocks(node: Process, tier: Tier, count: int) -> None:
     wait_for(f"{count} blocks in {tier.label}", lambda: blocks(node)[tier] >= count)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

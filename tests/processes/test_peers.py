@@ -52,7 +52,7 @@ threads = 1
 
 
 def peers(**nodes: str) -> str:
-    listed = ", ".join(f'{{ node = "{node}", daemon = "{at}" }}' for node, at in nodes.items())
+    listed = ", ".join(f'{{ node = "{node}", address = "{at}" }}' for node, at in nodes.items())
     return f"[peers]\nmembers = [{listed}]\n"
 
 
@@ -69,7 +69,7 @@ class Fleet:
     def __init__(self, folder: Path, model: Path, stack: ExitStack) -> None:
         enter = stack.enter_context
         self.nodes = {"a": enter(node(folder, "a", "[peers]\n"))}
-        self.nodes["b"] = enter(node(folder, "b", peers(a=self.nodes["a"].address)))
+        self.nodes["b"] = enter(node(folder, "b", peers(a=self.nodes["a"].lends_at())))
         self.workers = {name: enter(worker(folder, name, model)) for name in "ab"}
         # So that pulling is named whatever this machine computes in a second.
         toml = '[router]\nlisten = "127.0.0.1:0"\npeer_bytes_per_s = "1000TB"\nstale_s = 60.0\n'
@@ -201,8 +201,9 @@ def test_nodes_that_only_trust_each_other_hand_blocks_on(tmp_path: Path, stack: 
     keys = Keys(tmp_path)
     mine = keys.tls("server", client_ca="ca") + keys.auth()
     a = stack.enter_context(node(tmp_path, "a", "[peers]\n" + mine))
-    stack.enter_context(node(tmp_path, "b", peers(a=a.address) + mine))
-    stack.enter_context(node(tmp_path, "c", peers(a=a.address)))  # has nothing to show
+    at = a.lends_at()
+    stack.enter_context(node(tmp_path, "b", peers(a=at) + mine))
+    stack.enter_context(node(tmp_path, "c", peers(a=at)))  # has nothing to show
     clients = {name: TierClient(f"{tmp_path}/{name}/node.sock", LAYOUT) for name in "abc"}
     try:
         wanted = new_keys(6)

@@ -50,7 +50,7 @@ async def test_the_node_that_holds_the_blocks_is_named_and_the_worker_is_told(en
     best, other = await router.explain(PROMPT)
     assert other.source == "", "it has them"
     assert best.source_tokens == len(KEYS) * 4
-    assert f"{len(KEYS) * 4:,} from" in best.why
+    assert f"{len(KEYS) * 4:,} from holder: " in best.why
     assert [each.bytes_per_s for each in best.terms.loads] == [1e12]
     call = router.stub.Generate(generate_request(PROMPT))
     async for _ in call:
@@ -58,6 +58,28 @@ async def test_the_node_that_holds_the_blocks_is_named_and_the_worker_is_told(en
     (asked,) = pair.idle.requests
     assert asked.source == "holder"
     assert not pair.holder.requests
+
+
+async def test_what_is_pulled_is_no_work_that_waits(engines, routers):
+    pair = Pair()
+    pair.lender.held = {Tier.HOST: KEYS[:-1]}
+
+    async def never(request, context):
+        await asyncio.Event().wait()
+        yield started(request)
+
+    pair.idle.script = never
+    router = await pair.routed(engines, routers, peer_bytes_per_s=10**12)
+    await until_named(router)
+    call = router.stub.Generate(generate_request(PROMPT))
+
+    async def sent() -> bool:
+        return len(pair.idle.requests) == 1
+
+    await eventually(sent, "the worker has it")
+    waits = {each.worker_id: each.terms.waiting_tokens for each in await router.explain(OTHER)}
+    assert waits["idle"] == len(PROMPT) - (len(KEYS) - 1) * 4
+    call.cancel()
 
 
 async def test_a_measured_speed_takes_the_place_of_the_usual_one(engines, routers):

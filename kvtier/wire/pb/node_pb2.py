@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvtier.wire.pb import feed_pb2 as kvtier_dot_v1_dot_feed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvtier/v1/node.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x13\n\x11NodeStatusRequest\"\xde\x01\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12(\n\x07layouts\x18\x04 \x03(\x0b\x32\x17.kvtier.v1.LayoutStatus\x12\x0f\n\x07\x63lients\x18\x05 \x01(\r\x12\x35\n\x08\x63ounters\x18\x06 \x03(\x0b\x32#.kvtier.v1.NodeStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"c\n\x0cLayoutStatus\x12\x0e\n\x06layout\x18\x01 \x01(\t\x12$\n\x05tiers\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierStatus\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\r\n\x05moves\x18\x04 \x01(\r\"\xe9\x01\n\nTierStatus\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x11\n\tavailable\x18\x05 \x01(\x08\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x14\n\x0c\x63odec_chosen\x18\x07 \x01(\x08\x12\x19\n\x11write_bytes_per_s\x18\x08 \x01(\x01\x12\x18\n\x10read_bytes_per_s\x18\t \x01(\x01\x12\x13\n\x0bmeasured_by\x18\n \x01(\t\"2\n\x10NodeClearRequest\x12\x1e\n\x05tiers\x18\x01 \x03(\x0e\x32\x0f.kvtier.v1.Tier\"#\n\x11NodeClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"4\n\x10NodeDrainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\x12\x0c\n\x04stay\x18\x02 \x01(\x08\"-\n\x11NodeDrainResponse\x12\x18\n\x10undrained_blocks\x18\x01 \x01(\x04\"\x13\n\x11NodeRecordRequest\"\x8f\x01\n\x0bRecordedUse\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0f\n\x07request\x18\x02 \x01(\x04\x12\x1a\n\routput_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x0c\n\x04keys\x18\x05 \x01(\x0c\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x42\x10\n\x0e_output_tokens\"K\n\x0c\x46\x65tchRequest\x12\x0e\n\x06layout\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\r\n\x05\x66irst\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\",\n\tFetchPart\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x32\xc9\x02\n\x04Node\x12=\n\x06Status\x12\x1c.kvtier.v1.NodeStatusRequest\x1a\x15.kvtier.v1.NodeStatus\x12\x42\n\x05\x43lear\x12\x1b.kvtier.v1.NodeClearRequest\x1a\x1c.kvtier.v1.NodeClearResponse\x12\x42\n\x05\x44rain\x12\x1b.kvtier.v1.NodeDrainRequest\x1a\x1c.kvtier.v1.NodeDrainResponse\x12@\n\x06Record\x12\x1c.kvtier.v1.NodeRecordRequest\x1a\x16.kvtier.v1.RecordedUse0\x01\x12\x38\n\x05\x46\x65tch\x12\x17.kvtier.v1.FetchRequest\x1a\x14.kvtier.v1.FetchPart0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvtier/v1/node.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x13\n\x11NodeStatusRequest\"\xf0\x01\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12(\n\x07layouts\x18\x04 \x03(\x0b\x32\x17.kvtier.v1.LayoutStatus\x12\x0f\n\x07\x63lients\x18\x05 \x01(\r\x12\x35\n\x08\x63ounters\x18\x06 \x03(\x0b\x32#.kvtier.v1.NodeStatus.CountersEntry\x12\x10\n\x08lends_at\x18\x07 \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"c\n\x0cLayoutStatus\x12\x0e\n\x06layout\x18\x01 \x01(\t\x12$\n\x05tiers\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierStatus\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\r\n\x05moves\x18\x04 \x01(\r\"\xe9\x01\n\nTierStatus\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x11\n\tavailable\x18\x05 \x01(\x08\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x14\n\x0c\x63odec_chosen\x18\x07 \x01(\x08\x12\x19\n\x11write_bytes_per_s\x18\x08 \x01(\x01\x12\x18\n\x10read_bytes_per_s\x18\t \x01(\x01\x12\x13\n\x0bmeasured_by\x18\n \x01(\t\"2\n\x10NodeClearRequest\x12\x1e\n\x05tiers\x18\x01 \x03(\x0e\x32\x0f.kvtier.v1.Tier\"#\n\x11NodeClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"4\n\x10NodeDrainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\x12\x0c\n\x04stay\x18\x02 \x01(\x08\"-\n\x11NodeDrainResponse\x12\x18\n\x10undrained_blocks\x18\x01 \x01(\x04\"\x13\n\x11NodeRecordRequest\"\x8f\x01\n\x0bRecordedUse\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0f\n\x07request\x18\x02 \x01(\x04\x12\x1a\n\routput_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x0c\n\x04keys\x18\x05 \x01(\x0c\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x42\x10\n\x0e_output_tokens2\x8f\x02\n\x04Node\x12=\n\x06Status\x12\x1c.kvtier.v1.NodeStatusRequest\x1a\x15.kvtier.v1.NodeStatus\x12\x42\n\x05\x43lear\x12\x1b.kvtier.v1.NodeClearRequest\x1a\x1c.kvtier.v1.NodeClearResponse\x12\x42\n\x05\x44rain\x12\x1b.kvtier.v1.NodeDrainRequest\x1a\x1c.kvtier.v1.NodeDrainResponse\x12@\n\x06Record\x12\x1c.kvtier.v1.NodeRecordRequest\x1a\x16.kvtier.v1.RecordedUse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODESTATUSREQUEST']._serialized_start=57
   _globals['_NODESTATUSREQUEST']._serialized_end=76
   _globals['_NODESTATUS']._serialized_start=79
-  _globals['_NODESTATUS']._serialized_end=301
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=254
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=301
-  _globals['_LAYOUTSTATUS']._serialized_start=303
-  _globals['_LAYOUTSTATUS']._serialized_end=402
-  _globals['_TIERSTATUS']._serialized_start=405
-  _globals['_TIERSTATUS']._serialized_end=638
-  _globals['_NODECLEARREQUEST']._serialized_start=640
-  _globals['_NODECLEARREQUEST']._serialized_end=690
-  _globals['_NODECLEARRESPONSE']._serialized_start=692
-  _globals['_NODECLEARRESPONSE']._serialized_end=727
-  _globals['_NODEDRAINREQUEST']._serialized_start=729
-  _globals['_NODEDRAINREQUEST']._serialized_end=781
-  _globals['_NODEDRAINRESPONSE']._serialized_start=783
-  _globals['_NODEDRAINRESPONSE']._serialized_end=828
-  _globals['_NODERECORDREQUEST']._serialized_start=830
-  _globals['_NODERECORDREQUEST']._serialized_end=849
-  _globals['_RECORDEDUSE']._serialized_start=852
-  _globals['_RECORDEDUSE']._serialized_end=995
-  _globals['_FETCHREQUEST']._serialized_start=997
-  _globals['_FETCHREQUEST']._serialized_end=1072
-  _globals['_FETCHPART']._serialized_start=1074
-  _globals['_FETCHPART']._serialized_end=1118
-  _globals['_NODE']._serialized_start=1121
-  _globals['_NODE']._serialized_end=1450
+  _globals['_NODESTATUS']._serialized_end=319
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=272
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=319
+  _globals['_LAYOUTSTATUS']._serialized_start=321
+  _globals['_LAYOUTSTATUS']._serialized_end=420
+  _globals['_TIERSTATUS']._serialized_start=423
+  _globals['_TIERSTATUS']._serialized_end=656
+  _globals['_NODECLEARREQUEST']._serialized_start=658
+  _globals['_NODECLEARREQUEST']._serialized_end=708
+  _globals['_NODECLEARRESPONSE']._serialized_start=710
+  _globals['_NODECLEARRESPONSE']._serialized_end=745
+  _globals['_NODEDRAINREQUEST']._serialized_start=747
+  _globals['_NODEDRAINREQUEST']._serialized_end=799
+  _globals['_NODEDRAINRESPONSE']._serialized_start=801
+  _globals['_NODEDRAINRESPONSE']._serialized_end=846
+  _globals['_NODERECORDREQUEST']._serialized_start=848
+  _globals['_NODERECORDREQUEST']._serialized_end=867
+  _globals['_RECORDEDUSE']._serialized_start=870
+  _globals['_RECORDEDUSE']._serialized_end=1013
+  _globals['_NODE']._serialized_start=1016
+  _globals['_NODE']._serialized_end=1287
 # @@protoc_insertion_point(module_scope)

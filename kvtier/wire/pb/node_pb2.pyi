@@ -12,7 +12,7 @@ class NodeStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("node", "epoch", "draining", "layouts", "clients", "counters")
+    __slots__ = ("node", "epoch", "draining", "layouts", "clients", "counters", "lends_at")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -26,13 +26,15 @@ class NodeStatus(_message.Message):
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    LENDS_AT_FIELD_NUMBER: _ClassVar[int]
     node: str
     epoch: int
     draining: bool
     layouts: _containers.RepeatedCompositeFieldContainer[LayoutStatus]
     clients: int
     counters: _containers.ScalarMap[str, float]
-    def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., draining: _Optional[bool] = ..., layouts: _Optional[_Iterable[_Union[LayoutStatus, _Mapping]]] = ..., clients: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    lends_at: str
+    def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., draining: _Optional[bool] = ..., layouts: _Optional[_Iterable[_Union[LayoutStatus, _Mapping]]] = ..., clients: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., lends_at: _Optional[str] = ...) -> None: ...
 
 class LayoutStatus(_message.Message):
     __slots__ = ("layout", "tiers", "leases", "moves")
@@ -115,23 +117,3 @@ class RecordedUse(_message.Message):
     keys: bytes
     dropped: int
     def __init__(self, at_s: _Optional[float] = ..., request: _Optional[int] = ..., output_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., keys: _Optional[bytes] = ..., dropped: _Optional[int] = ...) -> None: ...
-
-class FetchRequest(_message.Message):
-    __slots__ = ("layout", "keys", "first", "blocks")
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    layout: str
-    keys: bytes
-    first: int
-    blocks: int
-    def __init__(self, layout: _Optional[str] = ..., keys: _Optional[bytes] = ..., first: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
-
-class FetchPart(_message.Message):
-    __slots__ = ("header", "payload")
-    HEADER_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    header: bytes
-    payload: bytes
-    def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...

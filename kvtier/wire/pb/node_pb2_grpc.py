@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class NodeStub:
-    """The node daemon's side for people and for other nodes. Engines use its Unix socket, not this.
+    """The node daemon's side for people and for the Coordinator. Engines use its Unix socket, and other
+    nodes' daemons, for blocks, a TCP stream (kvtier/wire/lending.py).
     """
 
     def __init__(self, channel):
@@ -55,15 +56,11 @@ class NodeStub:
                 request_serializer=kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_node__pb2.RecordedUse.FromString,
                 _registered_method=True)
-        self.Fetch = channel.unary_stream(
-                '/kvtier.v1.Node/Fetch',
-                request_serializer=kvtier_dot_v1_dot_node__pb2.FetchRequest.SerializeToString,
-                response_deserializer=kvtier_dot_v1_dot_node__pb2.FetchPart.FromString,
-                _registered_method=True)
 
 
 class NodeServicer:
-    """The node daemon's side for people and for other nodes. Engines use its Unix socket, not this.
+    """The node daemon's side for people and for the Coordinator. Engines use its Unix socket, and other
+    nodes' daemons, for blocks, a TCP stream (kvtier/wire/lending.py).
     """
 
     def Status(self, request, context):
@@ -93,15 +90,6 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Fetch(self, request, context):
-        """Leading blocks of keys[first:] that lie in this node's host memory or on its disk, for the
-        daemon of another node; fewer where there are fewer, none is no error. Only where [peers] is
-        set: else FAILED_PRECONDITION. RESOURCE_EXHAUSTED: it serves as many as it may already.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,11 +113,6 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_node__pb2.RecordedUse.SerializeToString,
             ),
-            'Fetch': grpc.unary_stream_rpc_method_handler(
-                    servicer.Fetch,
-                    request_deserializer=kvtier_dot_v1_dot_node__pb2.FetchRequest.FromString,
-                    response_serializer=kvtier_dot_v1_dot_node__pb2.FetchPart.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kvtier.v1.Node', rpc_method_handlers)
@@ -139,7 +122,8 @@ def add_NodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Node:
-    """The node daemon's side for people and for other nodes. Engines use its Unix socket, not this.
+    """The node daemon's side for people and for the Coordinator. Engines use its Unix socket, and other
+    nodes' daemons, for blocks, a TCP stream (kvtier/wire/lending.py).
     """
 
     @staticmethod
@@ -240,33 +224,6 @@ class Node:
             '/kvtier.v1.Node/Record',
             kvtier_dot_v1_dot_node__pb2.NodeRecordRequest.SerializeToString,
             kvtier_dot_v1_dot_node__pb2.RecordedUse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Fetch(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/kvtier.v1.Node/Fetch',
-            kvtier_dot_v1_dot_node__pb2.FetchRequest.SerializeToString,
-            kvtier_dot_v1_dot_node__pb2.FetchPart.FromString,
             options,
             channel_credentials,
             insecure,
