@@ -10,35 +10,36 @@ MOST: Final = 16_384  # keys; about 2 MiB
 
 
 class Doubts:
-    """Shared frames that this node found corrupt: to it they are not there.
+    """Shared frames that this node cannot use: to it they are not there.
 
-    What is shared is no node's to delete. So its finder remembers it, computes the block again and
-    writes right bytes over the wrong ones; other nodes find out by its checksum, as this one did.
-    At most `most` are remembered, the newest: one that was forgotten is found corrupt once more.
+    One is corrupt, or of a lossy codec that this node was not told to take. What is shared is no
+    node's to delete. So its finder remembers it, computes the block again and writes its own bytes
+    over the others; other nodes find out by themselves, as this one did. At most `most` are
+    remembered, the newest: one that was forgotten is fetched, and refused, once more.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._keys: dict[BlockKey, None] = {}  # oldest first
+        self._keys: dict[BlockKey, bool] = {}  # oldest first; whether corrupt
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, key: BlockKey) -> None:
-        """The frame of `key` was found corrupt."""
+    def add(self, key: BlockKey, *, corrupt: bool) -> None:
+        """The frame of `key` was found corrupt, or is not exact."""
         with self._lock:
             self._keys.pop(key, None)
-            self._keys[key] = None
+            self._keys[key] = corrupt
             if len(self._keys) > self._most:
                 del self._keys[next(iter(self._keys))]
 
     def written(self, keys: Iterable[BlockKey]) -> int:
-        """This node wrote these frames: they are doubted no more; how many of them were."""
+        """This node wrote these frames: they are doubted no more; how many were as corrupt."""
         if not self._keys:
             return 0
         with self._lock:
-            return sum(key in self._keys and self._keys.pop(key) is None for key in keys)
+            return sum(self._keys.pop(key, False) for key in keys)
 
     def leading(self, keys: Sequence[BlockKey]) -> Sequence[BlockKey]:
         """`keys` up to the first that is doubted."""

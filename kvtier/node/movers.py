@@ -233,8 +233,8 @@ class Movers:
                 except CorruptFrame:
                     corrupt = True
                     metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
-            if corrupt and shared:  # else it would be found, and count as held, for ever
-                self._doubts.add(move.key)
+            if not ok and raw is not None and shared:  # or it would be found, and held, for ever
+                self._doubts.add(move.key, corrupt=corrupt)
             nbytes = self._layout.nbytes if ok else 0
             moved.append(Moved(move, ok, nbytes, source_lost=corrupt and not shared))
         return moved

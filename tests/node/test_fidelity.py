@@ -1,6 +1,7 @@
 """A lossy codec on real daemons and a real shared store: what is exact stays exact, and is told."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def save(client: TierClient, path: Sequence[BlockKey]) -> int:
 
 
 def restore(client: TierClient, path: Sequence[BlockKey]) -> list[bytes]:
-    with client.read(path, wait_s=10) as lease:
+    with client.read(path, wait_s=60) as lease:
         return [bytes(client.arena.slot(slot)) for slot in lease.slots]
 
 
@@ -95,6 +96,41 @@ def test_what_is_not_exact_is_marked_and_takes_no_exact_block_s_place(
         assert fidelities(valkey.url, path[3:]) == [Fidelity.EXACT] * 3
         exact.close()
         lossy.close()
+
+
+def test_a_shared_frame_that_is_refused_is_fetched_once_and_then_replaced_by_an_exact_one(
+    tmp_path: Path, valkey: ValkeyServer
+) -> None:
+    folders = [tmp_path / name for name in ("exact", "lossy")]
+    for folder in folders:
+        folder.mkdir()
+    exact_toml, lossy_toml = (node_toml(each, more=redis_toml(valkey.url, 60)) for each in folders)
+    path = new_keys(3)
+    with (
+        Process("node", exact_toml, folders[0]) as exact_node,
+        Process("node", lossy_toml + 'codec = "int8-tok"\n', folders[1]) as lossy_node,
+        closing(TierClient(f"{folders[1]}/node.sock", LAYOUT, "lossy")) as lossy,
+        closing(TierClient(f"{folders[0]}/node.sock", LAYOUT, "exact")) as exact,
+    ):
+        assert save(lossy, path) == 3
+        wait_for_blocks(lossy_node, Tier.SHARED, 3)
+        assert fidelities(valkey.url, path) == [Fidelity.CODED] * 3
+        for _ in range(3):
+            assert restore(exact, path) == []
+            # The read was over with the first block; the other loads may not be.
+            wait_for("the loads to end", lambda: not status(exact_node).layouts[0].moves)
+            counters = status(exact_node).counters
+            assert counters["kvtier_inexact_frames_total_shared"] == 3, "fetched again"
+
+        # What its engine computes is no copy of what lies there: it is written, for all.
+        assert save(exact, path) == 3
+        wait_for("exact frames", lambda: fidelities(valkey.url, path) == [Fidelity.EXACT] * 3)
+        assert status(exact_node).counters.get("kvtier_corrupt_rewritten_total", 0) == 0
+        exact.close()
+        exact_node.kill()
+        exact_node.restart()
+        with closing(TierClient(f"{folders[0]}/node.sock", LAYOUT, "exact")) as again:
+            assert restore(again, path) == [kv(key) for key in path]
 
 
 async def test_what_was_never_filled_is_not_remembered() -> None:
