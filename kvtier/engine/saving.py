@@ -31,7 +31,8 @@ class Saver:
 
     Args:
         pool: Saved blocks are pinned there until they were copied.
-        tiers: Below the pool, or None: then nothing is saved.
+        tiers: Below the pool, or None: then nothing is saved. With save "evict" used for nothing
+            else, or the engine's thread would wait behind a restore.
         config: Its save and max_running are used.
         block_tokens: Tokens of a block.
     """

@@ -58,7 +58,8 @@ class Scheduler:
         pool: Which block holds what.
         storage: uint8 [pool.capacity, layout.nbytes] on the model's device.
         tiers: Below the pool, or None.
-        config: Its save, loads, prefill_tokens and max_running are used.
+        saver: Of the same pool.
+        config: Its loads and prefill_tokens are used.
         clock: Seconds; only for measurements.
     """
 
@@ -68,6 +69,7 @@ class Scheduler:
         pool: BlockPool,
         storage: torch.Tensor,
         tiers: Beside | None,
+        saver: Saver,
         config: WorkerConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,7 +79,7 @@ class Scheduler:
         self._pool = pool
         self._storage = storage
         self._tiers = tiers
-        self._saver = Saver(pool, tiers, config, loaded.layout.block_tokens)
+        self._saver = saver
         self._prefill_tokens = config.prefill_tokens
         self._clock = clock
         self._restoring: deque[Running] = deque()  # each is asked one piece for, in turn
@@ -116,8 +118,8 @@ class Scheduler:
     def step(self) -> None:
         """Compute one prefill step of one request and one token of every other that is ready.
 
-        Never waits for the lower tiers, but for what save "evict" must hand down before a block
-        is written.
+        Never waits for the lower tiers, but with save "evict" for blocks to be handed down before
+        they are written: for that copy alone, whatever is being restored meanwhile.
         """
         self._drop_cancelled()
         self._settle()

@@ -1,6 +1,6 @@
 """The engine: one thread that owns a Transformers model and a paged pool of its KV blocks.
 
-A second one, `beside`, moves blocks between the pool and what lies under it.
+Others, `beside`, move blocks between the pool and what lies under it.
 """
 
 import queue
@@ -23,6 +23,7 @@ from kvtier.engine.beside import Beside, LowerTiers
 from kvtier.engine.kvcache import allocate_storage
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import BlockPool, Changes
+from kvtier.engine.saving import Saver
 from kvtier.engine.scheduler import Scheduler
 from kvtier.engine.sequence import Deliver, Done, Event, Failed, Request, Running
 from kvtier.errors import ConfigError, Overloaded, UnknownTenant, WorkerLost
@@ -65,7 +66,8 @@ class Engine:
             max_waiting and threads are used.
         make_tiers: Given the namespace and the pool's memory (uint8 [blocks, layout.nbytes] on
             the model's device, row i is block i), returns what lies under the pool. One thread,
-            not the one that computes, calls it from then on and closes it at the end.
+            not the one that computes, calls it from then on and closes it at the end. With save
+            "evict" it is called twice: what the engine's thread waits for is no restore's turn.
         on_change: Told on the engine's thread which keys came to the pool and which went.
         clock: Seconds; only for measurements and the drain's deadline.
 
@@ -92,10 +94,13 @@ class Engine:
         self.pool = BlockPool(blocks, POLICIES[config.policy])  # for the engine's thread only
         self._storage = allocate_storage(loaded.layout, blocks, loaded.device)
         self._wake = threading.Condition()  # guards all below `_clock`
-        tiers = make_tiers(loaded.namespace(), self._storage) if make_tiers else None
-        self._tiers = None if tiers is None else Beside(tiers, self._look_again)
+        self._tiers = self._beside(make_tiers)
+        self._saves = self._beside(make_tiers) if config.save == "evict" else self._tiers
         self._config = config
-        self._scheduler = Scheduler(loaded, self.pool, self._storage, self._tiers, config, clock)
+        saver = Saver(self.pool, self._saves, config, loaded.layout.block_tokens)
+        self._scheduler = Scheduler(
+            loaded, self.pool, self._storage, self._tiers, saver, config, clock
+        )
         self._on_change = on_change
         self._clock = clock
         self._waiting: deque[Running] = deque()
@@ -201,6 +206,10 @@ class Engine:
         self._executor.shutdown()
         self.ended.result()
 
+    def _beside(self, make_tiers: MakeTiers | None) -> Beside | None:
+        tiers = make_tiers(self.loaded.namespace(), self._storage) if make_tiers else None
+        return None if tiers is None else Beside(tiers, self._look_again)
+
     def _cancel(self, sequence: Running) -> None:
         with self._wake:
             sequence.cancelled = True
@@ -238,8 +247,8 @@ class Engine:
             try:
                 self._scheduler.fail_all(lost)
             finally:
-                if self._tiers is not None:
-                    self._tiers.close()
+                for each in {self._tiers, self._saves} - {None}:
+                    each.close()
                 if self._config.learned and policies:
                     learned.write(kept, learned.pack(policies))
 

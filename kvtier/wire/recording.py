@@ -10,7 +10,9 @@ from kvtier.errors import Overloaded
 from kvtier.wire.pb import node_pb2, router_pb2
 
 MAX_READERS: Final = 4
-QUEUE: Final = 1024  # messages that a slow reader may be behind; what comes then is dropped
+# What a slow reader may be behind; what comes then is dropped. A message is 16 bytes a block.
+QUEUE: Final = 1024  # messages
+QUEUE_NBYTES: Final = 8 << 20
 
 M = TypeVar("M", router_pb2.RecordedRequest, node_pb2.RecordedUse)
 
@@ -49,23 +51,27 @@ class Recording(Generic[M]):
 
 
 class Reader(Generic[M]):
-    """What one reader has not read yet, at most QUEUE messages."""
+    """What one reader has not read yet, at most QUEUE messages and QUEUE_NBYTES."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[M] = asyncio.Queue(QUEUE)
+        self._nbytes = 0
         self._dropped = 0
 
     def put(self, message: M) -> None:
         """`message` is the next, or is dropped where the reader is too slow."""
-        try:
-            self._queue.put_nowait(message)
-        except asyncio.QueueFull:
+        nbytes = message.ByteSize()
+        if self._queue.full() or self._nbytes + nbytes > QUEUE_NBYTES:
             self._dropped += 1
             metrics.RECORDS_DROPPED.inc()
+            return
+        self._nbytes += nbytes
+        self._queue.put_nowait(message)
 
     async def get(self) -> M:
         """The next message, when there is one."""
         shared = await self._queue.get()  # among readers, and `dropped` is this one's
+        self._nbytes -= shared.ByteSize()
         message = type(shared)()
         message.CopyFrom(shared)
         message.dropped = self._dropped

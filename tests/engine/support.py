@@ -74,7 +74,7 @@ class DictTier:
 
 @dataclass
 class Tiers:
-    """Passed as `make_tiers`; `[0]` is what it made."""
+    """Passed as `make_tiers`; what it makes holds the same blocks."""
 
     tier: Tier = Tier.HOST
     made: list[DictTier] = field(default_factory=list)
@@ -82,12 +82,13 @@ class Tiers:
     def __call__(self, namespace: Namespace, storage: torch.Tensor) -> DictTier:
         assert storage.shape[1] == namespace.layout.nbytes
         self.made.append(DictTier(storage, self.tier))
+        self.made[-1].blocks = self.made[0].blocks
         return self.made[-1]
 
     @property
     def only(self) -> DictTier:
-        (tier,) = self.made
-        return tier
+        """The one that restores."""
+        return self.made[0]
 
 
 @dataclass

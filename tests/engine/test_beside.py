@@ -85,6 +85,7 @@ class Gated:
 
     def __init__(self, loaded: LoadedModel, blocks: int = 64, **settings: object) -> None:
         self.loaded = loaded
+        self.tiers: list[GatedTier] = []
         self.engine = Engine(loaded, small(loaded, blocks, **settings), self._make)
         self.prompt = prompt_of(130, 70, loaded.vocab_size)
         ask(self.engine, self.prompt)
@@ -94,9 +95,15 @@ class Gated:
         while not self.tier.asked.empty():
             self.tier.asked.get()
 
+    @property
+    def tier(self) -> GatedTier:
+        """The one that restores; a second one, if any, takes what is evicted."""
+        return self.tiers[0]
+
     def _make(self, namespace: Namespace, storage: torch.Tensor) -> DictTier:
-        self.tier = GatedTier(storage)
-        return self.tier
+        self.tiers.append(GatedTier(storage))
+        self.tiers[-1].blocks = self.tier.blocks
+        return self.tiers[-1]
 
     def submit(self, prompt: list[int], max_tokens: int = 8) -> tuple[Handle, Told]:
         told = Told()
@@ -116,9 +123,10 @@ def gated(loaded: LoadedModel, blocks: int = 64, **settings: object) -> Iterator
         finally:
             each.tier.restores.set()
             each.tier.saves.set()
-    assert each.tier.closed
-    assert len(each.tier.threads) == 1, "one thread alone calls the tiers"
-    assert each.tier.threads != {threading.get_ident()}
+    for tier in each.tiers:
+        assert tier.closed
+        assert len(tier.threads) == 1, "one thread alone calls the tiers"
+        assert tier.threads != {threading.get_ident()}
 
 
 def test_others_are_answered_while_a_restore_waits(tiny: LoadedModel) -> None:
@@ -338,3 +346,25 @@ def test_evict_saves_before_the_blocks_are_written_again(tiny: LoadedModel) -> N
         assert matches(warm, one, reference(tiny))
         assert warm.ids == cold.ids
         assert ask(each.engine, two).hit == 128
+
+
+def test_what_is_evicted_is_saved_beside_a_restore_that_waits(tiny: LoadedModel) -> None:
+    with gated(tiny, 20, save="evict") as each:
+        each.tier.restores.clear()
+        _, slow = each.submit(each.prompt)
+        each.tier.next_asked("restore")
+        # Too short to be restored; its answer takes more blocks than are left.
+        short = prompt_of(BLOCK, 81, tiny.vocab_size)
+        _, quick = each.submit(short, 150)
+        assert quick.ended.wait(60)
+        shorter = prompt_of(BLOCK, 82, tiny.vocab_size)
+        _, second = each.submit(shorter, 150)
+        assert second.ended.wait(60), "an eviction waits for another request's restore"
+        assert each.tiers[1].next_asked("save")
+        assert not slow.events
+        each.tier.restores.set()
+        assert slow.ended.wait(60)
+        assert matches(collect(second.events), shorter, reference(tiny))
+        answer = collect(slow.events)
+        assert answer.hit == 128
+        assert matches(answer, each.prompt, reference(tiny))
