@@ -1,5 +1,6 @@
 """Every counter and gauge of kvtier, with its unit and meaning. Served by `serve`."""
 
+import errno
 import socket
 import ssl
 import threading
@@ -101,7 +102,7 @@ MEMBERS = _gauge("members", "Workers known, by state", "state")
 def serve(
     host: str,
     port: int,
-    name: str,
+    table: str,
     tls: ssl.SSLContext | None = None,
     allowed: Callable[[str], bool] | None = None,
 ) -> None:
@@ -110,15 +111,17 @@ def serve(
     Args:
         host: An address of this machine; 0.0.0.0 and :: are all of them.
         port: Where.
-        name: The setting that says so.
+        table: Of the settings `metrics_host` and `metrics_port` that say so.
         tls: For HTTPS.
         allowed: Whether the header `authorization` of a request opens the page; None: all may.
 
     Raises:
-        ConfigError: The port cannot be had; the message begins with `name`.
+        ConfigError: The host or the port cannot be had; the message begins with its setting.
     """
     if not port:
         return
+    if not host:
+        raise ConfigError(f"{table}.metrics_host is empty; 0.0.0.0 is every address of this host")
     page = make_wsgi_app(REGISTRY)
 
     def app(request: dict[str, object], start: Start) -> Iterable[bytes]:
@@ -131,7 +134,9 @@ def serve(
         kind = _Server6 if ":" in host else _Server
         server = make_server(host.strip("[]"), port, app, kind, handler_class=_Silent)
     except OSError as error:
-        raise ConfigError(f"{name} is {port}: {error.strerror} at {host}") from None
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"{table}.metrics_host is {host!r}: {error.strerror}") from None
+        raise ConfigError(f"{table}.metrics_port is {port}: {error.strerror} at {host}") from None
     if tls is not None:
         server.socket = tls.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False

@@ -247,8 +247,9 @@ class Engine:
             try:
                 self._scheduler.fail_all(lost)
             finally:
-                for each in {self._tiers, self._saves} - {None}:
-                    each.close()
+                for each in {self._tiers, self._saves}:
+                    if each is not None:
+                        each.close()
                 if self._config.learned and policies:
                     learned.write(kept, learned.pack(policies))
 

@@ -345,7 +345,7 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
     node_pb2_grpc.add_NodeServicer_to_server(NodeServicer(daemon), server.grpc)
     feed_pb2_grpc.add_FeedServicer_to_server(daemon.feed, server.grpc)
     at = config.node.metrics_host, config.node.metrics_port
-    access.serve_metrics(*at, "node.metrics_port")
+    access.serve_metrics(*at, "node")
     try:
         await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()

@@ -76,7 +76,7 @@ async def serve(
         picker = Picker(settings, prompts, placement, rng.random)
         sides += _sides(settings, front, picker, members, rng, access)
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(front, members), server.grpc)
-        access.serve_metrics(settings.metrics_host, settings.metrics_port, "router.metrics_port")
+        access.serve_metrics(settings.metrics_host, settings.metrics_port, "router")
         await server.healthy(False)
         address = await server.start()
         for side in sides:

@@ -120,11 +120,11 @@ class Access:
 
         return allowed
 
-    def serve_metrics(self, host: str, port: int, name: str) -> None:
+    def serve_metrics(self, host: str, port: int, table: str) -> None:
         """`metrics.serve` with our certificate, and the token where `auth.open_metrics` is off."""
-        metrics.serve(host, port, name, self.tls_context(), self._metrics_check)
+        metrics.serve(host, port, table, self.tls_context(), self._metrics_check)
         if port:
-            self.warn_if_open(name, f"{host}:{port}")
+            self.warn_if_open(f"{table}.metrics_port", f"{host}:{port}")
 
     def tls_context(self) -> ssl.SSLContext | None:
         """For a listener of HTTPS, which asks for no client certificate; None: no TLS.

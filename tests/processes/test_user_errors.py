@@ -79,6 +79,14 @@ NODE: dict[str, tuple[Callable[[Mistakes], str], str]] = {
         lambda m: m.replaced("[node]", f"[node]\nmetrics_port = {m.taken}"),
         "node.metrics_port is {m.taken}: Address already in use",
     ),
+    "no metrics host": (
+        lambda m: m.replaced("[node]", '[node]\nmetrics_port = 1\nmetrics_host = ""'),
+        "node.metrics_host is empty; 0.0.0.0 is every address",
+    ),
+    "another's metrics host": (
+        lambda m: m.replaced("[node]", '[node]\nmetrics_port = 1\nmetrics_host = "192.0.2.1"'),
+        "node.metrics_host is '192.0.2.1': Cannot assign requested address",
+    ),
     "no address": (lambda m: m.replaced("127.0.0.1:0", "here"), "node.listen is 'here', must be"),
     "socket that is a file": (
         lambda m: m.replaced(f"{m.folder}/node.sock", str(m.file())),

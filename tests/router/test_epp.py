@@ -455,7 +455,10 @@ async def test_a_tenant_whom_no_model_knows_is_told_so_also_where_no_model_is_na
         worker.info.http_address = ":1"
         await engines(worker)
     router = await routers(*workers, epp="127.0.0.1:0")
-    assert await _status(router.epp, "green") == (403, "tenant 'green' is not known to any worker")
+    status, message = await _status(router.epp, "green")
+    assert status == 403
+    assert "tenant 'green' is not known to any worker" in message
+    assert message.endswith("the request names no model; served: one, two")
     assert (await _status(router.epp, "red"))[0] == 200
 
 

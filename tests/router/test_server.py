@@ -166,7 +166,7 @@ async def test_an_address_for_metrics_that_is_not_ours_is_named(free_port):
     settings = RouterConfig(
         listen="127.0.0.1:0", metrics_port=free_port, metrics_host="203.0.113.1"
     )
-    with pytest.raises(ConfigError, match=r"router\.metrics_port is \d+: .* at 203\.0\.113\.1"):
+    with pytest.raises(ConfigError, match=r"router\.metrics_host is '203\.0\.113\.1': "):
         await RunningRouter(settings).start()
 
 

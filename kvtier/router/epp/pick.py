@@ -12,7 +12,7 @@ from kvtier.errors import ConfigError, InvalidRequest, Overloaded, UnknownTenant
 from kvtier.router.http.openai import LONG_BODY, BadRequest, prompt_of
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt
-from kvtier.router.prompts import KeyedPrompt, Prompts, Space
+from kvtier.router.prompts import KeyedPrompt, Prompts, Space, some
 from kvtier.router.sent import Sent
 from kvtier.wire.pb import router_pb2
 
@@ -79,7 +79,8 @@ class Picker:
             found = self._among(self._placement.candidates(prompt.model, *prompt.space), subset)
         if not found:
             limit = "" if subset is None else f" among the {len(subset)} of the subset"
-            raise WorkerLost(f"no endpoint of {prompt.model!r} is ready{limit}")
+            of = f" of {prompt.model!r}" if prompt.model else ""
+            raise WorkerLost(f"no endpoint{of} is ready{limit}")
         prompt.session = session  # however it was read
         links = list(found.values())
         ranked = self._placement.rank(prompt, links, self._luck, most=self._count)
@@ -110,7 +111,10 @@ class Picker:
         names = self._prompts.models()
         if not model and len(names) != 1:
             if names and tenant and not self._prompts.knows(tenant):
-                raise UnknownTenant(f"tenant {tenant[:200]!r} is not known to any worker")
+                raise UnknownTenant(
+                    f"tenant {tenant[:200]!r} is not known to any worker, and the request names no "
+                    f"model; served: {some(names)}"
+                )
             spaces = [Space(name, "", tenant) for name in names]
             space = Space("", "", tenant)
         else:
