@@ -59,7 +59,9 @@ DISK_WRITTEN_BYTES = _counter(
     "disk_written_bytes", "Bytes written to the disk: by accepted bytes, the write amplification"
 )
 DISK_REFUSED = _counter("disk_refused", "Blocks that the disk tier did not take", "reason")
-DISK_UNREADABLE = _counter("disk_unreadable", "Frames that the disk could not read")
+DISK_UNREADABLE = _counter(
+    "disk_unreadable", "Frames, and at a start headers, that the disk could not read"
+)
 STORE_REFUSED = _counter("store_refused", "Frames that a store had no room for", "tier")
 REDIS_BREAKER_OPENED = _counter("redis_breaker_opened", "Times that a server was left alone")
 REDIS_REDIRECTS = _counter("redis_redirects", "Commands sent on to another server")

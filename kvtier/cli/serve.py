@@ -4,10 +4,12 @@ import argparse
 import asyncio
 import dataclasses
 import importlib
+import logging
 import os
 import signal
-from collections.abc import Coroutine
-from typing import Protocol, cast
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Final, Protocol, cast
 
 from kvtier import config as configuration
 from kvtier.cli.parser import CONFIG_HELP
@@ -24,6 +26,11 @@ _TEXTS = {
     "worker": "run an engine with a model, attached to this host's daemon",
     "router": "run the gRPC router",
 }
+# From being told to stop to the end, whatever hangs: Python itself waits for ever for threads
+# whose disk does not answer. 10 s of a node's are for saving what only its host memory holds.
+_ENDS_WITHIN_S: Final = {"node": 20.0}
+
+log = logging.getLogger(__name__)
 
 
 class _Started(Protocol):
@@ -67,11 +74,19 @@ def _serve(options: argparse.Namespace) -> int:
 async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def told() -> None:
+        if not stop.is_set() and name in _ENDS_WITHIN_S:
+            forced = threading.Timer(_ENDS_WITHIN_S[name], _end_by_force, [name])
+            forced.daemon = True  # or it would be waited for as well
+            forced.start()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, told)
     if until_eof:
         # A parent that dies, in whatever way, closes its end: nothing of it stays behind.
-        loop.add_reader(0, lambda: None if os.read(0, 4096) else _ended(stop))
+        loop.add_reader(0, lambda: None if os.read(0, 4096) else _ended(told))
 
     def started(address: str, *, lends: str = "") -> None:
         print(f"kvtier {name}: ready at {address}", flush=True)
@@ -82,6 +97,15 @@ async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bo
     print(f"kvtier {name}: stopped", flush=True)
 
 
-def _ended(stop: asyncio.Event) -> None:
+def _ended(told: Callable[[], None]) -> None:
     asyncio.get_running_loop().remove_reader(0)
-    stop.set()
+    told()
+
+
+def _end_by_force(name: str) -> None:
+    log.error(
+        "%s: not stopped %g s after it was told to, as where a disk hangs; ended as it is",
+        name,
+        _ENDS_WITHIN_S[name],
+    )
+    os._exit(1)

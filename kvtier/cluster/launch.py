@@ -237,7 +237,7 @@ def _ensure(config: Config, settings: ClusterSettings, deadline_s: float) -> _Ha
 
 
 def _end(coordinator: _Handle) -> None:
-    with contextlib.suppress(RayError, ValueError):
+    with contextlib.suppress(RayError, ValueError):  # it has ended by itself
         ray.kill(cast("ray.actor.ActorHandle[Coordinator]", coordinator), no_restart=True)
 
 

@@ -165,7 +165,7 @@ class Stage:
         """Ask again and again until `condition` holds, at most DEADLINE_S; what it gave."""
         end = time.monotonic() + DEADLINE_S
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            with contextlib.suppress(grpc.aio.AioRpcError):  # not up yet: asked again
                 if result := await condition():
                     return int(result)
             if time.monotonic() > end:

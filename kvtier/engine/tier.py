@@ -18,6 +18,7 @@ from kvtier.engine.client import HangUp, ReadLease, TierClient, WriteLease
 from kvtier.engine.copier import ArenaTensor
 from kvtier.engine.paged import Done, PagedKV
 from kvtier.engine.speeds import TierSpeeds
+from kvtier.errors import KVTierError
 from kvtier.wire.local import MAX_KEYS
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
@@ -208,7 +209,8 @@ class EngineTier:
         gone.wait()
         times = 0
         while not self._closed.is_set():
-            with self._turn, suppress(Exception):  # tried again; what calls see is counted there
+            # Nobody is there yet, or somebody else: tried again; what calls see is counted there.
+            with self._turn, suppress(KVTierError, OSError):
                 if self._connected() is not None:
                     return
             times += 1

@@ -31,6 +31,10 @@ class Daemon(Protocol):
     recorder: Recorder
     lender: Lender
 
+    async def drain(self, deadline_s: float) -> int:
+        """Copy down what has no lower copy; how many blocks were left at the deadline."""
+        ...
+
     def counters(self) -> Mapping[str, float]:
         """Every counter by its name."""
         ...
@@ -88,8 +92,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         if not request.stay:
             self._daemon.draining = True
         self._daemon.local.hear()
-        left = [await each.drain(deadline_s) for each in [*self._daemon.layouts.values()]]
-        return node_pb2.NodeDrainResponse(undrained_blocks=sum(left))
+        return node_pb2.NodeDrainResponse(undrained_blocks=await self._daemon.drain(deadline_s))
 
     async def Record(  # noqa: N802
         self, request: node_pb2.NodeRecordRequest, context: grpc.aio.ServicerContext

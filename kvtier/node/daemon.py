@@ -257,14 +257,19 @@ class NodeDaemon:
             draining=self.draining, pulls=self.peers.told(), lends=self.lender.lends
         )
 
+    async def drain(self, deadline_s: float) -> int:
+        """`TierManager.drain` of all layouts at once; how many blocks were left."""
+        return sum(
+            await asyncio.gather(*(each.drain(deadline_s) for each in self.layouts.values()))
+        )
+
     async def close(self, drain_s: float) -> None:
         """Copy down what can be saved, then hang up and close everything."""
         self.draining = True
         self.local.hear()
         await self.peers.close()
-        for manager in [*self.layouts.values()]:
-            if left := await manager.drain(drain_s):
-                log.warning("layout %s: %d blocks had no time to be saved", manager.layout.id, left)
+        if left := await self.drain(drain_s):
+            log.warning("%d blocks had no time to be saved", left)
         await self.local.close()
         await self.lender.close()
         for manager in [*self.layouts.values()]:
@@ -318,6 +323,13 @@ def _check_lower_tiers(config: Config) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"disk.path {folder}: {error.strerror}") from None
+        if config.disk.bytes < config.host.bytes:
+            log.warning(
+                "disk.bytes is %d, less than host.bytes, %d: nearly all that it can hold lies in "
+                "host memory too, and a part of the saves is refused",
+                config.disk.bytes,
+                config.host.bytes,
+            )
     if config.redis:
         RedisStore(config.redis, "").close()  # connects at its first use only
 

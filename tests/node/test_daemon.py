@@ -239,6 +239,14 @@ def test_redis_that_is_not_there_at_start_is_no_obstacle(tmp_path: Path) -> None
             assert restore(client, new_keys(4)) == []
 
 
+def test_a_disk_smaller_than_host_memory_is_warned_of_in_one_line(tmp_path: Path) -> None:
+    for host, warnings in ("4MiB", 1), ("1MiB", 0):
+        with Process(
+            "node", node_toml(tmp_path, host=host, more=disk_toml(tmp_path, "2MiB")), tmp_path
+        ) as node:
+            assert node.log.read_text().count("less than host.bytes") == warnings
+
+
 def test_sigterm_saves_what_has_no_lower_copy_and_leaves_nothing(tmp_path: Path) -> None:
     toml = node_toml(tmp_path, more=disk_toml(tmp_path)).replace("drain_at = 0.0", "drain_at = 1.0")
     with Process("node", toml, tmp_path) as node:

@@ -188,6 +188,17 @@ def test_a_frame_that_the_disk_cannot_read_is_dropped_and_its_place_left_alone(
         assert store.write(frames(["new"])) == [True]
 
 
+def test_what_a_disk_cannot_read_at_a_start_is_counted(tmp_path: Path) -> None:
+    disk = Broken()
+    with opened(tmp_path, 64 * PAGE, open_folder=disk.folder) as store:
+        store.write(frames(range(4)))
+    unreadable = counter("disk_unreadable")
+    disk.errors = {"read": errno.EIO}
+    with opened(tmp_path, 64 * PAGE, open_folder=disk.folder) as store:
+        assert list(store.scan()) == []
+    assert counter("disk_unreadable") >= unreadable + 4
+
+
 def test_a_disk_that_takes_a_little_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,7 @@ class Transfer:
     def headers(self, segment: Segment) -> list[tuple[Record, BlockKey | None]]:
         """The records of a segment by their headers, and the block before each if that is said.
 
-        One that cannot be read is left out.
+        One that cannot be read is left out, and counted.
         """
         records: list[tuple[Record, BlockKey | None]] = []
         buffer = self._buffers.take(PAGE)
@@ -141,6 +141,7 @@ class Transfer:
             try:
                 got = segment.file.read(slot, page)
             except OSError:
+                metrics.DISK_UNREADABLE.inc()
                 continue
             if not got:
                 break  # a name may claim any length

@@ -1,0 +1,67 @@
+"""A disk that hangs for good: a daemon that is told to stop ends all the same."""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kvtier.engine.client import TierClient
+from tests.launching import DEADLINE_S, disk_toml, node_toml, wait_for
+from tests.node.conftest import LAYOUT, new_keys, save
+
+# `kvtier node` whose disk answers nothing, with shorter limits.
+PROGRAM = """
+import sys
+import threading
+from functools import partial
+from kvtier.cli import main, serve
+from kvtier.node import daemon
+from kvtier.stores.disk import DiskStore
+from kvtier.stores.disk.files import Folder, SegmentFile
+
+def hang(*_):
+    print("hanging", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+class Hung(Folder):
+    pass
+
+serve._ENDS_WITHIN_S["node"] = 2.0
+daemon.DRAIN_S = 0.5
+if {where!r} == "start":
+    Hung.shapes = hang
+else:
+    SegmentFile.write = hang
+daemon.DiskStore = partial(DiskStore, open_folder=Hung)
+sys.exit(main(["node", "--config", {config!r}]))
+"""
+
+
+@pytest.mark.parametrize("where", ["start", "probe", "save"])
+def test_a_daemon_whose_disk_hangs_ends_when_it_is_told_to(tmp_path: Path, where: str) -> None:
+    config, log, program = (tmp_path / name for name in ("kvtier.toml", "log", "program.py"))
+    codec = 'codec = "auto"' if where == "probe" else ""
+    config.write_text(node_toml(tmp_path, more=disk_toml(tmp_path) + codec))
+    program.write_text(PROGRAM.format(where=where, config=str(config)))
+    if where == "start":  # as an earlier life left it
+        folder = tmp_path / "disk" / LAYOUT.id
+        folder.mkdir(parents=True)
+        (folder / "layout.json").write_text(LAYOUT.describe())
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=out
+        )
+    try:
+        if where != "start":
+            wait_for("a socket", (tmp_path / "node.sock").exists)
+            with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+                assert save(client, new_keys(4)) == 4
+        wait_for("a call that hangs", lambda: "hanging" in log.read_text())
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 1
+        assert "ended as it is" in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
