@@ -13,13 +13,12 @@ from typing import Final
 from kvtier.config import WorkerConfig, cache_dir
 from kvtier.demo.engines import Progress
 from kvtier.demo.record import Record
-from kvtier.engine import smollm2
+from kvtier.engine import child, smollm2
 from kvtier.engine.vllm.served import alone, describe
 from kvtier.engine.vllm.spaces import Spaces
 from kvtier.errors import KVTierError
 
 _ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-_END_S: Final = 30.0
 _TAIL: Final = 2000  # characters of a log in an error
 
 
@@ -111,16 +110,4 @@ def _reference(folder: Path, worker: WorkerConfig, vram_bytes: int) -> Iterator[
             log.seek(0)
             raise KVTierError(f"{error}:\n{log.read()[-_TAIL:]}") from None
         finally:
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    try:
-        process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
+            child.end(process)

@@ -28,6 +28,7 @@ from kvtier.config import (
     RouterConfig,
     WorkerConfig,
 )  # fmt: skip
+from kvtier.engine import child
 from kvtier.errors import KVTierError
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.pb import (
@@ -106,14 +107,7 @@ def router_process(folder: Path) -> Iterator[str]:
             raise KVTierError(f"the router did not start: {said}")
         yield line.rsplit(" ", 1)[1].strip()
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        child.end(process)
 
 
 class Stage:

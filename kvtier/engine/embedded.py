@@ -8,21 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import torch
 from tokenizers import Tokenizer
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import Namespace
+from kvtier.engine import child
 from kvtier.engine import model as models
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.sequence import Failed, Request, Started, Tokens
 from kvtier.engine.tier import EngineTier
 from kvtier.engine.transformers import Engine
 from kvtier.errors import ConfigError
-
-STOP_S: Final = 30.0
 
 
 @contextlib.contextmanager
@@ -59,24 +58,12 @@ def node(
             try:
                 assert process.stdout is not None
                 if "ready at" not in process.stdout.readline():
-                    process.wait(STOP_S)
+                    process.wait(child.STOP_S)
                     log.seek(0)
                     raise ConfigError(log.read().strip().rpartition("\n")[2])
                 yield socket
             finally:
-                _end(process)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Let the daemon save what it holds; it hears that its input has ended."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
-    process.kill()
-    process.wait()
-    process.stdout.close()
+                child.end(process)  # which gives the daemon time to save what it holds
 
 
 @dataclass(frozen=True, slots=True)
