@@ -252,7 +252,7 @@ class Cascade(Residency):
         self._moves += 1
         self._effects.append(move)
 
-    def _copied(self, move: Move, ok: bool, nbytes: int) -> None:
+    def _copied(self, move: Move, ok: bool, nbytes: int, source_lost: bool) -> None:
         """A copy down has ended.
 
         After a failure nothing is started until something else happens, and then this block comes
@@ -261,7 +261,8 @@ class Cascade(Residency):
         """
         target = self._tiers[move.target]
         target.coming -= 1
-        target.refusing = not ok
+        if not source_lost:  # or nothing was asked of the target
+            target.refusing = not ok
         if not ok:
             if not target.paused and not target.spec.shared:
                 for victim in self._search(move.target, None, 1)[0]:

@@ -191,9 +191,10 @@ class Ledger(Leases):
             self.release(lease_id)
         return len(leases)
 
-    def moved(self, move: Move, ok: bool, nbytes: int = 0) -> None:
+    def moved(self, move: Move, ok: bool, nbytes: int = 0, *, source_lost: bool = False) -> None:
         """A move has ended. `nbytes` is what its frame now takes in the lower `move.target`.
 
+        `source_lost`: it failed for want of a good copy in `move.source`, as `lost` is to say next.
         A failed copy down keeps the original. A failed load means that `move.source` has no such
         block any more, unless that tier is paused, and cuts the leases that wait for it.
         """
@@ -206,7 +207,7 @@ class Ledger(Leases):
             self._loaded(block, move, ok)
         else:
             block.move = None
-            self._copied(move, ok, nbytes or self.block_nbytes)
+            self._copied(move, ok, nbytes or self.block_nbytes, source_lost)
 
     # --- loads ------------------------------------------------------------------------
 

@@ -338,7 +338,7 @@ class TierManager:
         for move, ok, nbytes, source_lost in outcome.moved:
             if move.target == HOST:
                 self._speeds[move.source].end(self._loop.time(), ok=ok)
-            self._ledger.moved(move, ok, nbytes)
+            self._ledger.moved(move, ok, nbytes, source_lost=source_lost)
             if source_lost:
                 self._ledger.lost(move.source, [move.key])
                 self._movers.forget(move.source, [move.key])

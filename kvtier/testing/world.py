@@ -93,11 +93,12 @@ class World:
             elif self.specs[move.source].shared:
                 self.stores[move.source].forget(move.key)
         if down:
-            self.refused[move.target] = not ok
+            if not rotten:
+                self.refused[move.target] = not ok
             left = move.key in self.leaving[move.source]
             self.leaving[move.source].discard(move.key)
             self.seen["copy down of what a load found bad"] += left
-        self.ledger.moved(move, ok, nbytes)
+        self.ledger.moved(move, ok, nbytes, source_lost=rotten)
         if beside:
             what = "copy down" if down else "load"
             self.seen[f"{what} {'ok' if ok else 'failed'} beside another move"] += 1

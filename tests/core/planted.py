@@ -85,8 +85,8 @@ BUGS = [
     bug("capacity is not respected", "while not copies.fits(nbytes)", "while False"),
     bug(
         "failed copies keep their room",
-        "target.coming -= 1\n        target.refusing",
-        "target.coming -= ok\n        target.refusing",
+        "target.coming -= 1\n",
+        "target.coming -= ok\n",
     ),
     bug(
         "a copy starts during a load",

@@ -441,6 +441,24 @@ def test_usage_counts_slots_that_are_being_filled():
     assert node.ledger.usage() == [TierUsage(2, 200), TierUsage(0, 0)]
 
 
+def test_a_bad_frame_on_disk_is_no_refusal_of_the_tier_below_it():
+    node = Node(spec(Tier.HOST, 8), spec(Tier.DISK, 2, drain_at=2), spec(Tier.SHARED, 8, queue=1))
+    lowered(node, prompt("a"))
+    lowered(node, prompt("b"))
+    node.save(prompt("x"))  # wants room on disk, and so one of them is to be copied further down
+    (move,) = node.moves
+    node.moves.clear()
+    assert (move.source, move.target) == (DISK, 2)
+    node.ledger.moved(move, False, source_lost=True)
+    node.ledger.lost(DISK, [move.key])
+    node.effects()
+    node.save(prompt("y"))
+    kept = prompt("b") if move.key == prompt("a")[0] else prompt("a")
+    assert node.held(kept) == (0, 1, 0), "the only copy was dropped, as if Redis took nothing"
+    node.rest()
+    node.ledger.check()
+
+
 def test_a_store_that_refuses_gives_up_its_coldest_block_for_the_next_try():
     node = Node(spec(Tier.HOST, 8), spec(Tier.DISK, 8))
     for name in "ab":
