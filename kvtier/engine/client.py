@@ -278,7 +278,10 @@ class TierClient:
     def _slots(self, raw: bytes) -> list[Slot]:
         return cast("list[Slot]", local.unpack_numbers(raw))
 
-    def _tell(self, op: Op, message: bytes) -> None:
+    def _tell(self, op: Op, *arguments: Value) -> None:
+        self._deliver(op, local.encode(op, *arguments))
+
+    def _deliver(self, op: Op, message: bytes) -> None:
         """Bytes of a request."""
         try:
             self._socket.sendall(message)
@@ -292,12 +295,12 @@ class TierClient:
         """A request without an answer that wakes nobody; in order with all that is asked later."""
         message = local.encode(op, *arguments)
         if len(message) > local.MAX_NOTE:  # a long path
-            self._tell(op, message)
+            self._deliver(op, message)
             return
         try:
             os.write(self._notes, message)  # as a whole or not at all: it is short
         except BlockingIOError:  # so many of them
-            self._tell(op, message)
+            self._deliver(op, message)
         except OSError as error:
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
 
@@ -311,7 +314,7 @@ class TierClient:
         if self._unanswered:  # and so this one's would be taken for that
             raise self._lost(f"{op.name} while an earlier request has no answer")
         self._unanswered = True
-        self._tell(op, local.encode(op, *arguments))
+        self._tell(op, *arguments)
 
     def _answer(self, timeout_s: float, op: Op) -> list[Value]:
         """The second half."""
