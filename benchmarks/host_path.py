@@ -5,10 +5,12 @@ steps each (lease, copy, commit or release), in turn with `torch.Tensor.copy_` o
 between the same kinds of memory (private memory and a shared, prefaulted memfd).
 
 Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
-asks for the next batch before it copies one. Alone, the daemon has heard of the end of each lease
-before the plain copy begins, so that nothing of ours runs beside it; in a row its work on all
-but the last is within the time. `save, found` is how long it takes from the beginning of a
-save until another engine has found all of it.
+asks for the next batch before it copies one. One batch is saved into slots that the engine has on
+credit (docs/decisions/0036): it waits for no lease, and the daemon enters the blocks afterwards.
+Alone, the daemon has done that, or heard of the end of each lease, before the plain copy begins,
+so that nothing of ours runs beside it; in a row its work on all but the last is within the time.
+`save, found` is how long it takes from the beginning of a save until another engine has found all
+of it, which all that the daemon does for it is part of.
 """
 
 import os

@@ -24,7 +24,7 @@ could not go for want of a lower copy is copied down at once, whatever `drain_at
 that lie warmer give way, too: or a lower tier full of what the host tier keeps would stop it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from types import MappingProxyType
 from typing import Final
@@ -44,6 +44,7 @@ class Cascade(Residency):
     """What is copied down and dropped, of all blocks of one layout on one node."""
 
     _hid = False  # whether the last search met a pinned block, which hides those above it
+    _spared: Set[BlockKey] = frozenset()  # what only the host tier has of these stays for now
 
     # --- told by the manager ----------------------------------------------------------
 
@@ -180,13 +181,19 @@ class Cascade(Residency):
         return [*victims, *last_resort][:wanted], overdue
 
     def _pinned(self, key: BlockKey) -> bool:
-        if self._pins[self._in_host.of.shards[key[-1]][key]]:
+        pinned = self._pins[self._in_host.of.shards[key[-1]][key]]
+        if pinned or (key in self._spared and self._only_here(key)):
             self._hid = True
             return True
         return False
 
+    def _only_here(self, key: BlockKey) -> bool:
+        return self._warmest(key, HOST + 1) is None
+
     def _idle(self, key: BlockKey, tier: int, *, alone: bool = False) -> bool:
         block = self._blocks[key]
+        if tier == HOST and key in self._spared and self._only_here(key):
+            return False
         if block.move is not None or block.phase is Phase.LOADING:
             return False
         if alone and any(key in copies for copies in self._tiers[:tier]):
@@ -205,6 +212,8 @@ class Cascade(Residency):
             if block.phase is Phase.LOADING or block.move is not None:
                 return False
             if block.slot is not None and self._pins[block.slot]:
+                return False
+            if key in self._spared and self._only_here(key):
                 return False
             return block.undrained_in != HOST or below is None or below.paused
         if not self._idle(key, tier):

@@ -15,6 +15,16 @@ class Match(NamedTuple):
     by_tier: tuple[int, ...]
 
 
+class Kept(NamedTuple):
+    """What became of blocks that were put: the keys that are held now and were not before.
+
+    `slots` are the client's in place of those that it named.
+    """
+
+    keys: list[BlockKey]
+    slots: list[Slot]
+
+
 @dataclass(slots=True)
 class Lease:
     """A client's right to touch the slots of some blocks, until commit, release or disconnect.

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import count
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.cascade import Cascade
 from kvtier.core.copies import Phase
 from kvtier.core.effects import HOST, Settled
@@ -102,6 +102,17 @@ class Leases(Cascade):
             slot = self._blocks[key].slot
             assert slot is not None
             self._pins[slot] -= 1
+
+    def _on_credit(self, credit: set[Slot], slots: Iterable[Slot]) -> None:
+        """Add free slots to a client's credit, which pins them."""
+        for slot in slots:
+            self._pins[slot] += 1
+            credit.add(slot)
+
+    def _end_credit(self, client: int) -> None:
+        """Forget a client's credit if it has come to nothing."""
+        if not self._credits.get(client):
+            self._credits.pop(client, None)
 
     def _cut(self, lease: Lease, length: int) -> None:
         """Shorten a read lease to its first `length` blocks."""

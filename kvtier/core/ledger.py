@@ -22,21 +22,25 @@ A block has at most one copy down and one load under way. Both may read one lowe
 read never waits for a copy down, nor is it cut by one, and the copy that they read stays until
 both have ended. A slot is used again only after commit, release or disconnect of every lease on
 it and the end of the move that reads or fills it.
+
+A client may also have slots on credit: it fills them first and says with what afterwards (`put`,
+which is `write` and `commit` in one). What it put lies in the slots that it filled; it has others
+instead, as many as there is room for.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.copies import Block, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, Settled, TierUsage
-from kvtier.core.lease import Lease, Match
+from kvtier.core.lease import Kept, Lease, Match
 from kvtier.core.leases import Leases
 from kvtier.core.policy import NO_USE, Use
 
 __all__ = [
-    "HOST", "Effect", "Forget", "Gone", "Held", "Lease", "Ledger", "Match", "Move", "Settled",
-    "TierUsage",
+    "HOST", "Effect", "Forget", "Gone", "Held", "Kept", "Lease", "Ledger", "Match", "Move",
+    "Settled", "TierUsage",
 ]  # fmt: skip
 
 
@@ -46,9 +50,9 @@ class Ledger(Leases):
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
     are named by their index in that list. A path is a prompt's keys from its first block on.
 
-    `read`, `write`, `commit`, `release`, `settle` and `moved` take time in proportion to their
-    own blocks, not to the blocks held. A lease id must be one that `read` or `write` gave out and
-    that has not ended: KeyError.
+    `read`, `write`, `commit`, `put`, `release`, `settle` and `moved` take time in proportion to
+    their own blocks, not to the blocks held. A lease id must be one that `read` or `write` gave out
+    and that has not ended: KeyError.
 
     Raises:
         ValueError: `tiers` are out of order, or a block does not fit in one of them.
@@ -117,12 +121,7 @@ class Ledger(Leases):
         lease = self._open(client, keys, use, writing=True)
         self._touch(lease)
         absent = self._absent(keys, first)
-        here = [key for key in keys if key in self._blocks]
-        only_here = [key for key in here if self._warmest(key, HOST + 1) is None]
-        pinned = self._pin(only_here)  # or room for a block is made by losing the one before
-        # In order, so that neighbours in the path are neighbours in the arena, and copied as one.
-        lease.slots = sorted(self._take_slots(len(absent)))
-        self._unpin(pinned)
+        lease.slots = self._room_beside(keys, len(absent))
         lease.keys = [*absent][: len(lease.slots)]
         lease.indexes = [*absent.values()]
         if refused := lease.indexes[len(lease.slots) :]:
@@ -137,12 +136,65 @@ class Ledger(Leases):
     def _absent(self, keys: Sequence[BlockKey], first: int) -> dict[BlockKey, int]:
         """Where in the path are the blocks of keys[first:] that nothing has and nobody fills."""
         absent: dict[BlockKey, int] = {}
+        shards = self._blocks.shards
         for index, key in enumerate(keys[first:], first):
-            block = self._blocks.get(key)
+            block = shards[key[-1]].get(key)
             if block is not None and (block.slot is not None or self._warmest(key) is not None):
                 continue
             absent.setdefault(key, index)
         return absent
+
+    def _room_beside(self, path: Sequence[BlockKey], wanted: int) -> list[Slot]:
+        """Up to `wanted` slots, for which nothing goes that only the host tier has of `path`.
+
+        In order, so that neighbours in a path are neighbours in the arena, and copied as one.
+        """
+        if wanted > len(self._free):
+            self._spared = {*path}  # or room for a block is made by losing the one before
+        slots = sorted(self._take_slots(wanted))
+        self._spared = frozenset()
+        return slots
+
+    def credit(self, client: int, wanted: int) -> list[Slot]:
+        """Up to `wanted` slots more for `client` to fill and `put`; never waits.
+
+        They are its own until it disconnects, and no room for others' blocks.
+        """
+        slots = sorted(self._take_slots(wanted))
+        self._on_credit(self._credits.setdefault(client, set()), slots)
+        self._end_credit(client)
+        return slots
+
+    def put(
+        self, client: int, keys: Sequence[BlockKey], slots: Sequence[Slot], use: Use = NO_USE
+    ) -> Kept:
+        """The last blocks of the path `keys` lie in these `slots` of the client's credit.
+
+        Those that nothing has and nobody fills are kept from now on, as by `write` and `commit`.
+        The slots of others remain the client's. So do new ones, in place of those that it filled:
+        none is refused, but where no room can be made its credit shrinks.
+
+        Raises:
+            ValueError: Slots that are not its own, or more than keys; nothing has changed then.
+        """
+        mine, first = self._credits.get(client, set()), len(keys) - len(slots)
+        if first < 0 or len(mine.intersection(slots)) < len(slots):
+            raise ValueError(f"{len(slots)} slots for {len(keys)} blocks are not on credit here")
+        self._used(keys, use)
+        absent = self._absent(keys, first)
+        fresh = self._room_beside(keys, len(absent))
+        filled = [slots[index - first] for index in absent.values()]
+        for (key, index), slot in zip(absent.items(), filled, strict=True):
+            block = self._known(key)
+            block.slot, block.before = slot, keys[index - 1] if index else None
+        mine.difference_update(filled)
+        self._on_credit(mine, fresh)
+        self._end_credit(client)
+        kept = [*absent]
+        self._filled(kept, filled, use)
+        self._used(keys, use)
+        self._drain()
+        return Kept(kept, sorted({*slots}.difference(filled).union(fresh)))
 
     def commit(self, lease_id: int, filled: int | None = None) -> None:
         """The first `filled` blocks of a write lease, or all, hold what belongs there.
@@ -185,7 +237,13 @@ class Ledger(Leases):
             self._settled(lease)
 
     def disconnect(self, client: int) -> int:
-        """Release every lease of a client that is gone; how many there were. O(their blocks)."""
+        """Release every lease of a client that is gone; how many there were. O(their blocks).
+
+        Its credit ends with it.
+        """
+        for slot in self._credits.pop(client, ()):
+            self._pins[slot] -= 1
+            self._free.append(slot)
         leases = [*self._of_client.get(client, ())]
         for lease_id in leases:
             self.release(lease_id)

@@ -35,6 +35,7 @@ class Residency:
         self._pins = self._in_host.pins
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
         self._moves = 0
+        self._credits: dict[int, set[Slot]] = {}  # slots that clients fill ahead, by client
         self._draining_all = False
         self._effects: list[Effect] = []
 
@@ -59,7 +60,7 @@ class Residency:
 
     def usage(self) -> list[TierUsage]:
         """What each tier takes, the host tier first."""
-        in_use = self.slots - len(self._free)
+        in_use = self.slots - len(self._free) - self.credited
         host = TierUsage(in_use, in_use * self.block_nbytes)
         return [host, *(TierUsage(len(each.sizes), each.nbytes) for each in self._tiers[1:])]
 
@@ -67,6 +68,11 @@ class Residency:
         """The policies that learn, by tier."""
         policies = enumerate(copies.policy for copies in self._tiers)
         return {tier: policy for tier, policy in policies if isinstance(policy, Learning)}
+
+    @property
+    def credited(self) -> int:
+        """Slots that clients fill ahead of saying with what."""
+        return sum(map(len, self._credits.values()))
 
     @property
     def moves(self) -> int:
@@ -121,10 +127,12 @@ class Residency:
         if self.admission is not None:
             self.admission.entered(keys, use.request)
         self._effects += [Held(key, HOST) for key in keys]
+        shards, alone = self._blocks.shards, len(self._tiers) == 1
         for key, slot in zip(reversed(keys), reversed(slots), strict=True):
-            self._blocks[key].phase = Phase.STABLE
+            shards[key[-1]][key].phase = Phase.STABLE
             self._pins[slot] -= 1
-            self._sort(key)
+            if not alone:  # else there is no order that it could belong to
+                self._sort(key)
 
     def _leave(self, key: BlockKey, tier: int, *, forget: bool, gone: bool) -> None:
         """`tier` no longer has `key`; a block that no tier has is forgotten."""
@@ -200,7 +208,11 @@ class Residency:
         """Assert every invariant; for tests and `kvtier check`: O(blocks)."""
         blocks = dict(self._blocks.items())
         slots = [block.slot for block in blocks.values() if block.slot is not None]
-        assert sorted([*slots, *self._free]) == list(range(self.slots)), "a slot is lost or shared"
+        ahead = [slot for credit in self._credits.values() for slot in credit]
+        every = [*slots, *ahead, *self._free]
+        assert sorted(every) == list(range(self.slots)), "a slot is lost or shared"
+        assert all(self._pins[slot] == 1 for slot in ahead), "a slot is not its client's alone"
+        assert all(self._credits.values()), "an empty set was kept"
         moves = [block.move for block in blocks.values() if block.move is not None]
         assert len(moves) + len(self._loads) == self._moves
         assert all(key in blocks for key in self._loads)

@@ -6,14 +6,16 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Final, NamedTuple, cast
+from typing import Final, cast
 
 from kvtier.arena import Arena
 from kvtier.core.blocks import BlockKey, BlockLayout, Slot
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
+from kvtier.engine.credit import Credit
+from kvtier.engine.hangup import HangUp
+from kvtier.engine.leases import ReadLease, TierMatch, WriteLease
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
@@ -22,57 +24,6 @@ CONNECT_S: Final = 5.0
 ANSWER_S: Final = 5.0  # beyond what the request itself may wait
 RECEIVE_NBYTES: Final = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
-
-
-class TierMatch(NamedTuple):
-    """Leading blocks of a prompt that the node holds, and how many of them in each tier."""
-
-    blocks: int
-    by_tier: dict[Tier, int]
-
-
-@dataclass(slots=True)
-class ReadLease:
-    """Slots of blocks keys[first], keys[first + 1], ...; valid until the context ends.
-
-    The first `arrived` of them hold their blocks. The others may come (`TierClient.more`), or be
-    cut off.
-    """
-
-    id: int
-    slots: list[Slot]
-    sources: list[Tier]  # where each block was before this read
-    arrived: int
-
-
-@dataclass(slots=True)
-class WriteLease:
-    """Slots to fill with blocks keys[i] for i in `indexes`; valid until the context ends.
-
-    `filled` says how many of them, from the first on, are to be kept; the caller sets it once
-    they are in their slots. If the context ends by an exception, none is kept.
-    """
-
-    id: int
-    indexes: list[int]
-    slots: list[Slot]
-    filled: int = 0
-
-
-class HangUp:
-    """The end of a connection, for one thread to wait for; takes over the descriptor."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def wait(self) -> None:
-        """Return once one side has hung up. To be called once."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLRDHUP)
-        try:
-            poll.poll()
-        finally:
-            os.close(self._fd)
 
 
 class TierClient:
@@ -96,6 +47,7 @@ class TierClient:
         self._received = memoryview(bytearray(RECEIVE_NBYTES))
         self._timeout_s = 0.0
         self._wait_s = 0.0  # of the newest read
+        self._credit = Credit()
         self._unanswered = False  # a request was sent, and its answer was not read
         self._ended_by = "this end has hung up"
         self._notes = -1
@@ -204,16 +156,17 @@ class TierClient:
             Op.READ, local.pack_keys(keys), first, len(keys) if wanted is None else wanted,
             int(wait_s * 1000), *_costs(compute), *_told(use),
         )  # fmt: skip
-        return self._reading(wait_s + ANSWER_S)
+        return self._reading(wait_s + ANSWER_S, keys[first:])
 
     @contextmanager
-    def _reading(self, timeout_s: float) -> Iterator[ReadLease]:
+    def _reading(self, timeout_s: float, keys: Sequence[BlockKey]) -> Iterator[ReadLease]:
         lease, slots, sources, arrived = self._answer(timeout_s, Op.READ)
         if not (isinstance(lease, int) and isinstance(slots, bytes) and isinstance(sources, bytes)):
             raise self._broken("READ")
         if not isinstance(arrived, int):
             raise self._broken("READ")
         tiers = [self.tiers[each] for each in sources]
+        self._credit.met(keys[: len(tiers)])
         try:
             yield ReadLease(lease, self._slots(slots), tiers, arrived)
         finally:
@@ -246,12 +199,46 @@ class TierClient:
         What `filled` counts at the end of the context is kept from then on. That is told and
         not asked: should the daemon be gone by then, the next call says so. `use` as for `read`;
         without a request the blocks came by themselves, and are not used by that.
+
+        Where this engine has as many slots on credit (`ask_credit`), and has not met keys[first],
+        nothing is asked: they are granted here, for all of keys[first:]. Blocks that other
+        engines have saved are copied for nothing then.
         """
+        if first < len(keys) and not self._unanswered:
+            self._hear()
+            if slots := self._credit.first(keys[first:]):
+                return self._putting(keys, first, slots, use)
         self._send(Op.WRITE, local.pack_keys(keys), first, *_told(use))
-        return self._writing()
+        return self._writing(keys[first:])
+
+    def ask_credit(self, slots: int) -> None:
+        """See to it that this engine has `slots` slots for `write` to grant without asking.
+
+        Wakes nobody and waits for nothing: they are there for some later call, or not at all.
+        To be called while a lease is open.
+        """
+        if missing := self._credit.wanted(slots):
+            self._note(Op.CREDIT, missing)
 
     @contextmanager
-    def _writing(self) -> Iterator[WriteLease]:
+    def _putting(
+        self, keys: Sequence[BlockKey], first: int, slots: list[Slot], use: Use
+    ) -> Iterator[WriteLease]:
+        self._credit.fill(slots)
+        granted = WriteLease(0, [*range(first, len(keys))], slots)
+        try:
+            yield granted
+        except BaseException:
+            self._credit.put(slots, 0)
+            raise
+        self._credit.put(slots, granted.filled)
+        self._credit.met(keys[first : first + granted.filled])
+        if granted.filled:
+            path, filled = keys[: first + granted.filled], slots[: granted.filled]
+            self._note(Op.PUT, local.pack_keys(path), local.pack_numbers(filled), *_told(use))
+
+    @contextmanager
+    def _writing(self, keys: Sequence[BlockKey]) -> Iterator[WriteLease]:
         lease, indexes, slots = self._answer(ANSWER_S, Op.WRITE)
         if not (isinstance(lease, int) and isinstance(indexes, bytes) and isinstance(slots, bytes)):
             raise self._broken("WRITE")
@@ -262,6 +249,8 @@ class TierClient:
             with suppress(ArenaLost):
                 self._note(Op.RELEASE, lease)
             raise
+        if granted.filled == len(granted.slots):  # else some may be nowhere
+            self._credit.met(keys)
         self._note(Op.COMMIT, lease, granted.filled)
 
     @property
@@ -290,8 +279,10 @@ class TierClient:
         return cast("list[Slot]", local.unpack_numbers(raw))
 
     def _tell(self, op: Op, *arguments: Value) -> None:
+        self._deliver(op, local.encode(op, *arguments))
+
+    def _deliver(self, op: Op, message: bytes) -> None:
         """Bytes of a request."""
-        message = local.encode(op, *arguments)
         try:
             self._socket.sendall(message)
         except OSError as error:
@@ -303,10 +294,13 @@ class TierClient:
     def _note(self, op: Op, *arguments: Value) -> None:
         """A request without an answer that wakes nobody; in order with all that is asked later."""
         message = local.encode(op, *arguments)
+        if len(message) > local.MAX_NOTE:  # a long path
+            self._deliver(op, message)
+            return
         try:
             os.write(self._notes, message)  # as a whole or not at all: it is short
         except BlockingIOError:  # so many of them
-            self._tell(op, *arguments)
+            self._deliver(op, message)
         except OSError as error:
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
 
@@ -330,8 +324,7 @@ class TierClient:
                 count = self._socket.recv_into(self._received)
                 if not count:
                     raise self._lost("the node daemon hung up")
-                messages = self._decoder.feed(self._received[:count])
-                if messages:
+                if messages := self._replies(count):
                     break
         except OSError as error:  # a time-out is one as well
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
@@ -346,6 +339,35 @@ class TierClient:
             self.close()
             raise RemoteProtocolError(f"the node daemon refused {op.name}: {values[0]!s}")
         return values
+
+    def _hear(self) -> None:
+        """Take in what the daemon has told by itself; waits for nothing."""
+        while True:
+            try:
+                count = self._socket.recv_into(self._received, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self._lost(f"the node daemon is gone: {error}") from None
+            if not count:
+                raise self._lost("the node daemon hung up")
+            for ok, *values in self._replies(count):  # to something that has no answer
+                self.close()
+                text = "answered what was not asked" if ok else f"refused: {values[0]!s}"
+                raise RemoteProtocolError(f"the node daemon {text}")
+
+    def _replies(self, count: int) -> list[list[Value]]:
+        """The replies that `count` bytes just received complete; what else they tell is noted."""
+        replies: list[list[Value]] = []
+        for message in self._decoder.feed(self._received[:count]):
+            match message:
+                case [bool(), *_]:
+                    replies.append(message)
+                case [Op.CREDIT, bytes(slots)]:
+                    self._credit.told(self._slots(slots))
+                case _:
+                    raise self._broken("nothing")
+        return replies
 
     def _set_timeout(self, timeout_s: float) -> None:
         if timeout_s != self._timeout_s:

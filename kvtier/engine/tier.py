@@ -14,8 +14,10 @@ from kvtier.core.blocks import BlockKey, Namespace, block_keys
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
-from kvtier.engine.client import HangUp, ReadLease, TierClient, WriteLease
+from kvtier.engine.client import TierClient
 from kvtier.engine.copier import ArenaTensor
+from kvtier.engine.hangup import HangUp
+from kvtier.engine.leases import ReadLease, WriteLease
 from kvtier.engine.paged import Done, PagedKV
 from kvtier.engine.speeds import TierSpeeds
 from kvtier.errors import KVTierError
@@ -43,8 +45,9 @@ class EngineTier:
     thread calls them, and the blocks that they name stay as they are meanwhile.
 
     Many blocks go in batches of `batch`, twice as many where they are read: while one is copied
-    the daemon works on the lease of the next, so that at most two are held. A failure ends a call;
-    what it had done before counts.
+    the daemon works on the lease of the next, so that at most two are held. With `credit` the first
+    batch of a save needs no lease and waits for nothing, once the daemon has given this engine
+    slots ahead. A failure ends a call; what it had done before counts.
 
     A daemon that went is attached to again, beside the calls, as soon as it is back; one that never
     was there, or that failed, is tried again at most every RECONNECT_S by whichever call comes
@@ -60,6 +63,7 @@ class EngineTier:
         wait_s: float = 2.0,
         pin: bool = False,
         batch: int = BATCH,
+        credit: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
@@ -69,6 +73,7 @@ class EngineTier:
         self._wait_s = wait_s
         self._pin = pin
         self._batch = batch
+        self._credit = batch if credit else 0
         self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
         self._turn = threading.Lock()  # a call, or `_watch`
@@ -148,7 +153,8 @@ class EngineTier:
         """Hand the blocks keys[first:], which lie in `block_ids`, to the host tier.
 
         `keys` is the whole path from the root. Returns how many were taken; those that the node
-        holds already are not counted. `use` names the request.
+        holds already are not counted, unless another engine has saved them: then the first `batch`
+        may be. `use` names the request.
         """
         saved: list[int] = []
         if block_ids:
@@ -363,6 +369,7 @@ class EngineTier:
             with asked as lease:
                 at += self._batch
                 asked = ask(at)
+                client.ask_credit(self._credit)
                 count = len(lease.slots)
                 if count:
                     blocks = [block_ids[index - first] for index in lease.indexes]

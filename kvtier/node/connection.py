@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Final, Protocol, TypeVar, cast
 
 from kvtier import metrics
-from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.blocks import BlockKey, BlockLayout, Slot
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.ledger import Lease
 from kvtier.core.policy import Use
@@ -89,7 +89,7 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self.hear()  # what it had ended before it went, it has ended
-        self._gate.hearing.end(self)
+        self._gate.hearing.leave(self)
         if self.manager is not None:
             self.manager.disconnect(self._client)
         if self._notes is not None:
@@ -159,9 +159,14 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
 
     def _reply(self, *values: Value) -> None:
+        self._send(True, *values)
+
+    def _send(self, *values: Value) -> None:
+        if self._transport.is_closing():  # it has hung up, and its last words are heard
+            return
         if self._transport.get_write_buffer_size() > MAX_UNREAD:
             raise RemoteProtocolError(f"over {MAX_UNREAD} bytes of answers that were not read")
-        self._transport.write(local.encode(True, *values))
+        self._transport.write(local.encode(*values))
 
     def _handle(self, op: Op, arguments: list[Value]) -> None:
         if op is Op.HELLO:
@@ -196,6 +201,10 @@ class Connection(asyncio.Protocol):
                     raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
                 self._ended_lease(lease)
                 self.manager.release(lease)
+            case Op.CREDIT, [int(wanted)]:
+                self._credit(self.manager, wanted)
+            case Op.PUT, [bytes(keys), bytes(slots), int(request), int(output)]:
+                self._put(self.manager, local.unpack_keys(keys), slots, _use(request, output))
 
     async def _hello(self, *arguments: Value) -> None:
         version, text, name = arguments
@@ -292,6 +301,25 @@ class Connection(asyncio.Protocol):
         self._writes.add(lease.id)
         self._gate.hearing.begin(self)
         self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
+
+    def _credit(self, manager: TierManager, wanted: int) -> None:
+        if not 0 < wanted <= local.MAX_KEYS:
+            raise RemoteProtocolError(f"CREDIT of {wanted} slots: 1 to {local.MAX_KEYS}")
+        slots = manager.credits.give(self._client, wanted)
+        if slots:
+            self._gate.hearing.credited(self)
+        self._send(Op.CREDIT, local.pack_numbers(slots))
+
+    def _put(self, manager: TierManager, keys: list[BlockKey], slots: bytes, use: Use) -> None:
+        if use.request is not None:
+            self._node.recorder.tell(keys, use, manager.layout.block_tokens)
+        filled = cast("list[Slot]", local.unpack_numbers(slots))
+        try:
+            use = use._replace(now=manager.clock())
+            instead = manager.credits.put(self._client, keys, filled, use)
+        except ValueError as error:
+            raise RemoteProtocolError(f"PUT: {error}") from None
+        self._send(Op.CREDIT, local.pack_numbers(instead))
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)

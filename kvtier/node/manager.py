@@ -26,6 +26,7 @@ from kvtier.core.ledger import Lease, Ledger, Match
 from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import StoreUnavailable
+from kvtier.node.credit import Credits
 from kvtier.node.movers import LowerTier, Movers, Outcome
 from kvtier.node.reading import Loading, Reading
 from kvtier.node.speed import Speed
@@ -69,13 +70,14 @@ class TierManager:
         self._unnamed = count(-1, -1)  # reads of which nobody says the request
         self._announce = announce
         self.lineage = Lineage()
+        self.credits = Credits(self._ledger, self.lineage, self._carry_out_soon)
         self._movers = Movers(layout, arena, lower, self._report, self.lineage)
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
         self._loading: dict[int, Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
         self._retries: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
-        self._clock = clock or self._loop.time
+        self.clock = clock or self._loop.time
         self._closed = False
         self._drains = 0  # under way: the last to end ends the draining
         self._carrying = False
@@ -122,7 +124,7 @@ class TierManager:
 
     def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
-        lease = self._ledger.write(client, keys, first, use._replace(now=self._clock()))
+        lease = self._ledger.write(client, keys, first, use._replace(now=self.clock()))
         metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
@@ -251,7 +253,7 @@ class TierManager:
 
         # A read is always for somebody, be it told or not.
         request = asked.use.request or next(self._unnamed)
-        use = asked.use._replace(now=self._clock(), request=request)
+        use = asked.use._replace(now=self.clock(), request=request)
         lease = self._ledger.read(asked.client, asked.keys, asked.first, worth, use)
         metrics.DECLINED_BLOCKS.inc(lease.refused)
         if not lease.loading:
@@ -303,20 +305,20 @@ class TierManager:
         forgotten: dict[int, list[BlockKey]] = {}
         changes: list[tuple[Tier, BlockKey, bool]] = []
         for effect in self._ledger.take_effects():
-            match effect:
+            match effect:  # the most frequent first
+                case Held(key, tier):
+                    changes.append((self.specs[tier].tier, key, True))
+                case Gone(key, tier):
+                    # Written again since then: what is known now is of the new copy.
+                    if tier == HOST and len(self.lineage) and not self._ledger.has_slot(key):
+                        self.lineage.gone(key)
+                    changes.append((self.specs[tier].tier, key, False))
                 case Move():
                     moves.append(effect)
                 case Forget(key, tier):
                     forgotten.setdefault(tier, []).append(key)
                 case Settled(lease):
                     self._end_loading(lease)
-                case Held(key, tier):
-                    changes.append((self.specs[tier].tier, key, True))
-                case Gone(key, tier):
-                    # Written again since then: what is known now is of the new copy.
-                    if tier == HOST and not self._ledger.has_slot(key):
-                        self.lineage.gone(key)
-                    changes.append((self.specs[tier].tier, key, False))
         for tier, keys in forgotten.items():
             self._movers.forget(tier, keys)
         if moves:

@@ -1,9 +1,10 @@
-"""What engines tell without waking the daemon: that they have ended a lease.
+"""What engines tell without waking the daemon: that they have ended a lease, or filled a slot.
 
 A message on a socket wakes its reader, and a reader that wakes takes a core or a cache from the
-engine just when it goes on computing. COMMIT and RELEASE have no answer, so nobody is in a hurry:
-they lie in a pipe that the daemon reads before it does anything that they could matter to, and
-every HEAR_S as long as leases are open. See docs/decisions/0020.
+engine just when it goes on computing. COMMIT, RELEASE and PUT have no answer, so nobody is in a
+hurry: they lie in a pipe that the daemon reads before it does anything that they could matter to,
+and every HEAR_S as long as leases are open, every CREDIT_S as long as slots are on credit. See
+docs/decisions/0020 and 0036.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ from typing import Final, Protocol
 from kvtier.wire import local
 from kvtier.wire.local import Value
 
-HEAR_S: Final = 0.005  # that a note lies unread at most
+HEAR_S: Final = 0.005  # that a note lies unread at most, of an engine with open leases
+CREDIT_S: Final = 0.02  # of one that has slots on credit: always, so more seldom
 _READ_NBYTES: Final = 4096
 _MOST_READS: Final = 16  # at once: a pipe's worth
 
@@ -53,7 +55,7 @@ class Notes:
 
 
 class Noting(Protocol):
-    """An engine with open leases."""
+    """An engine with open leases, or with slots on credit."""
 
     def hear(self) -> None:
         """Read and act on its notes; raises nothing."""
@@ -61,32 +63,55 @@ class Noting(Protocol):
 
 
 class Hearing:
-    """The engines whose notes have to be read: those with open leases. Lives on one loop."""
+    """The engines whose notes have to be read. Lives on one loop."""
 
     def __init__(self) -> None:
-        self._engines: set[Noting] = set()
+        self._leasing: set[Noting] = set()  # with open leases
+        self._crediting: set[Noting] = set()  # with slots on credit
         self._due: asyncio.TimerHandle | None = None
 
     def begin(self, engine: Noting) -> None:
         """It has an open lease."""
-        self._engines.add(engine)
-        if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(HEAR_S, self._again)
+        self._leasing.add(engine)
+        self._within(HEAR_S)
 
     def end(self, engine: Noting) -> None:
         """It has none."""
-        self._engines.discard(engine)
-        if self._due is not None and not self._engines:
-            self._due.cancel()
-            self._due = None
+        self._leasing.discard(engine)
+        self._rest()
+
+    def credited(self, engine: Noting) -> None:
+        """It has slots on credit, from now on until it leaves."""
+        self._crediting.add(engine)
+        self._within(CREDIT_S)
+
+    def leave(self, engine: Noting) -> None:
+        """It is gone."""
+        self._crediting.discard(engine)
+        self.end(engine)
 
     def now(self) -> None:
         """Act on all that was noted up to here."""
-        for engine in [*self._engines]:
+        for engine in [*(self._leasing | self._crediting)]:
             engine.hear()
+
+    def _within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._due is not None:
+            if self._due.when() <= loop.time() + seconds:
+                return
+            self._due.cancel()
+        self._due = loop.call_later(seconds, self._again)
+
+    def _rest(self) -> None:
+        if self._due is not None and not self._leasing and not self._crediting:
+            self._due.cancel()
+            self._due = None
 
     def _again(self) -> None:
         self._due = None
         self.now()
-        if self._engines and self._due is None:
-            self._due = asyncio.get_running_loop().call_later(HEAR_S, self._again)
+        if self._leasing:
+            self._within(HEAR_S)
+        elif self._crediting:
+            self._within(CREDIT_S)

@@ -19,7 +19,8 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES, World
+from kvtier.testing.credit import CreditWorld
+from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES
 
 CLIENTS = 3
 DEPTH = 5  # blocks of the longest prompt
@@ -41,6 +42,7 @@ STATES = (
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
+    "put", "put of what is there", "put without a new slot", "credit ended",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
 
@@ -115,7 +117,7 @@ def _random_tiers(rng: Random, admission: AdmissionFactory | None) -> list[TierS
     return specs
 
 
-class _Node(World):
+class _Node(CreditWorld):
     """One node, its clients, and what befalls them."""
 
     def __init__(
@@ -137,7 +139,8 @@ class _Node(World):
         """One random event."""
         lower = len(self.specs) > 1
         events: list[tuple[int, Callable[[], None]]] = [
-            (14, self._write), (14, self._read), (26, self._end_lease), (3, self._settle),
+            (14, self._write), (14, self._read), (2, self._credit), (8, self._put),
+            (26, self._end_lease), (3, self._settle),
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
@@ -196,6 +199,14 @@ class _Node(World):
         self.seen["write refused"] += bool(refused)
         self.seen["write beside a filling block"] += bool(filling & {*path})
 
+    def _credit(self) -> None:
+        self.credit(self.rng.randrange(CLIENTS), self.rng.randint(1, 2))
+
+    def _put(self) -> None:
+        client = self.rng.choice([*self.credits] or [0])
+        self.put(client, self.path(), self.rng.randint(0, DEPTH), self._use())
+        self.check_cascade()
+
     def _read(self) -> None:
         path = self.path()
         self._read_path(path, self._first(path))
@@ -244,7 +255,7 @@ class _Node(World):
         moving = {move.key for move in self.moves if move.source != HOST != move.target}
         missed = held[len(lease.keys) :]
         if missed and missed[0] in moving:
-            full = self.ledger.usage()[HOST].blocks == self.ledger.slots
+            full = self.ledger.usage()[HOST].blocks + self.ledger.credited == self.ledger.slots
             assert lease.refused or full, "cut by a copy between two lower tiers"
 
     def _worth(self, sources: Sequence[int], _first: int) -> int:
@@ -286,6 +297,7 @@ class _Node(World):
             self.settled.pop(lease_id, None)
         assert self.ledger.disconnect(client) == len(mine)
         self.seen["client died"] += bool(mine)
+        self.seen["credit ended"] += bool(self.credits.pop(client, ()))
 
     def _find(self) -> None:
         """A store turns out to hold more: others wrote it, or this node did in another life."""
@@ -370,6 +382,7 @@ class _Node(World):
             self.ledger.disconnect(client)
         self.leases.clear()
         self.settled.clear()
+        self.credits.clear()
         self.ledger.drain_all(on=True)
         self._be_quiet()
         self.check()

@@ -43,6 +43,7 @@ class World:
         self.moves: list[Move] = []
         self.leases: dict[int, Lease] = {}
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
+        self.credits: dict[int, set[Slot]] = {}  # what clients fill ahead, by client
         self.clearing = False
         self.refused = [False] * len(specs)  # whether the newest copy into a tier failed
         # Copies that a load found bad while they were copied down: gone once that has ended.
@@ -166,12 +167,13 @@ class World:
             assert self.specs[target].shared or free >= 0, "there is no room for the copy"
         self.moves.append(move)
 
-    def claim(self, slot: Slot, key: BlockKey, by: Lease | None = None) -> None:
+    def claim(self, slot: Slot, key: BlockKey | None = None, by: Lease | None = None) -> None:
         """A slot is about to be filled: nobody else may have it."""
         for lease in self.leases.values():
             mine = lease is by or key in lease.loading
             assert mine or slot not in lease.slots, "the slot is leased"
         assert all(slot != move.slot for move in self.moves), "the slot is moving"
+        assert not any(slot in credit for credit in self.credits.values()), "it is on credit"
         self.arena[slot] = None
 
     def gone(self, key: BlockKey, tier: int) -> None:
@@ -210,6 +212,9 @@ class World:
             if move.slot is not None:
                 held = None if move.target == HOST else move.key
                 assert self.arena[move.slot] == held, "a slot changed under a move"
+        for credit in self.credits.values():
+            assert not any(self.arena[slot] for slot in credit), "a slot on credit changed"
+        assert self.ledger.credited == sum(map(len, self.credits.values()))
         usage = self.ledger.usage()
         listed = [set(keys) for keys in self.ledger.held()]
         assert listed[HOST] == self.announced[HOST]

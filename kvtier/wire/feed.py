@@ -51,9 +51,12 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
         self._watchers: set[asyncio.Queue[feed_pb2.FeedMessage | None]] = set()
         self._flush_due: asyncio.TimerHandle | None = None
         self._closed = False
+        self._watched = False  # ever
 
     def changed(self, changes: Iterable[tuple[Tier, BlockKey, bool]]) -> None:
         """Blocks came (True) or went (False); told to the watchers within FLUSH_S."""
+        if not self._watched:  # the first to come begins with a snapshot
+            return
         for tier, key, held in changes:
             self._changes[tier, key] = held
         if self._changes and self._flush_due is None:
@@ -109,6 +112,7 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"feed: {MAX_WATCHERS} watchers already"
             )
+        self._watched = True
         self.flush()
         queue: asyncio.Queue[feed_pb2.FeedMessage | None] = asyncio.Queue()
         self._watchers.add(queue)

@@ -4,13 +4,17 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
     request   [op, *arguments]          reply   [True, *values]  or  [False, text]
 
-COMMIT and RELEASE have no reply (a refused one is told, as the last words before hanging up, to
-whatever is asked next); of all others an engine has one under way at a time. HELLO comes first; its
-reply carries two descriptors (SCM_RIGHTS): the arena, and the writing end of a pipe for requests
-without a reply. Their messages, of at most MAX_NOTE bytes, wake nobody: they are read before any
-engine's next request is, and at the latest after some milliseconds. Where the pipe is full they go
-to the socket. Leases end with the connection. Keys travel as
-one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as one byte each.
+COMMIT, RELEASE, CREDIT and PUT have no reply (a refused one is told, as the last words before
+hanging up, to whatever is asked next); of all others an engine has one under way at a time. HELLO
+comes first; its reply carries two descriptors (SCM_RIGHTS): the arena, and the writing end of a
+pipe for requests without a reply. Their messages, of at most MAX_NOTE bytes, wake nobody: they are
+read before any engine's next request is, and at the latest after some milliseconds. Where the pipe
+is full, or they are longer, they go to the socket. Leases end with the connection, and credit too.
+Keys travel as one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as
+one byte each.
+
+What slots an engine has on credit the daemon tells by itself, once for each CREDIT and PUT:
+[CREDIT, slots]. That may come before any reply, or when none is awaited.
 """
 
 import struct
@@ -25,10 +29,10 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 4
+VERSION: Final = 5
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
-MAX_NOTE: Final = 512  # the least that any system writes to a pipe as a whole or not at all
+MAX_NOTE: Final = 4096  # what Linux writes to a pipe as a whole or not at all
 MAX_REQUEST: Final = 2**64 - 1
 MAX_OUTPUT: Final = 2**31 - 1  # tokens
 
@@ -58,9 +62,13 @@ class Op(IntEnum):
     # Load what the node lacks of keys[first:] from another node's daemon, if it knows one of that
     # name; the numbers are as in READ. An engine that never asks needs not know it.
     PULL = 8  # keys, node, first, wait ms, block us, growth ns, request, output -> blocks
+    # Slots to fill ahead of need, so many or none. PUT says with what: the last blocks of `keys`
+    # lie in `slots`. Of each the daemon tells which slots the engine has more, or instead.
+    CREDIT = 9  # slots wanted; no reply
+    PUT = 10  # keys, slots, request, output; no reply
 
 
-NOTED: Final = frozenset({Op.COMMIT, Op.RELEASE})  # may come by the pipe
+NOTED: Final = frozenset({Op.COMMIT, Op.RELEASE, Op.CREDIT, Op.PUT})  # may come by the pipe
 
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.HELLO: (int, str, str),
@@ -71,6 +79,8 @@ _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.RELEASE: (int,),
     Op.AWAIT: (int, int),
     Op.PULL: (bytes, str, int, int, int, int, int, int),
+    Op.CREDIT: (int,),
+    Op.PUT: (bytes, bytes, int, int),
 }
 
 

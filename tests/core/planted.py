@@ -199,8 +199,8 @@ BUGS = [
     ),
     bug(
         "blocks that were filled stay pinned",
-        "self._pins[slot] -= 1\n            self._sort(key)",
-        "self._sort(key)",
+        "self._pins[slot] -= 1\n            if not alone:",
+        "if not alone:",
     ),
     bug("the slots of victims are lost", "self._free += slots", "pass"),
     bug(
@@ -212,6 +212,40 @@ BUGS = [
         "what a read loaded can never be dropped",
         "self._cut(lease, 0)\n            self._touch(lease)",
         "self._cut(lease, 0)",
+    ),
+    bug(
+        "room for a block is made by losing the one before",
+        "self._spared = {*path}  # or",
+        "self._spared = frozenset()  # or",
+    ),
+    bug(
+        "what was put lies in the new slots",
+        "slot, keys[index - 1]",
+        "(fresh or filled)[0], keys[index - 1]",
+    ),
+    bug(
+        "the slots of what is there already are taken away",
+        "sorted({*slots}.difference(filled).union(fresh))",
+        "sorted(fresh)",
+    ),
+    bug("slots that were filled stay on credit", "mine.difference_update(filled)", "pass"),
+    bug("new slots are given to nobody", "self._on_credit(mine, fresh)", "self._free += fresh"),
+    bug(
+        "slots on credit are given away again",
+        "self._on_credit(self._credits.setdefault(client, set()), slots)",
+        "self._free += slots",
+    ),
+    bug("credit outlives its client", "self._credits.pop(client, ()):", "():"),
+    bug("what is put is not pinned", "self._on_credit(mine, fresh)", "mine.update(fresh)"),
+    bug(
+        "what is there is put again",
+        "absent = self._absent(keys, first)\n        fresh",
+        "absent = {key: n for n, key in enumerate(keys) if n >= first}\n        fresh",
+    ),
+    bug(
+        "a put starts no copies",
+        "self._used(keys, use)\n        self._drain()\n        return Kept",
+        "self._used(keys, use)\n        return Kept",
     ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]

@@ -13,7 +13,8 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, Use
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.testing.world import BLOCK_NBYTES, World
+from kvtier.testing.credit import CreditWorld
+from kvtier.testing.world import BLOCK_NBYTES
 
 PROMPTS = [[BlockKey(f"{name}{n}".encode()) for n in range(4)] for name in "abc"]
 paths = st.builds(lambda prompt, n: prompt[:n], st.sampled_from(PROMPTS), st.integers(1, 4))
@@ -46,7 +47,7 @@ class NodeMachine(RuleBasedStateMachine):
             )
             for tier, blocks in [(Tier.HOST, 4), *LOWER[lower]]
         ]  # fmt: skip
-        self.world = World(Ledger(BLOCK_NBYTES, specs), specs, Random(0), Counter())
+        self.world = CreditWorld(Ledger(BLOCK_NBYTES, specs), specs, Random(0), Counter())
 
     def lower_tier(self, pick: int) -> int:
         return 1 + pick % (len(self.world.specs) - 1)
@@ -65,6 +66,14 @@ class NodeMachine(RuleBasedStateMachine):
         self.world.carry_out()
         for key, slot in zip(lease.keys, lease.slots, strict=True):
             self.world.claim(slot, key, lease)
+
+    @rule(client=clients, wanted=st.integers(1, 3))
+    def credit(self, client, wanted):
+        self.world.credit(client, wanted)
+
+    @rule(client=clients, path=paths, blocks=st.integers(1, 4), request=requests)
+    def put(self, client, path, blocks, request):
+        self.world.put(client, path, blocks, Use(request=request))
 
     @precondition(lambda self: self.world.leases)
     @rule(pick=picks, filled=st.integers(0, 4))
@@ -108,6 +117,7 @@ class NodeMachine(RuleBasedStateMachine):
         world.leases = {n: lease for n, lease in world.leases.items() if n not in mine}
         world.settled = {n: keys for n, keys in world.settled.items() if n not in mine}
         assert world.ledger.disconnect(client) == len(mine)
+        world.credits.pop(client, None)
         world.carry_out()
 
     @precondition(lambda self: len(self.world.specs) > 1)

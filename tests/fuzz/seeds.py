@@ -30,6 +30,7 @@ def seeds() -> dict[str, list[bytes]]:
         local.encode(Op.MATCH, keys) + local.encode(Op.READ, keys, 1, 2, 2000, 0, 0, 9, 30),
         local.encode(Op.WRITE, keys, 0, 9, -1) + local.encode(Op.COMMIT, 7, 3),
         local.encode(Op.AWAIT, 7, 1) + local.encode(Op.RELEASE, 7),
+        local.encode(Op.CREDIT, 32) + local.encode(Op.PUT, keys, bytes(8), 9, -1),
     ]
     record = Header(1, 2, 4032, 9, KEY, 4096, 0).pack()
     return {

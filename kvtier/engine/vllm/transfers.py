@@ -10,7 +10,7 @@ import numpy as np
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import Use
 from kvtier.core.tiers import Tier
-from kvtier.engine.client import ReadLease, WriteLease
+from kvtier.engine.leases import ReadLease, WriteLease
 from kvtier.engine.requests import number_of
 from kvtier.engine.vllm.line import Attached, Bytes, Line, News
 from kvtier.engine.vllm.lookups import Keys
