@@ -230,11 +230,12 @@ def test_a_request_is_known_to_wait_for_us_until_there_is_an_answer(tier, node):
         hub.transfers.submit(99, storing=False, keys=some, rows=list(range(20, 28)), request="b")
         hub.transfers.submit(98, storing=True, keys=keys(1, 60), rows=[9], request="c")
         assert [hub.pending(request) for request in "abcd"] == [True, True, False, False]
+        hub.step(idle=True)
         assert not hub.answered("a"), "only a moment is waited"
         assert not hub.answered("d"), "nothing was asked"
     finally:
         node.process.send_signal(18)  # SIGCONT
-    wait_for("an answer", lambda: hub.answered("a") or not hub.pending("a"))
+    wait_for("an answer", lambda: hub.step(idle=True) or hub.answered("a") or not hub.pending("a"))
     assert hub.lookups.lookup("a", some[0]) is True
     wait_for("a load", lambda: not hub.pending("b"))
     assert np.array_equal(tier.region[20:28], tier.region[:8])
@@ -337,6 +338,7 @@ def test_one_flag_is_enough():
         ({"load_s": 0}, "load_s is 0"),
         ({"lode_s": 1}, "'lode_s'"),
         ({"socket": 3}, "socket must be"),
+        ({"save": "evict"}, "save is 'evict', must be 'fill' or 'second-use'"),
     ],
 )
 def test_a_wrong_setting_is_named(table, text):

@@ -19,8 +19,6 @@ from kvtier.engine.vllm.settings import completed
 from kvtier.engine.vllm.tier import KvtierTier
 from kvtier.errors import ConfigError
 
-MAX_WAITS = 8  # in one step: what a crowd asks comes with the next
-
 
 class KvtierConnector(OffloadingConnector):
     """vLLM's own OffloadingConnector, with kvtier filled in as its tier."""
@@ -30,16 +28,13 @@ class KvtierConnector(OffloadingConnector):
     ) -> None:
         complete(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._waits = 0  # for answers, that this step may still make
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """See `KVConnectorBase_V1`; in a step without work it waits a moment, see `Hub.rest`."""
+        """See `KVConnectorBase_V1`; in a step without work it waits a moment, see `Hub.step`."""
         meta = super().build_connector_meta(scheduler_output)
         idle = not scheduler_output.total_num_scheduled_tokens
-        self._waits = MAX_WAITS if idle else 0
-        if idle:
-            for tier in self._tiers():
-                tier.rest()
+        for tier in self._tiers():
+            tier.step(idle=idle)
         return meta
 
     def get_num_new_matched_tokens(
@@ -47,19 +42,16 @@ class KvtierConnector(OffloadingConnector):
     ) -> tuple[int | None, bool]:
         """See `KVConnectorBase_V1`.
 
-        A request that waits for us is not looked up block by block, and one that finds the engine
-        idle has its answer in this step: another step would cost more than the moment it takes.
+        A request that waits for us is not looked up block by block, and a new one has its answer in
+        this step: another step would cost more than the moment it takes, see `Patience`.
         """
         tiers, name = self._tiers(), request.request_id
         if any(tier.pending(name) for tier in tiers):
             return None, False
         found: tuple[int | None, bool]
         found = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if found[0] is None and self._waits:
-            answered = any(tier.answered(name) for tier in tiers)
-            self._waits = self._waits - 1 if answered else 0
-            if answered:
-                found = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if found[0] is None and any(tier.answered(name) for tier in tiers):
+            found = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return found
 
     def update_state_after_alloc(

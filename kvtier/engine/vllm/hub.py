@@ -10,6 +10,7 @@ from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.vllm_keys import key_of
 from kvtier.engine.vllm.line import Health, Line, News
 from kvtier.engine.vllm.lookups import Lookups
+from kvtier.engine.vllm.patience import Patience
 from kvtier.engine.vllm.settings import TierSettings
 from kvtier.engine.vllm.transfers import Transfers
 
@@ -17,7 +18,6 @@ from kvtier.engine.vllm.transfers import Transfers
 # compute costs it and its worker a millisecond or two. What ends in between wakes it.
 REST_S: Final = 0.002
 LOADING_REST_S: Final = 0.01  # where a request waits for us, which will take longer
-ANSWER_REST_S: Final = 0.002  # for the answer to a question: what an empty step takes, at most
 LEAVE_S: Final = 1.0  # for a thread to end; a daemon thread keeps no process
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class Hub:
         self._settings = settings
         self._identify = identify
         self._identity: Identity | None = None
+        self._clock = clock
+        self._patience = Patience(clock)
         self._known = False
         self._once = threading.Lock()
         self.health = Health()
@@ -59,36 +61,43 @@ class Hub:
             load_s=settings.load_s, store_s=settings.store_s, news=news, clock=clock,
         )  # fmt: skip
 
-    def rest(self) -> None:
-        """For an engine that has nothing to compute: wait a moment for what it has asked of us.
-
-        Otherwise it would ask a thousand times a second, on the cores that our threads need.
-        """
-        if self.transfers.loading or self.lookups.waiting:
-            self._news.rest(LOADING_REST_S)
-        elif self.transfers.under_way:
-            self._news.rest(REST_S)
-
     def pending(self, request: str) -> bool:
         """Whether nothing can have changed for a request since it was told to wait for us."""
         return self.lookups.pending(request) or self.transfers.pending(request)
 
+    def step(self, *, idle: bool) -> None:
+        """A step is scheduled, in which the engine has nothing to compute (`idle`) or something."""
+        self._patience.step(idle=idle)
+        if idle:
+            self._rest()
+
     def answered(self, request: str) -> bool:
-        """For an engine that has nothing to compute: wait a moment for what a request has asked.
+        """Wait a moment for the answer to what a request has asked, see `Patience`.
 
         False where there is no answer yet, or it has asked nothing.
         """
-        if not self.lookups.pending(request):
+        limit_s = self._patience.limit_s
+        if not limit_s or not self.lookups.pending(request):
             return False
         self.lookups.flush()
-        self._news.wait(lambda: not self.lookups.pending(request), ANSWER_REST_S)
-        return not self.lookups.pending(request)
+        start = self._clock()
+        self._news.wait(lambda: not self.lookups.pending(request), limit_s)
+        there = not self.lookups.pending(request)
+        self._patience.waited(self._clock() - start, answered=there)
+        return there
 
     def close(self) -> None:
         """Let stores end, then let go of the region and of the daemon."""
         self.transfers.close(self._settings.drain_s)
         for line in self._lines:
             line.close(LEAVE_S)
+
+    def _rest(self) -> None:
+        # Otherwise it would ask a thousand times a second, on the cores that our threads need.
+        if self.transfers.loading or self.lookups.waiting:
+            self._news.rest(LOADING_REST_S)
+        elif self.transfers.under_way:
+            self._news.rest(REST_S)
 
     def _line(self, name: str, clock: Callable[[], float]) -> Line:
         copies = name != "lookup"

@@ -120,11 +120,14 @@ def _started(prompt: int, cached: int, restored: Restored, begun: float) -> Star
 
 def _arguments(worker: WorkerConfig, model: Path, scratch: Path) -> AsyncEngineArgs:
     transfer = None
+    if worker.save == "evict":
+        raise ConfigError("worker.save is evict: not with vLLM; must be fill or second-use")
     if worker.socket:
         # Half as long as it waits for blocks it waits to hear which there are.
         wait_s = max(0.1, worker.wait_s)
         extra = {"kvtier": {"socket": worker.socket, "load_s": wait_s, "lookup_s": wait_s / 2,
                             "announce": str(scratch / "who"), "owner": str(scratch / "owner"),
+                            "save": worker.save,
                             "adapters_revision": adapters_revision(worker, log.info)},
                  "cpu_bytes_to_use": worker.vram_bytes}  # fmt: skip
         transfer = KVTransferConfig(

@@ -17,6 +17,8 @@ DECIDED: Final = {
     "enable_prefix_caching": "the worker", "kv_transfer_config": "worker.socket",
     "kv_events_config": "the worker",
 }  # fmt: skip
+FILL: Final = "fill"
+SECOND_USE: Final = "second-use"
 CPU_BYTES: Final = 1 << 30  # of vLLM's own region, where none is given
 
 
@@ -33,6 +35,7 @@ class TierSettings:
     load_s: float = 2.0  # that it waits for its blocks; then it computes the missing ones
     store_s: float = 10.0  # that a store may pin vLLM's region; then it is dropped
     drain_s: float = 5.0  # that an engine which stops waits for its stores
+    save: str = FILL  # when blocks leave VRAM: once they are full, or at their "second-use"
     revision: str = ""  # of the weights; empty: a fingerprint of their content
     adapters_revision: str = ""  # see docs/vllm.md
     tenant: str = ""
@@ -46,6 +49,8 @@ class TierSettings:
                 raise ConfigError(f"kvtier: {name} is {value!r}, must be a number of seconds")
             if not 0 < value <= 60:
                 raise ConfigError(f"kvtier: {name} is {value:g}, must be more than 0, at most 60")
+        if self.save not in (FILL, SECOND_USE):
+            raise ConfigError(f"kvtier: save is {self.save!r}, must be {FILL!r} or {SECOND_USE!r}")
         for name in ("socket", "revision", "adapters_revision", "tenant", "announce", "owner"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 256:

@@ -1,6 +1,7 @@
 """vLLM's tiering with kvtier under it, also on the platform where vLLM has none: the CPU."""
 
 import time
+from collections.abc import Collection
 from typing import cast
 
 import numpy as np
@@ -11,12 +12,21 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    LookupResult,
+    OffloadingManager,
     OffloadingWorker,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
     TransferResult,
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from kvtier.engine.vllm.settings import SECOND_USE
+from kvtier.engine.vllm.sightings import Sightings
 
 Bytes = npt.NDArray[np.int8]
 
@@ -25,6 +35,16 @@ class KvtierSpec(TieringOffloadingSpec):
     """vLLM's tiering; on CUDA and XPU with vLLM's own worker, on the CPU with `CpuWorker`."""
 
     _cpu_worker: "CpuWorker | None" = None
+
+    def get_manager(self) -> OffloadingManager:
+        """See `OffloadingSpec`."""
+        manager = super().get_manager()
+        asked = any(tier.get("save") == SECOND_USE for tier in self.secondary_tier_configs)
+        if asked and not isinstance(manager, SecondUseManager):
+            assert isinstance(manager, TieringOffloadingManager)
+            manager = SecondUseManager(manager.primary_tier, manager.secondary_tiers)
+            self._manager = manager
+        return cast("OffloadingManager", manager)
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """See `OffloadingSpec`."""
@@ -40,6 +60,28 @@ class KvtierSpec(TieringOffloadingSpec):
             )
             self._cpu_worker = CpuWorker(kv_caches, self.blocks_per_chunk, region)
         return self._cpu_worker
+
+
+class SecondUseManager(TieringOffloadingManager):
+    """vLLM's manager that copies a block out of VRAM only when a second request has it.
+
+    vLLM's own `store_threshold` does not go with tiers: it would hold back what they load, too.
+    """
+
+    _sightings: Sightings | None = None
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """See `OffloadingManager`."""
+        if self._sightings is None:
+            self._sightings = Sightings()
+        offered = list(keys)
+        wanted = [
+            key for key, again in zip(offered, self._sightings.again(offered), strict=True)
+            if again or self.primary_tier.lookup(key, req_context) is not LookupResult.MISS
+        ]  # fmt: skip
+        return cast("PrepareStoreOutput | None", super().prepare_store(wanted, req_context))
 
 
 class CpuWorker(OffloadingWorker):

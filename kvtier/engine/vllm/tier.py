@@ -118,9 +118,9 @@ class KvtierTier(SecondaryTierManager):
         """See `Hub.answered`."""
         return self._shielded(False, lambda: self._hub.answered(request))
 
-    def rest(self) -> None:
-        """The engine has nothing to compute; see `Hub.rest`."""
-        self._shielded(None, self._hub.rest)
+    def step(self, *, idle: bool) -> None:
+        """See `Hub.step`."""
+        self._shielded(None, lambda: self._hub.step(idle=idle))
 
     def drain_jobs(self) -> None:
         """See `SecondaryTierManager`: ends queued jobs, and waits for copies, not for a daemon."""
@@ -163,9 +163,13 @@ class KvtierTier(SecondaryTierManager):
         return stats
 
     def _submit(self, job: TransferJob, *, storing: bool) -> None:
-        rows = [int(row) for row in job.chunk_ids]
+        blocks = list(zip(job.keys, map(int, job.chunk_ids), strict=True))
+        if storing:  # a set of keys, in no order; a path has one, and its rows are neighbours
+            at = job.req_context.get_offload_key_position
+            blocks.sort(key=lambda block: (block[0][-4:], at(block[0]) or 0))
         self._hub.transfers.submit(
-            job.job_id, storing=storing, keys=list(job.keys), rows=rows,
+            job.job_id, storing=storing, keys=[key for key, _ in blocks],
+            rows=[row for _, row in blocks],
             request=getattr(job.req_context, "req_id", None),
         )  # fmt: skip
 
