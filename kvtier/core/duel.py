@@ -171,11 +171,12 @@ class Duel:
         Raises:
             ValueError: It is not that.
         """
-        match saved:
-            case [[*row]] if len(row) == len(self._evidence()):
-                if all(isinstance(x, float) and isfinite(x) and abs(x) < 1e18 for x in row):
-                    return [*row]
-        raise ValueError("duel must be a row of 8 numbers")
+        row = saved[0] if isinstance(saved, list) and len(saved) == 1 else None
+        if isinstance(row, list) and len(row) == len(self._evidence()):
+            numbers = [x for x in row if isinstance(x, float) and isfinite(x) and abs(x) < 1e18]
+            if len(numbers) == len(row):
+                return numbers
+        raise ValueError("duel must be a row of 8 numbers below 1e18")
 
     def restore(self, evidence: list[float]) -> None:
         """Begin with what another life has seen."""

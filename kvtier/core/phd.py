@@ -277,8 +277,9 @@ class PHD:
             ValueError: Not such a state, or one of another version; nothing has changed.
         """
         # Earlier versions saved no duel: it begins anew.
-        told = isinstance(state, dict) and "duel" in state
-        evidence = self._duel.read(state["duel"]) if told else None
+        evidence = None
+        if isinstance(state, dict) and "duel" in state:
+            evidence = self._duel.read(state["duel"])
         self._hazards.restore(state)
         if evidence is not None:
             self._duel.restore(evidence)
