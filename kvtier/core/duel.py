@@ -16,12 +16,13 @@ come.
 
 from collections import deque
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Final
 
 _PARTS: Final = 512  # of a cache, one of which is used in an epoch
 _EPOCHS: Final = 4096  # that are told apart; with more, the oldest two are one
 ALLOWED: Final = 0.0045  # of all blocks asked for: so much less than LRU may be found
+_CHANCE: Final = 0.002  # of them, less what LRU finds, for whoever lost it all long ago
 _RISK: Final = 0.3  # of the keys that only LRU has, those asked for before it gives them up
 _TO_BEGIN: Final = 1.7  # prompts that the purse must have to depart from LRU; to go on, 1
 _PROMPTS: Final = 2  # so many prompts of evidence that is worth, until it was seen
@@ -46,6 +47,7 @@ class Duel:
         # What the present request found besides counts from the next one on.
         self._judged_lead = self._judged_asked = 0.0
         self._purse = 0.0  # blocks that may be lost
+        self._again = inf  # blocks asked for, from which on an empty one gets something besides
         self._requests = 0.0
         self._squares = 0.0  # of each request's blocks, summed up
         self._lost = 0.0  # blocks that only LRU would have found
@@ -142,7 +144,9 @@ class Duel:
         self._squares += new * new
         self._purse += self._lead - self._judged_lead + ALLOWED * new
         if self._purse < 0:
-            self._purse = 0.0
+            self._purse, self._again = 0.0, asked + max(asked, 2 * self._room)
+        elif asked >= self._again:
+            self._purse, self._again = self._purse + _CHANCE * self._brought**2 / asked, inf
         missing = self.missing
         self._exposed += missing * new
         kept = self._squares / asked * (_TO_BEGIN if self.follow_lru else 1)
@@ -152,6 +156,7 @@ class Duel:
         self._judged_lead, self._judged_asked = self._lead, asked
         if asked > _WINDOW:
             self._room = here
+            self._again /= 2
             self._take([each / 2 for each in self._evidence()])
 
     def _risk(self) -> float:
