@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.ghosts import Ghosts
+from kvtier.core.ghosts import NO_CLASS, Ghosts
 from kvtier.core.shards import KeyMap
 
 
@@ -48,7 +48,7 @@ class SecondUse:
         if key not in self._once:
             return False
         self._once.pop(key)
-        self._ghosts.put(key, 0.0, -1, 0, self._limit)
+        self._ghosts.put([key], 0.0, NO_CLASS, 0, self._limit)
         self._refused()
         return True
 

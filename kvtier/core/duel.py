@@ -1,54 +1,78 @@
-"""Whether LRU would have found more in a cache as large as this one, so far.
+"""How far a policy may depart from LRU: no further than what it can afford to lose by it.
 
 LRU holds the keys that were used last, as many as there is room for. So from the times of last use
 alone, of keys that are here and of those that left, it is known what it would have found, and no
 second cache need be kept. Uses are counted by epochs of some 500th of the cache, and an epoch is
 in LRU's cache as a whole or not at all, but for the oldest, of which a rest may be.
+
+Known as well are the keys that LRU would have and that are not here: what may yet be lost. The
+policy may go its own way as long as its purse pays for what it must expect to lose of those keys,
+and for a prompt besides, since a prompt is found or lost as a whole. Into the purse goes what it
+finds more than LRU, and ALLOWED of all blocks asked for; out of it what LRU would have found more.
+Else LRU's order holds, by which those keys become fewer. So a young cache departs from LRU by
+little, one that is ahead by all that it likes, and one that loses goes back before its losses have
+come.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from math import inf, isfinite
 from typing import Final
 
 _PARTS: Final = 512  # of a cache, one of which is used in an epoch
 _EPOCHS: Final = 4096  # that are told apart; with more, the oldest two are one
-_BEHIND: Final = 0.003  # of all blocks asked for: so much more LRU must have found lately
+ALLOWED: Final = 0.0045  # of all blocks asked for: so much less than LRU may be found
+_CHANCE: Final = 0.002  # of them, less what LRU finds, for whoever lost it all long ago
+_RISK: Final = 0.3  # of the keys that only LRU has, those asked for before it gives them up
+_TO_BEGIN: Final = 1.7  # prompts that the purse must have to depart from LRU; to go on, 1
+_PROMPTS: Final = 2  # so many prompts of evidence that is worth, until it was seen
 _WINDOW: Final = 1 << 18  # blocks asked for, after which what came before counts half
 
 
 class Duel:
-    """See the module. `lru_leads` says that its order is to be used from now on."""
+    """See the module. `follow_lru` says that its order is to be used for now."""
 
     def __init__(self) -> None:
         self.epoch = 0  # the present one
-        self.lru_leads = False
+        self.follow_lru = True
         self._first = 0  # the oldest epoch of which LRU has something
         self._merged = 0  # and the oldest that counts as that one
-        self._uses = deque([0])  # by epoch from `_first` on, the keys that LRU has of it
-        self._size = 0  # their sum
+        # By epoch from `_first` on, the keys that LRU has of it, and those of them that are here.
+        self._uses, self._here = deque([0]), deque([0])
+        self._size = self._both = 0  # their sums
         self._room = 0  # keys that LRU has room for: the most that were here
         self._left = 1  # uses until the next epoch
         self._lead = 0.0  # blocks found here, less those that LRU would have found
         self._asked = 0.0
-        self._base = 0.0  # the best lead since LRU led, or 0
-        self._until = 0.0  # blocks asked for when LRU's order ends, however it did
+        # What the present request found besides counts from the next one on.
+        self._judged_lead = self._judged_asked = 0.0
+        self._purse = 0.0  # blocks that may be lost
+        self._again = inf  # blocks asked for, from which on an empty one gets something besides
+        self._requests = 0.0
+        self._squares = 0.0  # of each request's blocks, summed up
+        self._lost = 0.0  # blocks that only LRU would have found
+        self._brought = 0.0  # and those that it would not have
+        self._exposed = 0.0  # keys that only LRU had, times blocks asked for
 
     def found(self, epoch: int, keys: int) -> None:
         """Keys that were last used in `epoch` are used, and were here."""
+        self._asked += keys
+        if epoch == self.epoch:
+            return
+        uses, here = self._uses, self._here
         if epoch < self._merged:
-            self._lead += keys
-            self._size += keys
-        elif epoch != self.epoch:
-            uses, at = self._uses, max(0, epoch - self._first)
+            had = 0
+            self._both += keys
+        else:
+            at = max(0, epoch - self._first)
             had = min(uses[at], keys)  # of the oldest epoch some may have gone
             uses[at] -= had
-            self._lead += keys - had
-            self._size += keys - had
-        else:
-            self._asked += keys
-            return
-        self._uses[-1] += keys
-        self._asked += keys
+            here[at] -= keys
+        self._lead += keys - had
+        self._size += keys - had
+        self._brought += keys - had
+        uses[-1] += keys
+        here[-1] += keys
         self._left -= keys
 
     def missed(self, epochs: Sequence[int], keys: int) -> None:
@@ -61,44 +85,124 @@ class Duel:
                     uses[at] -= 1
                     had += 1
         self._lead -= had
+        self._lost += had
         self._size += keys - had
-        uses[-1] += keys
+        self._brought += keys - had
         self._asked += keys
-        self._left -= keys
+        self._add(keys)
 
     def came(self, keys: int) -> None:
         """Keys come that nobody asked for."""
-        self._uses[-1] += keys
         self._size += keys
+        self._add(keys)
+
+    def _add(self, keys: int) -> None:
+        self._uses[-1] += keys
+        self._here[-1] += keys
+        self._both += keys
         self._left -= keys
+
+    def left(self, epoch: int, keys: int) -> None:
+        """Keys that were last used in `epoch` are here no more."""
+        if epoch >= self._merged:
+            self._here[max(0, epoch - self._first)] -= keys
+            self._both -= keys
 
     def step(self, here: int) -> None:
         """A use begins, with `here` keys in the cache."""
         if here > self._room:
             self._room = here
-        while self._size > self._room:
-            self._forget(self._size - self._room)
+        over = self._size - self._room
+        while over > 0:
+            self._forget(over)
+            over = self._size - self._room
         if self._left <= 0:
             self.epoch += 1
             self._uses.append(0)
+            self._here.append(0)
             self._left = self._room // _PARTS + 1
             if len(self._uses) > _EPOCHS:
                 self._uses[1] += self._uses.popleft()
+                self._here[1] += self._here.popleft()
                 self._first += 1
-        self._judge()
-        if self._asked > _WINDOW:
-            self._asked, self._lead, self._room = self._asked / 2, self._lead / 2, here
-            self._base, self._until = self._base / 2, self._until / 2
 
-    def _judge(self) -> None:
-        if self.lru_leads:
-            if self._asked >= self._until:
-                self.lru_leads, self._base = False, min(0.0, self._lead)
-        elif self._lead < self._base - _BEHIND * self._asked:
-            self.lru_leads = True
-            self._until = self._asked + max(self._asked / 2, 2 * self._room)
-        elif self._lead > self._base:
-            self._base = min(0.0, self._lead)
+    @property
+    def missing(self) -> int:
+        """Keys that LRU would have and that are not here."""
+        # Of the oldest epoch some may have gone there, the same that go first here.
+        spare = self._here[0] - self._uses[0]
+        missing = self._size - self._both + (spare if spare > 0 else 0)
+        return missing if missing > 0 else 0
+
+    def judge(self, here: int) -> None:
+        """A request begins, with `here` keys in the cache; `step` was called."""
+        asked = self._asked
+        new = asked - self._judged_asked
+        if not new:
+            return
+        self._requests += 1
+        self._squares += new * new
+        self._purse += self._lead - self._judged_lead + ALLOWED * new
+        if self._purse < 0:
+            self._purse, self._again = 0.0, asked + max(asked, 2 * self._room)
+        elif asked >= self._again:
+            self._purse, self._again = self._purse + _CHANCE * self._brought**2 / asked, inf
+        missing = self.missing
+        self._exposed += missing * new
+        kept = self._squares / asked * (_TO_BEGIN if self.follow_lru else 1)
+        self.follow_lru = (
+            missing + kept > self._purse and self._risk() * missing + kept > self._purse
+        )
+        self._judged_lead, self._judged_asked = self._lead, asked
+        if asked > _WINDOW:
+            self._room = here
+            self._again /= 2
+            self._take([each / 2 for each in self._evidence()])
+
+    def _risk(self) -> float:
+        """The share of the keys that only LRU has which is asked for before it gives them up."""
+        # It has a key for as long as it takes to bring in as many others as there is room for.
+        life = max(1, self._room) * self._asked / max(1.0, self._brought)
+        prior = _PROMPTS * self._asked / self._requests
+        return min(1.0, (self._lost + _RISK * prior) / (2 * self._exposed / life + prior))
+
+    def save(self) -> list[list[float]]:
+        """What it goes by, for `read` and `restore`."""
+        return [self._evidence()]
+
+    def read(self, saved: object) -> list[float]:
+        """What `save` has given, checked.
+
+        Raises:
+            ValueError: It is not that.
+        """
+        row = saved[0] if isinstance(saved, list) and len(saved) == 1 else None
+        if isinstance(row, list) and len(row) == len(self._evidence()):
+            numbers = [x for x in row if isinstance(x, float) and isfinite(x) and abs(x) < 1e18]
+            if len(numbers) == len(row):
+                return numbers
+        raise ValueError("duel must be a row of 8 numbers below 1e18")
+
+    def restore(self, evidence: list[float]) -> None:
+        """Begin with what another life has seen."""
+        self._take(evidence)
+
+    def _evidence(self) -> list[float]:
+        return [
+            self._lead,
+            self._asked,
+            self._purse,
+            self._requests,
+            self._squares,
+            self._lost,
+            self._brought,
+            self._exposed,
+        ]
+
+    def _take(self, evidence: list[float]) -> None:
+        self._lead, self._asked, self._purse, self._requests = evidence[:4]
+        self._squares, self._lost, self._brought, self._exposed = evidence[4:]
+        self._judged_lead, self._judged_asked = self._lead, self._asked
 
     def _forget(self, keys: int) -> None:
         """LRU gives up `keys` keys, or as many as the oldest epoch has."""
@@ -109,5 +213,6 @@ class Duel:
             return
         self._size -= oldest
         self._uses.popleft()
+        self._both -= self._here.popleft()
         self._first += 1
         self._merged = self._first

@@ -1,7 +1,7 @@
 """Keys that left a tier and are remembered for a while: when they were last used, and as what."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from kvtier.core.blocks import BlockKey
@@ -9,6 +9,8 @@ from kvtier.core.shards import KeyMap
 
 _BITS: Final = 10
 _PLACES: Final = 1 << _BITS  # departures of one page
+NO_CLASS: Final = -1
+_UNKNOWN: Final = array("b", [NO_CLASS]) * _PLACES
 
 
 class _Page(NamedTuple):
@@ -33,40 +35,39 @@ class Ghosts:
         self._pages: dict[int, _Page] = {}
         self._page = _Page([], array("d"), array("b"), array("I"))  # the newest
         self._first = self._next = 0  # numbers of the departures in the pages
-        self._size = 0
 
-    def put(self, key: BlockKey, at: float, cls: int, epoch: int, limit: int) -> None:
-        """`key` leaves; `cls` is that of the observation that is still open, -1: none is.
+    def put(self, keys: Sequence[BlockKey], at: float, cls: int, epoch: int, limit: int) -> None:
+        """`keys`, at least one, leave in this order; all were last used at `at`, in `epoch`.
 
-        `epoch` is that of its last use (`Duel`).
-
-        Of departures the last `limit`, at least 1, are kept.
+        `cls` is that of the observation that is still open on the last of them, NO_CLASS: none is.
+        Of departures the last `limit`, at least as many as `keys`, are kept.
         """
-        number = self._next
-        while number - self._first >= limit:
-            self._forget()
+        shards, number = self.shards, self._next
+        names, times, classes, epochs = self._page
         place = number & (_PLACES - 1)
-        if not place:
-            self._pages[number >> _BITS] = self._page = _Page(
-                [None] * _PLACES,
-                array("d", bytes(8 * _PLACES)),
-                array("b", bytes(_PLACES)),
-                array("I", bytes(4 * _PLACES)),
-            )
-        keys, times, classes, epochs = self._page
-        keys[place], times[place], classes[place], epochs[place] = key, at, cls, epoch
-        self._next = number + 1
-        shard = self.shards[key[-1]]
-        if key not in shard:
-            self._size += 1
-        shard[key] = number
+        for _ in range(number + len(keys) - self._first - limit):
+            self._forget()
+        for key in keys:
+            place = number & (_PLACES - 1)
+            if not place:
+                self._pages[number >> _BITS] = self._page = _Page(
+                    [None] * _PLACES,
+                    array("d", bytes(8 * _PLACES)),
+                    array("b", _UNKNOWN),
+                    array("I", bytes(4 * _PLACES)),
+                )
+                names, times, classes, epochs = self._page
+            names[place], times[place], epochs[place] = key, at, epoch
+            shards[key[-1]][key] = number
+            number += 1
+        classes[place] = cls
+        self._next = number
 
     def take(self, key: BlockKey) -> tuple[float, int, int] | None:
         """`key` is back: time, class and epoch of its last use; None: it is not remembered."""
         number = self.shards[key[-1]].pop(key, None)
         if number is None:
             return None
-        self._size -= 1
         keys, times, classes, epochs = self._pages[number >> _BITS]
         place = number & (_PLACES - 1)
         keys[place] = None
@@ -81,7 +82,6 @@ class Ghosts:
             shard = self.shards[key[-1]]
             if shard.get(key) == number:  # it left only once
                 del shard[key]
-                self._size -= 1
         if place == _PLACES - 1:
             del self._pages[number >> _BITS]
         self._first = number + 1
@@ -94,4 +94,4 @@ class Ghosts:
         return iter(self._number)
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._number)

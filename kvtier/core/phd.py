@@ -20,7 +20,7 @@ from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.duel import Duel
-from kvtier.core.ghosts import Ghosts
+from kvtier.core.ghosts import NO_CLASS, Ghosts
 from kvtier.core.hazards import Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
@@ -30,6 +30,7 @@ GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys 
 MAX_GHOSTS: Final = 131_072
 SHARED: Final = 36  # the class of shared prefixes
 EXPECTED_OUTPUT: Final = 100  # tokens, until they are known
+TOGETHER: Final = 256  # blocks of a run that left, noted at once
 CYCLE: Final = 256  # requests between two looks at what a class has learned
 
 
@@ -44,6 +45,8 @@ class PHD:
         self._victims = Victims(self._forest, self._hazards, self._duel)
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
+        self._leaving: Run | None = None  # a run of which blocks left since that,
+        self._gone: list[BlockKey] = []  # and those
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and BlockKey(key) in self._forest.of
@@ -54,6 +57,7 @@ class PHD:
     @property
     def tracked(self) -> int:
         """Keys that are here, and those that are remembered."""
+        self._remember()
         return self._forest.size + len(self._ghosts)
 
     # --- used -------------------------------------------------------------------------
@@ -61,6 +65,8 @@ class PHD:
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
         keys = [*dict.fromkeys(path)]
+        if self._gone:
+            self._remember()
         self._victims.touched(use.now)
         self._duel.step(self._forest.size)
         if use.request is None:
@@ -68,6 +74,7 @@ class PHD:
             return
         if use.request != self._last:
             self._last = use.request
+            self._duel.judge(self._forest.size)
             self._learn()
         self._use(keys, use, use.request)
 
@@ -229,18 +236,29 @@ class PHD:
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
-        forest = self._forest
-        run = forest.remove(key)
+        run = self._forest.remove(key)
         if run is None:
             return
-        left = run.blocks
-        if not left:
-            self._victims.emptied(run, forest.parent(run))
+        if run is not self._leaving or len(self._gone) >= TOGETHER:
+            self._remember()
+            self._leaving = run
+        self._gone.append(key)
+        if not run.blocks:
+            self._victims.emptied(run, self._forest.parent(run))
+
+    def _remember(self) -> None:
+        """Note what left since the last time, all of one run: one by one costs more."""
+        run, keys = self._leaving, self._gone
+        if run is None:
+            return
+        self._leaving, self._gone = None, []
+        self._duel.left(run.epoch, len(keys))
         if run.request is not None:
-            here = forest.size
+            here = self._forest.size
             limit = GHOSTS if here < GHOSTS else here if here < MAX_GHOSTS else MAX_GHOSTS
             # The observation is its first block's.
-            self._ghosts.put(key, run.t, run.cls if run.open and not left else -1, run.epoch, limit)
+            cls = run.cls if run.open and not run.blocks else NO_CLASS
+            self._ghosts.put(keys, run.t, cls, run.epoch, limit)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`, and `Victims.coldest`."""
@@ -250,7 +268,7 @@ class PHD:
 
     def save(self) -> Learned:
         """What was learned: plain lists and numbers, for `restore`."""
-        return self._hazards.save()
+        return {**self._hazards.save(), "duel": self._duel.save()}
 
     def restore(self, state: object) -> None:
         """Go on with what an earlier life had learned.
@@ -258,11 +276,18 @@ class PHD:
         Raises:
             ValueError: Not such a state, or one of another version; nothing has changed.
         """
+        # Earlier versions saved no duel: it begins anew.
+        evidence = None
+        if isinstance(state, dict) and "duel" in state:
+            evidence = self._duel.read(state["duel"])
         self._hazards.restore(state)
+        if evidence is not None:
+            self._duel.restore(evidence)
 
     def check(self) -> None:
         """Assert every invariant; O(keys)."""
         self._forest.check()
+        self._remember()
         for key in self._ghosts:
             run = self._forest.of.get(key)
             assert run is None or run.request is None, "a ghost is here"

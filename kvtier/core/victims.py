@@ -42,6 +42,7 @@ class Victims:
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
         self._victim: Run | None = None  # goes on being given up until it is gone, or used
         self._since = 0  # when it was used last
+        self._by_lru = False  # whether LRU's order held when it was chosen
         # Runs in the order of their uses: LRU's, as long as little was learned.
         self._recent: deque[Run] = deque()
 
@@ -89,8 +90,9 @@ class Victims:
         rest: list[tuple[float, int, int, Run]] = []  # a heap of what they had
         hidden = 0
         run = self._victim
-        if run is None or run.place < 0 or run.seq != self._since:
-            self._victim = None
+        by_lru = self._duel.follow_lru
+        if run is None or run.place < 0 or run.seq != self._since or by_lru != self._by_lru:
+            self._victim, self._by_lru = None, by_lru
             run = self._sampled(passed, bared)
         while run is not None and hidden < HIDDEN:
             passed.add(run)
@@ -176,7 +178,7 @@ class Victims:
 
     def _by_recency(self) -> bool:
         """Whether LRU's order holds: little was learned, no clock moves, or LRU finds more."""
-        return not self._moving or self._hazards.uses < TRUSTED or self._duel.lru_leads
+        return not self._moving or self._hazards.uses < TRUSTED or self._duel.follow_lru
 
     def _worths(self, runs: list[Run]) -> list[float]:
         if self._by_recency():
