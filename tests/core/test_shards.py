@@ -79,7 +79,7 @@ def test_ghosts_are_the_last_departures_less_those_that_came_back(limit):
             back.add(last)
         else:
             cls = rng.randrange(-1, 37)
-            ghosts.put(each, n / 7, cls, n // 3, limit)
+            ghosts.put([each], n / 7, cls, n // 3, limit)
             left.append((each, n / 7, cls, n // 3))
         assert len(ghosts) <= limit
     assert len(ghosts) == len([*ghosts])
