@@ -110,6 +110,26 @@ def test_a_path_too_long_for_the_pipe_is_told_all_the_same(tmp_path: Path) -> No
 LONG = 4096 // 16 + 1  # blocks of a path that is longer than a page
 
 
+def test_no_request_sees_the_world_as_it_was_before_a_long_path_was_put(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path, host=HOST), tmp_path) as node:
+        one, two = connect(tmp_path), connect(tmp_path)
+        on_credit(one, CREDIT // 2)
+        on_credit(two, CREDIT // 2)
+        for writer, reader in [(one, two), (two, one)] * 5:
+            path = new_keys(LONG)
+            heard(writer)
+            heard(reader)
+            os.kill(node.pid, signal.SIGSTOP)
+            try:
+                put(writer, path, LONG - 2)
+                reader._send(local.Op.MATCH, local.pack_keys(path[-2:]))
+            finally:
+                os.kill(node.pid, signal.SIGCONT)
+            assert reader._answer(60.0, local.Op.MATCH)[0] == 2
+        one.close()
+        two.close()
+
+
 @pytest.mark.parametrize("length", [2, LONG, local.MAX_NOTE // 16 + 1])
 def test_an_engine_that_died_had_saved_all_that_it_had_told(tmp_path: Path, length: int) -> None:
     """Also what was told behind words that have an answer, which it no longer hears."""
