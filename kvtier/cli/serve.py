@@ -29,6 +29,7 @@ _TEXTS = {
 # From being told to stop to the end, whatever hangs: Python itself waits for ever for threads
 # whose disk does not answer. 10 s of a node's are for saving what only its host memory holds.
 _ENDS_WITHIN_S: Final = {"node": 20.0}
+_SAID_WITHIN_S: Final = 0.5  # of these; the log may hang as well
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bo
 
     def told() -> None:
         if not stop.is_set() and name in _ENDS_WITHIN_S:
-            forced = threading.Timer(_ENDS_WITHIN_S[name], _end_by_force, [name])
+            limit_s = _ENDS_WITHIN_S[name] - _SAID_WITHIN_S
+            forced = threading.Timer(limit_s, _end_by_force, [name])
             forced.daemon = True  # or it would be waited for as well
             forced.start()
         stop.set()
@@ -103,9 +105,8 @@ def _ended(told: Callable[[], None]) -> None:
 
 
 def _end_by_force(name: str) -> None:
-    log.error(
-        "%s: not stopped %g s after it was told to, as where a disk hangs; ended as it is",
-        name,
-        _ENDS_WITHIN_S[name],
-    )
+    text = "%s: not stopped %g s after it was told to, as where a disk hangs; ended as it is"
+    said = threading.Thread(target=log.error, args=[text, name, _ENDS_WITHIN_S[name]], daemon=True)
+    said.start()
+    said.join(_SAID_WITHIN_S)
     os._exit(1)

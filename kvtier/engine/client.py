@@ -16,6 +16,7 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.credit import Credit
 from kvtier.engine.hangup import HangUp
 from kvtier.engine.leases import ReadLease, TierMatch, WriteLease
+from kvtier.engine.notes import note
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
@@ -294,15 +295,15 @@ class TierClient:
     def _note(self, op: Op, *arguments: Value) -> None:
         """A request without an answer that wakes nobody; in order with all that is asked later."""
         message = local.encode(op, *arguments)
-        if len(message) > local.MAX_NOTE:  # a long path
-            self._deliver(op, message)
-            return
         try:
-            os.write(self._notes, message)  # as a whole or not at all: it is short
-        except BlockingIOError:  # so many of them
-            self._deliver(op, message)
+            if len(message) <= local.MAX_NOTE and note(self._notes, message, ANSWER_S):
+                return
         except OSError as error:
             raise self._lost(f"the node daemon gives no answer to {op.name}: {error}") from None
+        except BaseException:  # half a message may lie there
+            self.close()
+            raise
+        self._deliver(op, message)  # a very long path, or so many notes
 
     def _ask(self, timeout_s: float, op: Op, *arguments: Value) -> list[Value]:
         """One request and its answer."""

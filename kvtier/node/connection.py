@@ -1,6 +1,7 @@
 """One engine's connection to the node's Unix socket: one request at a time on it."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -29,6 +30,8 @@ MAX_COST: Final = 10**12  # of computing a block, in us or ns
 MAX_UNREAD: Final = 4 << 20  # bytes of answers that an engine leaves unread
 MAX_LEASES: Final = 4096  # of one engine at once
 LINGER_S: Final = 1.0  # for a refused engine to read why
+LAST_NBYTES: Final = 64 << 10  # at once, of what a dead engine had told
+LAST_READS: Final = 64  # more than a socket keeps: the engine may be alive
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,7 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self.hear()  # what it had ended before it went, it has ended
+        self._hear_rest()
         self._gate.hearing.leave(self)
         if self.manager is not None:
             self.manager.disconnect(self._client)
@@ -99,7 +103,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         self._gate.hearing.now()  # of any engine: a block that is committed is there for all
-        if not self._refused and not self._transport.is_closing():
+        if not self._refused:
             self._guarded(self._take_requests, data)
 
     def hear(self) -> None:
@@ -107,11 +111,23 @@ class Connection(asyncio.Protocol):
         if self._notes is not None and not self._refused:
             self._guarded(self._take_notes, self._notes)
 
+    def _hear_rest(self) -> None:
+        """Act on what a dead engine had told that was not read when a word to it failed."""
+        with contextlib.suppress(OSError):  # no more is there
+            for _ in range(LAST_READS):
+                data = self._socket.recv(LAST_NBYTES, socket.MSG_DONTWAIT)
+                if not data or self._refused:
+                    break
+                self._guarded(self._take_requests, data)
+
     def _take_requests(self, data: bytes) -> None:
         for message in self._decoder.feed(data):
             op, arguments = local.parse_request(message)
-            if op not in local.NOTED and self._task is not None and not self._task.done():
-                raise RemoteProtocolError("a second request before the first was answered")
+            if op not in local.NOTED:
+                if self._transport.is_closing():  # nobody is there to have the answer
+                    continue
+                if self._task is not None and not self._task.done():
+                    raise RemoteProtocolError("a second request before the first was answered")
             self._handle(op, arguments)
 
     def _take_notes(self, notes: Notes) -> None:

@@ -32,7 +32,7 @@ from kvtier.errors import LocalProtocolError, RemoteProtocolError
 VERSION: Final = 5
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
-MAX_NOTE: Final = 4096  # what Linux writes to a pipe as a whole or not at all
+MAX_NOTE: Final = 32 << 10  # half of what Linux keeps in a pipe: a path of 2,000 blocks
 MAX_REQUEST: Final = 2**64 - 1
 MAX_OUTPUT: Final = 2**31 - 1  # tokens
 

@@ -107,6 +107,52 @@ def test_a_path_too_long_for_the_pipe_is_told_all_the_same(tmp_path: Path) -> No
         two.close()
 
 
+LONG = 4096 // 16 + 1  # blocks of a path that is longer than a page
+
+
+def test_no_request_sees_the_world_as_it_was_before_a_long_path_was_put(tmp_path: Path) -> None:
+    with Process("node", node_toml(tmp_path, host=HOST), tmp_path) as node:
+        one, two = connect(tmp_path), connect(tmp_path)
+        on_credit(one, CREDIT // 2)
+        on_credit(two, CREDIT // 2)
+        for writer, reader in [(one, two), (two, one)] * 5:
+            path = new_keys(LONG)
+            heard(writer)
+            heard(reader)
+            os.kill(node.pid, signal.SIGSTOP)
+            try:
+                put(writer, path, LONG - 2)
+                reader._send(local.Op.MATCH, local.pack_keys(path[-2:]))
+            finally:
+                os.kill(node.pid, signal.SIGCONT)
+            assert reader._answer(60.0, local.Op.MATCH)[0] == 2
+        one.close()
+        two.close()
+
+
+@pytest.mark.parametrize("length", [2, LONG, local.MAX_NOTE // 16 + 1])
+def test_an_engine_that_died_had_saved_all_that_it_had_told(tmp_path: Path, length: int) -> None:
+    """Also what was told behind words that have an answer, which it no longer hears."""
+    with Process("node", node_toml(tmp_path, host=HOST), tmp_path) as node:
+        one, two = connect(tmp_path), connect(tmp_path)
+        on_credit(one)
+        short, path, other = new_keys(2), new_keys(length), new_keys(length)
+        heard(two)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            put(one, short)
+            put(one, path, length - 2)
+            put(one, other, length - 2)
+            one.close()
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        wait_for("it is gone", lambda: status(node).clients == 1)
+        found = [two.match(each[-2:]).blocks for each in (short, path, other)]
+        assert found == [2, 2, 2]
+        assert save(two, new_keys(SLOTS)) == SLOTS, "every slot can be had"
+        two.close()
+
+
 def test_all_engines_together_have_a_share_of_the_arena_and_it_comes_back(tmp_path: Path) -> None:
     with Process("node", node_toml(tmp_path, host=HOST), tmp_path) as node:
         one, two = connect(tmp_path), connect(tmp_path)

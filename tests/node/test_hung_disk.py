@@ -1,8 +1,9 @@
 """A disk that hangs for good: a daemon that is told to stop ends all the same."""
 
+import os
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,34 @@ def test_a_daemon_whose_disk_hangs_ends_when_it_is_told_to(tmp_path: Path, where
     finally:
         process.kill()
         process.wait()
+
+
+def test_one_that_cannot_even_say_so_ends_as_well(tmp_path: Path) -> None:
+    """Its log goes to where nobody reads any more, such as a file on that very disk."""
+    config, program = tmp_path / "kvtier.toml", tmp_path / "program.py"
+    config.write_text(node_toml(tmp_path, more=disk_toml(tmp_path)))
+    program.write_text(PROGRAM.format(where="save", config=str(config)))
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=write
+    )
+    try:
+        wait_for("a socket", (tmp_path / "node.sock").exists)
+        with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+            assert save(client, new_keys(4)) == 4
+        said = b""
+        while b"hanging" not in said:
+            said += os.read(read, 4096)
+        full = os.open(f"/proc/self/fd/{write}", os.O_WRONLY | os.O_NONBLOCK)
+        for size in (4096, 1):
+            with suppress(BlockingIOError):
+                while os.write(full, b"x" * size):
+                    pass
+        os.close(full)
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 1
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
+        os.close(write)
