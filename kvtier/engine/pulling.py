@@ -23,6 +23,14 @@ def pull(
 
 
 def arrived(sequence: Running, sources: Sequence[Tier]) -> None:
-    """Count what was pulled and then restored: some may have been evicted, or come too late."""
-    sequence.pulled += min(sequence.coming, sum(each is Tier.HOST for each in sources))
+    """Count what was pulled and then restored."""
+    sequence.pulled += counted(sequence.coming, sum(each is Tier.HOST for each in sources))
     sequence.coming = 0
+
+
+def counted(came: int, in_host: int) -> int:
+    """How many of the blocks that came were restored, where `in_host` were from host memory.
+
+    Some may have been evicted, or have come too late.
+    """
+    return min(came, in_host)

@@ -24,30 +24,40 @@ class Service:
     """A node daemon and a worker for each of `workers`, by node, and one router.
 
     What a worker's settings are is asked with the folder of its node, which holds `node.sock`.
+    With `lends` each node lends, and may load from those before it.
     """
 
-    def __init__(self, folder: Path, workers: dict[str, Callable[[Path], str]]) -> None:
+    def __init__(
+        self, folder: Path, workers: dict[str, Callable[[Path], str]], *, lends: bool = False
+    ) -> None:
         self.nodes: dict[str, Process] = {}
         self.workers: dict[str, Process] = {}
         self._channels: list[grpc.Channel] = []
         try:
-            self._start(folder, workers)
+            self._start(folder, workers, lends=lends)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, folder: Path, workers: dict[str, Callable[[Path], str]]) -> None:
-        members = []
+    def _start(
+        self, folder: Path, workers: dict[str, Callable[[Path], str]], *, lends: bool
+    ) -> None:
+        members, lenders = [], []
         for name, settings in workers.items():
             at = folder / name
             at.mkdir()
-            toml = node_toml(at, host="64MiB", more=disk_toml(at))
+            peers = f"[peers]\nmembers = [{', '.join(lenders)}]\n" if lends else ""
+            toml = node_toml(at, host="64MiB", more=disk_toml(at) + peers)
             toml = toml.replace('name = "n"', f'name = "{name}"')
             self.nodes[name] = Process("node", toml, at)
+            if lends:
+                lenders.append(f'{{node = "{name}", address = "{self.nodes[name].lends_at()}"}}')
             self.workers[name] = Process("worker", settings(at) + f'node = "{name}"\n', at)
             daemon, worker = self.nodes[name].address, self.workers[name].address
             members.append(f'{{node = "{name}", daemon = "{daemon}", worker = "{worker}"}}')
         toml = f'[router]\nlisten = "127.0.0.1:0"\nmembers = [{", ".join(members)}]\n'
+        # So that a source is named whatever this machine computes in a second.
+        toml += 'peer_bytes_per_s = "1000TB"\n' if lends else ""
         self.router = Process("router", toml, folder)
         self.stub = router_pb2_grpc.RouterStub(self._channel(self.router.address))
         self.direct = {
@@ -78,6 +88,14 @@ class Service:
             if node in ("", choice.node)
             for each in choice.warm
         }
+
+    def source(self, ids: list[int], node: str, **space: str) -> tuple[str, int]:
+        """Where the router would have `node` load a prompt's blocks from, and how many tokens."""
+        request = router_pb2.RouteRequest(prompt=prompt(ids), **space)
+        for choice in self.stub.Explain(request, timeout=60).choices:
+            if choice.node == node:
+                return choice.source, choice.source_tokens
+        return "", 0
 
     def ask(self, ids: list[int], **space: str) -> tuple[list[int], worker_pb2.Started]:
         """The answer, and what the worker said of it."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from kvtier.core.blocks import BlockLayout
 from kvtier.errors import ConfigError
 
 HASH: Final = "sha256_cbor"
@@ -16,6 +17,7 @@ class Announced(NamedTuple):
     root: bytes
     none_hash: bytes
     revision: str
+    layout: BlockLayout | None = None  # where a prompt has one chain of blocks
 
 
 def write_announced(path: str, said: Announced, algorithm: str, block_tokens: int) -> None:
@@ -23,6 +25,7 @@ def write_announced(path: str, said: Announced, algorithm: str, block_tokens: in
     table = {
         "root": said.root.hex(), "none_hash": said.none_hash.hex(), "revision": said.revision,
         "hash": algorithm, "block_tokens": block_tokens,
+        "layout": said.layout.describe() if said.layout else "",
     }  # fmt: skip
     scratch = Path(f"{path}.tmp")
     scratch.write_text(json.dumps(table))
@@ -38,11 +41,13 @@ def read_announced(path: Path, block_tokens: int) -> Announced:
     try:
         with path.open("rb") as file:
             table = json.loads(file.read(MAX_ANNOUNCED))
+        layout = table.get("layout")  # earlier releases say nothing of it
         said = Announced(
-            bytes.fromhex(table["root"]), bytes.fromhex(table["none_hash"]), table["revision"]
-        )
+            bytes.fromhex(table["root"]), bytes.fromhex(table["none_hash"]), table["revision"],
+            BlockLayout.parse(layout) if layout else None,
+        )  # fmt: skip
         algorithm, tokens = table["hash"], table["block_tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"worker.announced {path}: {error}") from None
     if algorithm != HASH:
         raise ConfigError(f"vLLM runs with --prefix-caching-hash-algo {algorithm}, must be {HASH}")

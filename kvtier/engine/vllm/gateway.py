@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -10,12 +11,13 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from kvtier.config import Config, node_name
+from kvtier.config import MAX_NAME, Config, node_name
 from kvtier.core.tiers import Tier
-from kvtier.core.vllm_keys import SCHEME
+from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.engine.answers import to_wire
 from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
 from kvtier.engine.vllm.events import Changes, Residency
+from kvtier.engine.vllm.puller import NOTHING, Brought, Puller
 from kvtier.engine.vllm.spaces import Spaces
 from kvtier.engine.vllm.speeds import Speeds
 from kvtier.engine.vllm.subscriber import Subscriber
@@ -95,13 +97,14 @@ class Backend(Protocol):
 class GatewayServicer(worker_pb2_grpc.WorkerServicer):
     """See worker.proto. Lives on one loop."""
 
-    def __init__(self, config: Config, backend: Backend) -> None:
+    def __init__(self, config: Config, backend: Backend, puller: Puller | None = None) -> None:
         self.draining = False
         self.alive = True  # the engine, as last seen
         self.running: set[object] = set()
         self.rested = asyncio.Event()  # while nothing runs
         self.rested.set()
         self._backend = backend
+        self._puller = puller
         self._limit = config.worker.max_running + config.worker.max_waiting
         self._http = http_address(config.worker.url) if config.worker.url else ""
         self._waiting_tokens = 0
@@ -129,6 +132,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             kv_bytes_per_token=served.kv_bytes_per_token, key_scheme=SCHEME,
             doubles_at=served.doubles_at,
             http_address=self._http, loads_all=True,  # vLLM declines nothing
+            pulls=self._puller is not None,
             spaces=[
                 worker_pb2.Space(adapter=adapter, tenant=tenant, root=root)
                 for adapter, tenant, root in served.spaces.roots(served.none_hash, served.root)
@@ -165,12 +169,14 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             self.running.add(mark)
             self.rested.clear()
             self._waiting_tokens += tokens
+            brought = await self._bring(wanted)
             async with contextlib.aclosing(self._backend.answer(wanted)) as answer:
                 async for event in answer:
                     if isinstance(event, Started):
                         self._waiting_tokens -= tokens
                         tokens = 0
                         self._speeds.measure(event)
+                        event = brought.told(event, self._backend.served.block_tokens)
                     yield to_wire(event)
         except RequestError as error:
             await refuse(context, error)
@@ -205,10 +211,25 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
             token_ids=list(request.token_ids),
             max_tokens=min(request.max_tokens or DEFAULT_MAX_TOKENS, max(1, room)),
             temperature=request.temperature, seed=request.seed, ignore_eos=request.ignore_eos,
-            tenant=request.tenant, adapter=request.adapter,
+            tenant=request.tenant, adapter=request.adapter, source=request.source[:MAX_NAME],
         )  # fmt: skip
         wanted.check(served.vocab_size, served.max_tokens)
         return wanted
+
+    async def _bring(self, request: Request) -> Brought:
+        """Have the node load what another one has of it, and VRAM has not; see `Puller`."""
+        if self._puller is None or not request.source:
+            return NOTHING
+        begun, served = time.monotonic(), self._backend.served
+        size = served.block_tokens
+        reusable = (len(request.token_ids) - 1) // size * size  # the last token is computed
+        root = served.spaces.root(served.none_hash, served.root, request.adapter, request.tenant)
+        tokens = request.token_ids[:reusable]
+        keys = await asyncio.to_thread(prompt_keys, root, tokens, size)
+        held = self.residency.before
+        first = next((at for at, key in enumerate(keys) if key not in held), len(keys))
+        came = await self._puller.pull(keys, first, request.source)
+        return Brought(came, time.monotonic() - begun)
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:
         return feed_pb2.Heartbeat(
@@ -225,16 +246,19 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
 
 
 async def serve(
-    config: Config, backend: Backend, *, started: Callable[[str], None], stop: asyncio.Event
-) -> None:
+    config: Config, backend: Backend, puller: Puller | None = None, *,
+    started: Callable[[str], None], stop: asyncio.Event,
+) -> None:  # fmt: skip
     """Run a worker over `backend` until `stop`, or until the engine is dead.
+
+    With `puller` it acts on the sources that requests name; whoever made it closes it.
 
     Raises:
         ConfigError: The address is taken, or one of ZMQ's is wrong.
     """
     services = ["kvtier.v1.Worker", "kvtier.v1.Feed"]
     server = Server(config.worker.listen, "worker.listen", services, access=Access(config))
-    servicer = GatewayServicer(config, backend)
+    servicer = GatewayServicer(config, backend, puller)
     served = backend.served
     worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server.grpc)
     feed_pb2_grpc.add_FeedServicer_to_server(servicer.feed, server.grpc)

@@ -26,6 +26,7 @@ from kvtier.engine.vllm import gateway
 from kvtier.engine.vllm.announced import HASH, read_announced
 from kvtier.engine.vllm.gateway import Answer
 from kvtier.engine.vllm.owner import Owner, Restored
+from kvtier.engine.vllm.puller import Puller
 from kvtier.engine.vllm.served import alone, describe
 from kvtier.engine.vllm.settings import engine_table
 from kvtier.engine.vllm.spaces import adapters_revision, spaces_of
@@ -205,8 +206,14 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         except BaseException:
             engine.shutdown()
             raise
-        backend = InProcess(engine, served, owner)
-        await gateway.serve(config, backend, started=started, stop=stop)
+        backend, puller = InProcess(engine, served, owner), None
+        if said.layout is not None and worker.wait_s > 0:
+            puller = Puller(worker.socket, said.layout, worker.wait_s)
+        try:
+            await gateway.serve(config, backend, puller, started=started, stop=stop)
+        finally:
+            if puller is not None:
+                await puller.close()
 
 
 async def _known(path: Path) -> None:

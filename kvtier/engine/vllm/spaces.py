@@ -35,9 +35,13 @@ class Spaces:
         for adapter in ("", *self.adapters):
             for tenant in ("", *self.salts):
                 if adapter or tenant:
-                    lora = (adapter, self.adapters[adapter]) if adapter else None
-                    salt = self.salts.get(tenant, "")
-                    yield adapter, tenant, space_root(none_hash, root, adapter=lora, salt=salt)
+                    yield adapter, tenant, self.root(none_hash, root, adapter, tenant)
+
+    def root(self, none_hash: bytes, root: bytes, adapter: str, tenant: str) -> bytes:
+        """The root of one space; with neither, everybody's. Both names are known, or empty."""
+        lora = (adapter, self.adapters[adapter]) if adapter else None
+        salt = self.salts[tenant] if tenant else ""
+        return space_root(none_hash, root, adapter=lora, salt=salt)
 
     def check(self, adapter: str, tenant: str) -> None:
         """Refuse a request of a space that is none of these.

@@ -230,7 +230,9 @@ def _identify(spec: OffloadingSpec, row_nbytes: int, settings: TierSettings) -> 
         who = identity(known, row_nbytes, weights, adapters, settings.tenant)
         if settings.announce:
             tokens = spec.tokens_per_hash * spec.blocks_per_chunk
-            told = Announced(who.root, bytes.fromhex(str(known["none_hash"])), weights)
+            groups = known["groups"]  # each has keys of its own
+            layout = who.layout if isinstance(groups, list) and len(groups) == 1 else None
+            told = Announced(who.root, bytes.fromhex(str(known["none_hash"])), weights, layout)
             write_announced(settings.announce, told, str(known["hash"]), tokens)
     except Exception as error:
         logger.warning("kvtier is off, nothing is kept or restored: %s", error)
