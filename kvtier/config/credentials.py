@@ -31,17 +31,22 @@ class Watched:
         self.name = name
         self._stamp = self._now()
         self._data = self._read()
+        self._unread = ""  # why a change could not be read, as said
 
     def data(self) -> bytes:
         """What it holds now."""
-        if (stamp := self._now()) != self._stamp:
-            self._stamp = stamp
-            try:
-                self._data = self._read()
-                log.info("%s %s: read anew", self.name, self.path)
-            except ConfigError as error:
+        if (stamp := self._now()) == self._stamp:
+            return self._data
+        try:
+            data = self._read()
+        except ConfigError as error:  # the next call tries again: rights show in no stamp
+            if self._unread != str(error):
+                self._unread = str(error)
                 log.warning("%s; what it held before is used", error)
-        return self._data
+            return self._data
+        self._stamp, self._data, self._unread = stamp, data, ""
+        log.info("%s %s: read anew", self.name, self.path)
+        return data
 
     def _now(self) -> tuple[int, int, int] | None:
         """What changes with the content; None: nothing is there."""

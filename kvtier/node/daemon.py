@@ -267,9 +267,10 @@ class NodeDaemon:
         """Copy down what can be saved, then hang up and close everything."""
         self.draining = True
         self.local.hear()
-        await self.peers.close()
+        closing = asyncio.create_task(self.peers.close())  # a pull that hangs holds nothing up
         if left := await self.drain(drain_s):
             log.warning("%d blocks had no time to be saved", left)
+        await closing
         await self.local.close()
         await self.lender.close()
         for manager in [*self.layouts.values()]:

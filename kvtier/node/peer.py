@@ -170,7 +170,10 @@ class Peer:
         host, port = parse_address(self.address, "address")
         deadline = min(deadline, time.monotonic() + CONNECT_S)
         left_s = max(deadline - time.monotonic(), 0.001)
-        plain = socket.create_connection((host.strip("[]"), port), timeout=left_s)
+        try:
+            plain = socket.create_connection((host.strip("[]"), port), timeout=left_s)
+        except ValueError:  # Python's, which does not ask for the address of such a name
+            raise ConnectionError(f"{host!r} is no name of a host") from None
         try:
             prepare(plain)
             sock = self._wrapped(plain, host, deadline)

@@ -33,6 +33,7 @@ from kvtier.wire.lending import MAX_BLOCKS
 from kvtier.wire.pb import feed_pb2
 
 CLIENT: Final = -1  # of the ledger; engines' numbers begin at 1
+GRACE_S: Final = 1.0  # longer than it may take, so that its thread is the one to give up
 MAX_UNKNOWN: Final = 64  # names that are told of in the log, once each
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ class Peers:
         self._under_way.add(pulling)
         pulling.add_done_callback(self._under_way.discard)
         self._coming.update(dict.fromkeys(begun.coming, pulling))
-        return joined + await asyncio.shield(pulling)
+        # A thread that looks a name up cannot be cut off: who asked goes on without it.
+        await asyncio.wait([pulling], timeout=left_s + GRACE_S)
+        return joined + (pulling.result() if pulling.done() else 0)
 
     async def close(self) -> None:
         """Cut off what is under way, and wait until no slot of it is touched any more."""

@@ -78,6 +78,7 @@ class Roster:
         self._settings = config.members if config else ()
         self._file = Path(config.file) if config and config.file else None
         self._stamp: tuple[int, int, int] | None = None
+        self._unread = ""  # why it could not be read, as said
         self._known: dict[str, Known] = {}
         self._keep(self._settings)
 
@@ -104,14 +105,21 @@ class Roster:
             stamp = found.st_mtime_ns, found.st_size, found.st_ino
             if stamp == self._stamp:
                 return
-            self._stamp = stamp
-            members = parse_peers(self._file.read_bytes(), f"peers.file {self._file}")
+            data = self._file.read_bytes()
         except FileNotFoundError:
             if self._stamp is not None:
                 self._stamp = None
                 self._keep(self._settings)
             return
-        except (OSError, ConfigError) as error:
+        except OSError as error:  # the next look tries again: rights show in no stamp
+            if self._unread != str(error):
+                self._unread = str(error)
+                log.warning("peers.file: %s; what it said before is used", error)
+            return
+        self._stamp, self._unread = stamp, ""
+        try:
+            members = parse_peers(data, f"peers.file {self._file}")
+        except ConfigError as error:
             log.warning("peers.file: %s; what it said before is used", error)
             return
         self._keep([*self._settings, *members])

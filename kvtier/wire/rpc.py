@@ -110,6 +110,8 @@ def bind_tcp(listen: str, name: str) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigError(f"{name}: cannot listen on {listen}: {error.strerror}") from None
+    except UnicodeError:
+        raise ConfigError(f"{name}: cannot listen on {listen}: no name of a host") from None
     return sock
 
 

@@ -1,5 +1,6 @@
 """What is wrong with a certificate or a token file is said at the start, in one line."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,22 @@ def test_tokens_are_told_apart(keys: Keys) -> None:
         assert not tokens.accepts(other), other
     keys.path("token").unlink()
     assert tokens.accepts(TOKEN), "until it can be read again"
+
+
+def test_a_token_file_that_could_not_be_read_counts_once_it_can(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokens(AuthConfig(token_file=str(keys.path("token"))))
+    keys.path("new").write_text(f"{OTHER}\n")
+    keys.path("new").rename(keys.path("token"))
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", refuse)
+        assert tokens.first() == TOKEN
+    assert tokens.first() == OTHER, "as after a chmod"
 
 
 def test_a_token_stands_in_no_settings(keys: Keys) -> None:

@@ -87,6 +87,10 @@ NODE: dict[str, tuple[Callable[[Mistakes], str], str]] = {
         lambda m: m.replaced("[node]", '[node]\nmetrics_port = 1\nmetrics_host = "192.0.2.1"'),
         "node.metrics_host is '192.0.2.1': Cannot assign requested address",
     ),
+    "no name of a host": (
+        lambda m: m.replaced('"127.0.0.1:0"', '"a..b:0"'),
+        "node.listen: cannot listen on a..b:0: no name of a host",
+    ),
     "no address": (lambda m: m.replaced("127.0.0.1:0", "here"), "node.listen is 'here', must be"),
     "socket that is a file": (
         lambda m: m.replaced(f"{m.folder}/node.sock", str(m.file())),

@@ -391,6 +391,33 @@ async def test_a_client_that_hangs_up_in_mid_answer_cancels_the_worker(engines, 
         await worker.cancelled.wait()
 
 
+async def test_a_client_that_hangs_up_with_another_request_behind_the_first_cancels_it(
+    engines, routers
+):
+    worker, ended = await engines(StubWorker("a")), asyncio.Event()
+
+    async def script(request, context):
+        yield started(request)
+        try:
+            while True:
+                yield tokens(*ids("x"))
+        finally:
+            ended.set()
+
+    worker.script = script
+    router = await routers(worker, http="127.0.0.1:0")
+    host, _, port = router.http.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps({"model": "tiny", "prompt": PROMPT, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(2 * (head + body).encode())
+    await reader.readuntil(b"data: ")
+    writer.transport.abort()
+    async with asyncio.timeout(PATIENCE_S):
+        await ended.wait()
+    assert len(worker.requests) == 1, "nobody waits for the second one"
+
+
 async def test_a_worker_lost_in_mid_answer_is_told_in_the_stream(engines, fronts):
     worker = await engines(StubWorker("a"))
     worker.script = aborts(Status.UNAVAILABLE, "shutting down", after=3)

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import Final
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kvtier.config import parse_address
 from kvtier.errors import ConfigError
@@ -29,6 +30,31 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+class _Connection(HttpToolsProtocol):
+    """Every request of a connection hears that it was lost.
+
+    uvicorn tells the last that has come, be it only waiting for the one before it to be answered:
+    that one would go on for nobody, with a line in the log for each piece of its answer.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._open: list[RequestResponseCycle] = []
+        super().connection_made(transport)
+
+    def on_headers_complete(self) -> None:
+        self._open = [each for each in self._open if not each.response_complete]
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before:
+            self._open.append(self.cycle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for each in self._open:
+            each.disconnected = not each.response_complete
+            each.message_event.set()
+        super().connection_lost(exc)
 
 
 class HttpServer:
@@ -57,7 +83,7 @@ class HttpServer:
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
             guarded(make_app(front, members, rng), access), lifespan="off", log_config=None,
-            log_level="warning", access_log=False, server_header=False,
+            http=_Connection, log_level="warning", access_log=False, server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
         )  # fmt: skip
         access.warn_if_open("router.http", self.address)
