@@ -60,16 +60,18 @@ def index(hazard: Sequence[float]) -> list[float]:
         alive *= 1 - rate
     slopes: list[float] = []
     # The edges of the hull from here on, nearest last: hits, seconds, and the first by the other.
-    hull: list[tuple[float, float, float]] = []
+    hull, nearest = [(0.0, 0.0, -1.0)], -1.0  # below all of them, one that stays
     for hits, held in reversed(steps):
         slope = hits / (held + _EMPTY)
-        while hull and slope <= hull[-1][2]:
+        while slope <= nearest:
             more, longer, _ = hull.pop()
             hits += more
             held += longer
             slope = hits / (held + _EMPTY)
+            nearest = hull[-1][2]
         hull.append((hits, held, slope))
         slopes.append(slope)
+        nearest = slope
     slopes.reverse()
     return slopes
 
@@ -86,7 +88,7 @@ def _smooth(counts: list[float]) -> list[float]:
 class _Class:
     """What was seen of one class."""
 
-    __slots__ = ("end", "hit", "news", "open", "passed", "seen", "spans", "upto")
+    __slots__ = ("end", "hit", "news", "oldest", "open", "passed", "seen", "spans", "upto")
 
     def __init__(self) -> None:
         self.hit = [0.0] * BINS
@@ -94,24 +96,28 @@ class _Class:
         self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
         self.spans = [0] * (MAX_AGE // _SPAN)  # and by the span that the second lies in
         self.upto = 0  # the newest second of the ring
+        self.oldest = math.inf  # no observation that is open is older than that second
         self.seen = False  # whether there was any observation
         self.news = 0  # observations opened or closed since the last rebuild
         self.passed = 0  # turns that it was not rebuilt, for want of news
 
     def advance(self, second: int) -> None:
         """Make `second` the newest: what is older than the ring ends without a hit."""
-        gone = second - self.upto
-        if gone <= 0:
+        before = self.upto
+        if second <= before:
             return
-        if gone >= MAX_AGE:
+        self.upto = second
+        if second - self.oldest < MAX_AGE:
+            return
+        self.oldest = second - MAX_AGE + 1
+        if second - before >= MAX_AGE:
             expired = sum(self.spans)
             self.open = [0] * MAX_AGE
             self.spans = [0] * len(self.spans)
         else:
-            a, b = (self.upto + 1) % MAX_AGE, (second + 1) % MAX_AGE
+            a, b = (before + 1) % MAX_AGE, (second + 1) % MAX_AGE
             expired = self._clear(a, b) if a < b else self._clear(a, MAX_AGE) + self._clear(0, b)
         self.end[-1] += expired
-        self.upto = second
 
     def _clear(self, start: int, stop: int) -> int:
         expired = sum(self.open[start:stop])
@@ -128,13 +134,16 @@ class _Class:
         start = end - near
         ages = self.open[start:end] if start >= 0 else self.open[start:] + self.open[:end]
         ages.reverse()  # by age in seconds
-        for j, span in _NEAR_AGES:
-            found[j] = sum(ages[span])
+        younger = sum(ages)
+        if younger:
+            for j, span in _NEAR_AGES:
+                found[j] = sum(ages[span])
         # Of the others: all up to each end, less all up to the one before.
         before = [0, *accumulate(self.spans)]
-        younger = sum(ages)
         newest = before[end // _SPAN] + sum(self.open[end - end % _SPAN : end])
         for j, _, last in _FAR:
+            if younger == before[-1]:  # there are no more
+                break
             place = (end - last) % MAX_AGE
             upto = newest - before[place // _SPAN] - sum(self.open[place - place % _SPAN : place])
             if place >= end:  # past the ring's end
@@ -163,6 +172,8 @@ class Hazards:
         each, second = self._classes[c], int(at)
         if second > each.upto:
             each.advance(second)
+        if second < each.oldest:
+            each.oldest = second
         place = second % MAX_AGE
         each.open[place] += 1
         each.spans[place // _SPAN] += 1

@@ -125,9 +125,13 @@ class Forest:
         runs: list[Run] = []
         i, end = start, len(path)
         shards = self.of.shards
-        while i < end and (run := shards[path[i][-1]].get(path[i])) is not None:
-            if run.blocks[0] != path[i]:
-                self.split(run, run.blocks.index(path[i]))
+        while i < end:
+            key = path[i]
+            run = shards[key[-1]].get(key)
+            if run is None:
+                break
+            if run.blocks[0] != key:
+                self.split(run, run.blocks.index(key))
             moves = above is not None and run.parent is not above and self.parent(run) is not above
             # A path may come backwards, as that of a sliding window: no run is below itself.
             if moves and above is not None and not self._lies_on(run, above):

@@ -145,16 +145,18 @@ class Victims:
 
         As long as little was learned, the one that was not used for longest.
         """
-        leaves = self._forest.leaves
         if self._hazards.uses < TRUSTED and (oldest := self._least_recent(passed, bared)):
             return oldest
+        leaves = self._forest.leaves
         step = len(leaves) // SAMPLE
         if step > 1:
             # Evenly spread over the array, from another place each time.
             first = (self.turn + len(passed)) * 40_503 % 65_536 * step >> 16
             runs = leaves[first::step]
             runs += [run for run in self._poor if run.place >= 0 and run.place % step != first]
-            worst = self._worst(runs + bared, passed)
+            if bared:
+                runs += bared
+            worst = self._worst(runs, passed)
             if worst is not None:
                 return worst
         return self._worst(leaves + bared, passed)
@@ -176,19 +178,17 @@ class Victims:
                 return min([run, *(each for each in bared if each not in passed)], key=_used)
         return None
 
-    def _by_recency(self) -> bool:
-        """Whether LRU's order holds: little was learned, no clock moves, or LRU finds more."""
-        return not self._moving or self._hazards.uses < TRUSTED or self._duel.follow_lru
-
     def _worths(self, runs: list[Run]) -> list[float]:
-        if self._by_recency():
+        hazards = self._hazards
+        # LRU's order holds where little was learned, no clock moves, or it is all that can be afforded.
+        if self._duel.follow_lru or hazards.uses < TRUSTED or not self._moving:
             return [run.seq for run in runs]
-        index, now = self._hazards.index, self.now
+        index, now = hazards.index, self.now
         return [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again later."""
-        if passed:
+        if passed and not passed.isdisjoint(runs):
             runs = [run for run in runs if run not in passed]
         worths = self._worths(runs)
         self._compared = runs, worths
@@ -208,8 +208,13 @@ def _next_to_go(runs: list[Run], worths: list[float]) -> list[Run]:
     poor = [run for run, worth in zip(runs, worths, strict=True) if worth <= limit]
     if len(poor) <= POOR + 1:
         return poor
-    ranked = [(worth, run.seq, i) for i, (run, worth) in enumerate(zip(runs, worths, strict=True))]
-    return [runs[i] for _, _, i in sorted(ranked)[: POOR + 1]]
+    ranked = [
+        (worth, run.seq, i)
+        for i, (run, worth) in enumerate(zip(runs, worths, strict=True))
+        if worth <= limit
+    ]
+    ranked.sort()
+    return [runs[i] for _, _, i in ranked[: POOR + 1]]
 
 
 def _aged(run: Run, now: float) -> int:
