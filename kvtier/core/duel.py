@@ -164,9 +164,11 @@ class Duel:
     def _risk(self) -> float:
         """The share of the keys that only LRU has which is asked for before it gives them up."""
         # It has a key for as long as it takes to bring in as many others as there is room for.
-        life = max(1, self._room) * self._asked / max(1.0, self._brought)
+        room, brought = self._room, self._brought
+        life = (room if room > 1 else 1) * self._asked / (brought if brought > 1.0 else 1.0)
         prior = _PROMPTS * self._asked / self._requests
-        return min(1.0, (self._lost + _RISK * prior) / (2 * self._exposed / life + prior))
+        risk = (self._lost + _RISK * prior) / (2 * self._exposed / life + prior)
+        return risk if risk < 1.0 else 1.0
 
     def save(self) -> list[list[float]]:
         """What it goes by, for `read` and `restore`."""

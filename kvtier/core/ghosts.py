@@ -64,7 +64,7 @@ class Ghosts:
         self._next = number
 
     def take(self, keys: Sequence[BlockKey]) -> list[tuple[int, float, int, int]]:
-        """`keys` are back: of those that are remembered index, time, class and epoch of their use."""
+        """`keys` are back: index, time, class and epoch of the last use of those remembered."""
         shards, pages = self.shards, self._pages
         found: list[tuple[int, float, int, int]] = []
         for i, key in enumerate(keys):

@@ -155,7 +155,7 @@ class _Class:
 class Hazards:
     """What was learned of `classes` classes; those of `apart` stay out of the common prior.
 
-    `index[c][bin]` is what a run of class c is worth at an age. Times are in seconds.
+    `worth[c * BINS + bin]` is what a run of class c is worth at an age. Times are in seconds.
     """
 
     def __init__(self, classes: int, apart: frozenset[int] = frozenset()) -> None:
@@ -164,14 +164,17 @@ class Hazards:
         self._pool = _UNKNOWN
         self._pool_index = index(_UNKNOWN)
         self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
-        self.index = [self._pool_index] * classes
+        self.worth = self._pool_index * classes
         self.uses = 0  # that were waited for, but for those of `apart`: what all this rests on
 
     def opened(self, c: int, at: float) -> None:
         """A run of class c was used at `at`: from then on it waits for its next use."""
         each, second = self._classes[c], int(at)
         if second > each.upto:
-            each.advance(second)
+            if second - each.oldest < MAX_AGE:  # `advance`, for one call less
+                each.upto = second
+            else:
+                each.advance(second)
         if second < each.oldest:
             each.oldest = second
         place = second % MAX_AGE
@@ -184,7 +187,10 @@ class Hazards:
         """The run that was used at `at` is used again."""
         each, second, newest = self._classes[c], int(at), int(now)
         if newest > each.upto:
-            each.advance(newest)
+            if newest - each.oldest < MAX_AGE:
+                each.upto = newest
+            else:
+                each.advance(newest)
         place = second % MAX_AGE
         if each.open[place] and second > each.upto - MAX_AGE:
             each.open[place] -= 1
@@ -217,9 +223,9 @@ class Hazards:
 
     def rebuild(self, c: int, now: float) -> None:
         """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""
-        each = self._classes[c]
+        each, place = self._classes[c], slice(c * BINS, (c + 1) * BINS)
         if not each.seen:
-            self.index[c] = self._pool_index
+            self.worth[place] = self._pool_index
             return
         each.advance(int(now))
         later, risk = 0.0, list[float]()
@@ -231,9 +237,9 @@ class Hazards:
         hits, risk = _smooth(each.hit), _smooth(risk)
         self._sums[c] = (hits, risk)
         if risk[0] <= 0:
-            self.index[c] = self._pool_index
+            self.worth[place] = self._pool_index
             return
-        self.index[c] = index([
+        self.worth[place] = index([
             (hit + _PRIOR * common) / (at_risk + _PRIOR)
             for hit, at_risk, common in zip(hits, risk, self._pool, strict=True)
         ])  # fmt: skip

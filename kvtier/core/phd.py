@@ -16,6 +16,7 @@ and one more for shared prefixes: runs with several continuations, or at the roo
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
@@ -116,6 +117,8 @@ class PHD:
             above = added[-1]
             above.new = new
             used += added
+            if end == len(keys):
+                break
             runs, i = self._forest.walk(keys, end, above)
         self._victims.used(used)
 
@@ -127,12 +130,12 @@ class PHD:
                 before = run.new
             elif run.request is None and run.blocks[0] not in self._ghosts:
                 before += len(run.blocks)
-        ghosts = self._ghosts.shards
-        for i in range(known, len(keys)):
-            key = keys[i]
+        ghosts, left = self._ghosts.shards, len(keys) - known
+        for key in islice(keys, known, None):
             if key not in ghosts[key[-1]]:
-                return before + len(keys) - i
-        return before
+                break
+            left -= 1
+        return before + left
 
     def _use_run(self, run: Run, above: Run | None, request: int, kind: int, length: int) -> Run:
         """A request used all of `run`; the run that its blocks are in now."""
@@ -141,7 +144,7 @@ class PHD:
                 cls = run.cls - run.cls % 9 + kind
                 if run.open:
                     self._hazards.moved(run.cls, cls, run.t, self._victims.now)
-                run.cls = cls
+                run.cls, run.until = cls, -math.inf
             return run
         victims, duel, size = self._victims, self._duel, len(run.blocks)
         now = victims.now
@@ -220,12 +223,12 @@ class PHD:
         return gaps
 
     def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
-        shards = self._forest.of.shards
-        for i in range(start, len(keys)):
-            key = keys[i]
+        shards, i = self._forest.of.shards, start
+        for key in islice(keys, start, None):
             if key in shards[key[-1]]:
-                return i
-        return len(keys)
+                break
+            i += 1
+        return i
 
     def _learn(self) -> None:
         """Look at one class, or at what all have in common: no request waits for all of them."""
