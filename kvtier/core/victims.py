@@ -184,7 +184,7 @@ class Victims:
 
     def _worths(self, runs: list[Run]) -> list[float]:
         hazards = self._hazards
-        # LRU's order holds where little was learned, no clock moves, or it is all that can be afforded.
+        # LRU's order holds where little was learned, no clock moves, or nothing can be afforded.
         if self._duel.follow_lru or hazards.uses < TRUSTED or not self._moving:
             return [run.seq for run in runs]
         worth, now = hazards.worth, self.now
