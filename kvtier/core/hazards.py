@@ -60,18 +60,16 @@ def index(hazard: Sequence[float]) -> list[float]:
         alive *= 1 - rate
     slopes: list[float] = []
     # The edges of the hull from here on, nearest last: hits, seconds, and the first by the other.
-    hull, nearest = [(0.0, 0.0, -1.0)], -1.0  # below all of them, one that stays
+    hull: list[tuple[float, float, float]] = []
     for hits, held in reversed(steps):
         slope = hits / (held + _EMPTY)
-        while slope <= nearest:
+        while hull and slope <= hull[-1][2]:
             more, longer, _ = hull.pop()
             hits += more
             held += longer
             slope = hits / (held + _EMPTY)
-            nearest = hull[-1][2]
         hull.append((hits, held, slope))
         slopes.append(slope)
-        nearest = slope
     slopes.reverse()
     return slopes
 
@@ -171,7 +169,7 @@ class Hazards:
         """A run of class c was used at `at`: from then on it waits for its next use."""
         each, second = self._classes[c], int(at)
         if second > each.upto:
-            if second - each.oldest < MAX_AGE:  # `advance`, for one call less
+            if second - each.oldest < MAX_AGE:  # as in `advance`, for one call less
                 each.upto = second
             else:
                 each.advance(second)
