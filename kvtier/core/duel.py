@@ -59,18 +59,21 @@ class Duel:
         self._asked += keys
         if epoch == self.epoch:
             return
-        uses, here = self._uses, self._here
+        uses, here, brought = self._uses, self._here, keys
         if epoch < self._merged:
-            had = 0
             self._both += keys
         else:
-            at = max(0, epoch - self._first)
-            had = min(uses[at], keys)  # of the oldest epoch some may have gone
+            at = epoch - self._first if epoch > self._first else 0
+            had = uses[at]
+            if had > keys:
+                had = keys  # else of the oldest epoch some have gone
             uses[at] -= had
             here[at] -= keys
-        self._lead += keys - had
-        self._size += keys - had
-        self._brought += keys - had
+            brought -= had
+        if brought:
+            self._lead += brought
+            self._size += brought
+            self._brought += brought
         uses[-1] += keys
         here[-1] += keys
         self._left -= keys
@@ -84,8 +87,9 @@ class Duel:
                 if uses[at]:
                     uses[at] -= 1
                     had += 1
-        self._lead -= had
-        self._lost += had
+        if had:
+            self._lead -= had
+            self._lost += had
         self._size += keys - had
         self._brought += keys - had
         self._asked += keys
@@ -105,17 +109,15 @@ class Duel:
     def left(self, epoch: int, keys: int) -> None:
         """Keys that were last used in `epoch` are here no more."""
         if epoch >= self._merged:
-            self._here[max(0, epoch - self._first)] -= keys
+            self._here[epoch - self._first if epoch > self._first else 0] -= keys
             self._both -= keys
 
     def step(self, here: int) -> None:
         """A use begins, with `here` keys in the cache."""
         if here > self._room:
             self._room = here
-        over = self._size - self._room
-        while over > 0:
-            self._forget(over)
-            over = self._size - self._room
+        while self._size > self._room:
+            self._forget(self._size - self._room)
         if self._left <= 0:
             self.epoch += 1
             self._uses.append(0)
@@ -162,9 +164,11 @@ class Duel:
     def _risk(self) -> float:
         """The share of the keys that only LRU has which is asked for before it gives them up."""
         # It has a key for as long as it takes to bring in as many others as there is room for.
-        life = max(1, self._room) * self._asked / max(1.0, self._brought)
+        room, brought = self._room, self._brought
+        life = (room if room > 1 else 1) * self._asked / (brought if brought > 1.0 else 1.0)
         prior = _PROMPTS * self._asked / self._requests
-        return min(1.0, (self._lost + _RISK * prior) / (2 * self._exposed / life + prior))
+        risk = (self._lost + _RISK * prior) / (2 * self._exposed / life + prior)
+        return risk if risk < 1.0 else 1.0
 
     def save(self) -> list[list[float]]:
         """What it goes by, for `read` and `restore`."""

@@ -63,15 +63,19 @@ class Ghosts:
         classes[place] = cls
         self._next = number
 
-    def take(self, key: BlockKey) -> tuple[float, int, int] | None:
-        """`key` is back: time, class and epoch of its last use; None: it is not remembered."""
-        number = self.shards[key[-1]].pop(key, None)
-        if number is None:
-            return None
-        keys, times, classes, epochs = self._pages[number >> _BITS]
-        place = number & (_PLACES - 1)
-        keys[place] = None
-        return times[place], classes[place], epochs[place]
+    def take(self, keys: Sequence[BlockKey]) -> list[tuple[int, float, int, int]]:
+        """`keys` are back: index, time, class and epoch of the last use of those remembered."""
+        shards, pages = self.shards, self._pages
+        found: list[tuple[int, float, int, int]] = []
+        for i, key in enumerate(keys):
+            shard = shards[key[-1]]
+            if key in shard:
+                number = shard.pop(key)
+                names, times, classes, epochs = pages[number >> _BITS]
+                place = number & (_PLACES - 1)
+                names[place] = None
+                found.append((i, times[place], classes[place], epochs[place]))
+        return found
 
     def _forget(self) -> None:
         number = self._first

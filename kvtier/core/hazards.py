@@ -86,7 +86,7 @@ def _smooth(counts: list[float]) -> list[float]:
 class _Class:
     """What was seen of one class."""
 
-    __slots__ = ("end", "hit", "news", "open", "passed", "seen", "spans", "upto")
+    __slots__ = ("end", "hit", "news", "oldest", "open", "passed", "seen", "spans", "upto")
 
     def __init__(self) -> None:
         self.hit = [0.0] * BINS
@@ -94,24 +94,28 @@ class _Class:
         self.open = [0] * MAX_AGE  # observations by the second they were opened in, a ring
         self.spans = [0] * (MAX_AGE // _SPAN)  # and by the span that the second lies in
         self.upto = 0  # the newest second of the ring
+        self.oldest = math.inf  # no observation that is open is older than that second
         self.seen = False  # whether there was any observation
         self.news = 0  # observations opened or closed since the last rebuild
         self.passed = 0  # turns that it was not rebuilt, for want of news
 
     def advance(self, second: int) -> None:
         """Make `second` the newest: what is older than the ring ends without a hit."""
-        gone = second - self.upto
-        if gone <= 0:
+        before = self.upto
+        if second <= before:
             return
-        if gone >= MAX_AGE:
+        self.upto = second
+        if second - self.oldest < MAX_AGE:
+            return
+        self.oldest = second - MAX_AGE + 1
+        if second - before >= MAX_AGE:
             expired = sum(self.spans)
             self.open = [0] * MAX_AGE
             self.spans = [0] * len(self.spans)
         else:
-            a, b = (self.upto + 1) % MAX_AGE, (second + 1) % MAX_AGE
+            a, b = (before + 1) % MAX_AGE, (second + 1) % MAX_AGE
             expired = self._clear(a, b) if a < b else self._clear(a, MAX_AGE) + self._clear(0, b)
         self.end[-1] += expired
-        self.upto = second
 
     def _clear(self, start: int, stop: int) -> int:
         expired = sum(self.open[start:stop])
@@ -128,13 +132,16 @@ class _Class:
         start = end - near
         ages = self.open[start:end] if start >= 0 else self.open[start:] + self.open[:end]
         ages.reverse()  # by age in seconds
-        for j, span in _NEAR_AGES:
-            found[j] = sum(ages[span])
+        younger = sum(ages)
+        if younger:
+            for j, span in _NEAR_AGES:
+                found[j] = sum(ages[span])
         # Of the others: all up to each end, less all up to the one before.
         before = [0, *accumulate(self.spans)]
-        younger = sum(ages)
         newest = before[end // _SPAN] + sum(self.open[end - end % _SPAN : end])
         for j, _, last in _FAR:
+            if younger == before[-1]:  # there are no more
+                break
             place = (end - last) % MAX_AGE
             upto = newest - before[place // _SPAN] - sum(self.open[place - place % _SPAN : place])
             if place >= end:  # past the ring's end
@@ -146,7 +153,7 @@ class _Class:
 class Hazards:
     """What was learned of `classes` classes; those of `apart` stay out of the common prior.
 
-    `index[c][bin]` is what a run of class c is worth at an age. Times are in seconds.
+    `worth[c * BINS + bin]` is what a run of class c is worth at an age. Times are in seconds.
     """
 
     def __init__(self, classes: int, apart: frozenset[int] = frozenset()) -> None:
@@ -155,14 +162,19 @@ class Hazards:
         self._pool = _UNKNOWN
         self._pool_index = index(_UNKNOWN)
         self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
-        self.index = [self._pool_index] * classes
+        self.worth = self._pool_index * classes
         self.uses = 0  # that were waited for, but for those of `apart`: what all this rests on
 
     def opened(self, c: int, at: float) -> None:
         """A run of class c was used at `at`: from then on it waits for its next use."""
         each, second = self._classes[c], int(at)
         if second > each.upto:
-            each.advance(second)
+            if second - each.oldest < MAX_AGE:  # as in `advance`, for one call less
+                each.upto = second
+            else:
+                each.advance(second)
+        if second < each.oldest:
+            each.oldest = second
         place = second % MAX_AGE
         each.open[place] += 1
         each.spans[place // _SPAN] += 1
@@ -173,7 +185,10 @@ class Hazards:
         """The run that was used at `at` is used again."""
         each, second, newest = self._classes[c], int(at), int(now)
         if newest > each.upto:
-            each.advance(newest)
+            if newest - each.oldest < MAX_AGE:
+                each.upto = newest
+            else:
+                each.advance(newest)
         place = second % MAX_AGE
         if each.open[place] and second > each.upto - MAX_AGE:
             each.open[place] -= 1
@@ -206,9 +221,9 @@ class Hazards:
 
     def rebuild(self, c: int, now: float) -> None:
         """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""
-        each = self._classes[c]
+        each, place = self._classes[c], slice(c * BINS, (c + 1) * BINS)
         if not each.seen:
-            self.index[c] = self._pool_index
+            self.worth[place] = self._pool_index
             return
         each.advance(int(now))
         later, risk = 0.0, list[float]()
@@ -220,9 +235,9 @@ class Hazards:
         hits, risk = _smooth(each.hit), _smooth(risk)
         self._sums[c] = (hits, risk)
         if risk[0] <= 0:
-            self.index[c] = self._pool_index
+            self.worth[place] = self._pool_index
             return
-        self.index[c] = index([
+        self.worth[place] = index([
             (hit + _PRIOR * common) / (at_risk + _PRIOR)
             for hit, at_risk, common in zip(hits, risk, self._pool, strict=True)
         ])  # fmt: skip

@@ -16,6 +16,7 @@ and one more for shared prefixes: runs with several continuations, or at the roo
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from kvtier.core.blocks import BlockKey
@@ -67,16 +68,17 @@ class PHD:
         keys = [*dict.fromkeys(path)]
         if self._gone:
             self._remember()
-        self._victims.touched(use.now)
+        now, request, output = use
+        self._victims.touched(now)
         self._duel.step(self._forest.size)
-        if use.request is None:
+        if request is None:
             self._enter(keys)
             return
-        if use.request != self._last:
-            self._last = use.request
+        if request != self._last:
+            self._last = request
             self._duel.judge(self._forest.size)
             self._learn()
-        self._use(keys, use, use.request)
+        self._use(keys, request, output)
 
     def _enter(self, keys: list[BlockKey]) -> None:
         """Blocks came by themselves: a use is still to come."""
@@ -97,10 +99,10 @@ class PHD:
                 self._victims.used([above])
             i = end
 
-    def _use(self, keys: list[BlockKey], use: Use, request: int) -> None:
+    def _use(self, keys: list[BlockKey], request: int, output: int | None) -> None:
         runs, i = self._forest.walk(keys, 0, None)
         new = self._new(keys, runs, i, request)
-        kind = _kind(new, use.output_tokens)
+        kind = _kind(new, output)
         above: Run | None = None
         used: list[Run] = []
         while True:
@@ -115,6 +117,8 @@ class PHD:
             above = added[-1]
             above.new = new
             used += added
+            if end == len(keys):
+                break
             runs, i = self._forest.walk(keys, end, above)
         self._victims.used(used)
 
@@ -126,12 +130,12 @@ class PHD:
                 before = run.new
             elif run.request is None and run.blocks[0] not in self._ghosts:
                 before += len(run.blocks)
-        ghosts = self._ghosts.shards
-        for i in range(known, len(keys)):
-            key = keys[i]
+        ghosts, left = self._ghosts.shards, len(keys) - known
+        for key in islice(keys, known, None):
             if key not in ghosts[key[-1]]:
-                return before + len(keys) - i
-        return before
+                break
+            left -= 1
+        return before + left
 
     def _use_run(self, run: Run, above: Run | None, request: int, kind: int, length: int) -> Run:
         """A request used all of `run`; the run that its blocks are in now."""
@@ -140,23 +144,26 @@ class PHD:
                 cls = run.cls - run.cls % 9 + kind
                 if run.open:
                     self._hazards.moved(run.cls, cls, run.t, self._victims.now)
-                run.cls = cls
+                run.cls, run.until = cls, -math.inf
             return run
-        now = self._victims.now
+        victims, duel, size = self._victims, self._duel, len(run.blocks)
+        now = victims.now
         if run.request is None:
             gap = self._gaps(run.blocks, missed=False)[0]
         else:
             gap = _gap(now - run.t)
             if run.open:
                 self._hazards.closed(run.cls, run.t, now)
-        parent = self._forest.parent(run)
-        if length > len(run.blocks) and (run.children > 1 or parent is None):
+        parent = run.parent
+        if parent is not None and not parent.blocks:
+            parent = self._forest.parent(run)
+        if length > size and (run.children > 1 or parent is None):
             run.cls = SHARED
         else:
             run.cls = gap + kind
-        self._duel.found(run.epoch, len(run.blocks))
-        run.epoch = self._duel.epoch
-        run.t, run.seq, run.request, run.open = now, self._victims.turn, request, False
+        duel.found(run.epoch, size)
+        run.epoch = duel.epoch
+        run.t, run.seq, run.request, run.open = now, victims.turn, request, False
         run.until = -math.inf
         if (
             above is not None
@@ -185,12 +192,13 @@ class PHD:
             i = _same(gaps, 0)
             self._forest.extend(above, keys[:i])
             runs.append(above)
+        now, turn, epoch = self._victims.now, self._victims.turn, self._duel.epoch
         while i < len(keys):
             end = _same(gaps, i)
             above = self._forest.add(keys[i:end], above)
-            above.cls, above.t, above.seq = gaps[i] + kind, self._victims.now, self._victims.turn
-            above.request, above.open, above.epoch = request, True, self._duel.epoch
-            self._hazards.opened(above.cls, self._victims.now)
+            above.cls, above.t, above.seq = gaps[i] + kind, now, turn
+            above.request, above.open, above.epoch = request, True, epoch
+            self._hazards.opened(above.cls, now)
             runs.append(above)
             i = end
         return runs
@@ -200,33 +208,35 @@ class PHD:
 
         `missed` says that they are used, and were not here.
         """
-        shards, now, epochs = self._ghosts.shards, self._victims.now, list[int]()
         gaps = [0] * len(keys)
-        for i, key in enumerate(keys):
-            if key in shards[key[-1]] and (ghost := self._ghosts.take(key)) is not None:
-                at, cls, epoch = ghost
-                epochs.append(epoch)
-                gaps[i] = _gap(now - at)
+        ghosts = self._ghosts.take(keys)
+        if ghosts:
+            now, before, gap = self._victims.now, -math.inf, 0
+            for i, at, cls, _ in ghosts:
+                if at != before:  # most of them were used together
+                    before, gap = at, _gap(now - at)
+                gaps[i] = gap
                 if cls >= 0:
                     self._hazards.closed(cls, at, now)
         if missed:
-            self._duel.missed(epochs, len(keys))
+            self._duel.missed([epoch for _, _, _, epoch in ghosts], len(keys))
         return gaps
 
     def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
-        shards = self._forest.of.shards
-        for i in range(start, len(keys)):
-            key = keys[i]
+        shards, i = self._forest.of.shards, start
+        for key in islice(keys, start, None):
             if key in shards[key[-1]]:
-                return i
-        return len(keys)
+                break
+            i += 1
+        return i
 
     def _learn(self) -> None:
         """Look at one class, or at what all have in common: no request waits for all of them."""
         self._requests += 1
-        turn, rest = divmod(self._requests % CYCLE, 6)
-        if rest or turn > SHARED + 1:
+        turn = self._requests % CYCLE
+        if turn % 6 or turn > 6 * (SHARED + 1):
             return
+        turn //= 6
         if turn <= SHARED:
             self._hazards.turn(turn, self._victims.now)
         else:
@@ -244,7 +254,7 @@ class PHD:
             self._leaving = run
         self._gone.append(key)
         if not run.blocks:
-            self._victims.emptied(run, self._forest.parent(run))
+            self._victims.emptied(run, run.parent)
 
     def _remember(self) -> None:
         """Note what left since the last time, all of one run: one by one costs more."""
@@ -304,7 +314,8 @@ def _kind(new: int, output: int | None) -> int:
 
 def _same(gaps: list[int], start: int) -> int:
     """The end of the stretch of equal gaps that begins at `start`."""
-    end = start + 1
-    while end < len(gaps) and gaps[end] == gaps[start]:
-        end += 1
-    return end
+    gap = gaps[start]
+    for end in range(start + 1, len(gaps)):
+        if gaps[end] != gap:
+            return end
+    return len(gaps)

@@ -17,7 +17,6 @@ class Run:
     """Blocks last used by the same request and of the same class, shallow to deep."""
 
     __slots__ = (
-        "bin",
         "blocks",
         "children",
         "cls",
@@ -29,6 +28,7 @@ class Run:
         "queued",
         "request",
         "seq",
+        "slot",
         "t",
         "until",
     )
@@ -40,7 +40,7 @@ class Run:
         self.place = -1  # among the leaves; -1: it has children
         self.cls = 0
         self.t = 0.0  # of the last use, in seconds
-        self.bin = 0  # of the age since `t`, as long as it is before
+        self.slot = 0  # of its class and its age since `t`, as long as it is before
         self.until = -math.inf
         self.seq = 0  # of that use: what was used later has a higher one
         self.epoch = 0  # and of a `Duel`, when that was
@@ -62,7 +62,8 @@ class Forest:
         """A new run below `parent`, of keys that are not here."""
         run = Run(blocks, parent)
         if parent is not None:
-            self._unleaf(parent)
+            if parent.place >= 0:
+                self._unleaf(parent)
             parent.children += 1
         self.size += len(blocks)
         self._are_in(blocks, run)
@@ -103,7 +104,7 @@ class Forest:
         lower.blocks = upper.blocks + lower.blocks
         lower.parent, lower.open = upper.parent, upper.open
         lower.t, lower.seq, lower.epoch = upper.t, upper.seq, upper.epoch
-        lower.bin, lower.until = upper.bin, upper.until
+        lower.slot, lower.until = upper.slot, upper.until
         self._are_in(upper.blocks, lower)
         upper.blocks = []
         return lower
@@ -125,9 +126,13 @@ class Forest:
         runs: list[Run] = []
         i, end = start, len(path)
         shards = self.of.shards
-        while i < end and (run := shards[path[i][-1]].get(path[i])) is not None:
-            if run.blocks[0] != path[i]:
-                self.split(run, run.blocks.index(path[i]))
+        while i < end:
+            key = path[i]
+            run = shards[key[-1]].get(key)
+            if run is None:
+                break
+            if run.blocks[0] != key:
+                self.split(run, run.blocks.index(key))
             moves = above is not None and run.parent is not above and self.parent(run) is not above
             # A path may come backwards, as that of a sliding window: no run is below itself.
             if moves and above is not None and not self._lies_on(run, above):

@@ -40,6 +40,8 @@ class Victims:
         self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
+        # The last sample of an earlier touch, if `_poor` was not made of it yet; seqs as of then.
+        self._earlier: tuple[list[Run], list[float], list[int]] | None = None
         self._victim: Run | None = None  # goes on being given up until it is gone, or used
         self._since = 0  # when it was used last
         self._by_lru = False  # whether LRU's order held when it was chosen
@@ -53,8 +55,8 @@ class Victims:
             self.now = now
         self.turn += 1
         if self._compared is not None:
-            self._poor = _next_to_go(*self._compared)
-            self._compared = None
+            runs, worths = self._compared
+            self._earlier, self._compared = (runs, worths, [run.seq for run in runs]), None
 
     def used(self, runs: list[Run]) -> None:
         """Runs of one path were used, or came; those above others count as used after them."""
@@ -145,16 +147,20 @@ class Victims:
 
         As long as little was learned, the one that was not used for longest.
         """
-        leaves = self._forest.leaves
         if self._hazards.uses < TRUSTED and (oldest := self._least_recent(passed, bared)):
             return oldest
+        leaves = self._forest.leaves
         step = len(leaves) // SAMPLE
         if step > 1:
+            if self._earlier is not None:
+                self._poor, self._earlier = _next_to_go(*self._earlier), None
             # Evenly spread over the array, from another place each time.
             first = (self.turn + len(passed)) * 40_503 % 65_536 * step >> 16
             runs = leaves[first::step]
             runs += [run for run in self._poor if run.place >= 0 and run.place % step != first]
-            worst = self._worst(runs + bared, passed)
+            if bared:
+                runs += bared
+            worst = self._worst(runs, passed)
             if worst is not None:
                 return worst
         return self._worst(leaves + bared, passed)
@@ -176,45 +182,47 @@ class Victims:
                 return min([run, *(each for each in bared if each not in passed)], key=_used)
         return None
 
-    def _by_recency(self) -> bool:
-        """Whether LRU's order holds: little was learned, no clock moves, or LRU finds more."""
-        return not self._moving or self._hazards.uses < TRUSTED or self._duel.follow_lru
-
     def _worths(self, runs: list[Run]) -> list[float]:
-        if self._by_recency():
+        hazards = self._hazards
+        # LRU's order holds where little was learned, no clock moves, or nothing can be afforded.
+        if self._duel.follow_lru or hazards.uses < TRUSTED or not self._moving:
             return [run.seq for run in runs]
-        index, now = self._hazards.index, self.now
-        return [index[run.cls][run.bin if now < run.until else _aged(run, now)] for run in runs]
+        worth, now = hazards.worth, self.now
+        return [worth[run.slot if now < run.until else _aged(run, now)] for run in runs]
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again later."""
-        if passed:
+        if passed and not passed.isdisjoint(runs):
             runs = [run for run in runs if run not in passed]
         worths = self._worths(runs)
         self._compared = runs, worths
         if not runs:
             return None
         least = min(worths)
-        if worths.count(least) == 1:
-            return runs[worths.index(least)]
-        return min([runs[i] for i, worth in enumerate(worths) if worth == least], key=_used)
+        at = worths.index(least)
+        worst = runs[at]
+        for _ in range(worths.count(least) - 1):  # of those alike the one used before the others
+            at = worths.index(least, at + 1)
+            if runs[at].seq < worst.seq:
+                worst = runs[at]
+        return worst
 
 
-def _next_to_go(runs: list[Run], worths: list[float]) -> list[Run]:
+def _next_to_go(runs: list[Run], worths: list[float], seqs: list[int]) -> list[Run]:
     """Those of a sample that are worth least; numbers are sorted faster than tuples."""
     if len(runs) <= POOR:
         return runs
     limit = sorted(worths)[POOR]
-    poor = [run for run, worth in zip(runs, worths, strict=True) if worth <= limit]
-    if len(poor) <= POOR + 1:
-        return poor
-    ranked = [(worth, run.seq, i) for i, (run, worth) in enumerate(zip(runs, worths, strict=True))]
-    return [runs[i] for _, _, i in sorted(ranked)[: POOR + 1]]
+    poor = [i for i, worth in enumerate(worths) if worth <= limit]
+    if len(poor) > POOR + 1:
+        poor = [i for _, _, i in sorted([(worths[i], seqs[i], i) for i in poor])[: POOR + 1]]
+    return [runs[i] for i in poor]
 
 
 def _aged(run: Run, now: float) -> int:
-    """The bin of the age of `run`, which keeps it until it is another one."""
+    """Where the worth of `run` stands, which keeps that until its age is in another bin."""
     age = int(now - run.t)
-    run.bin = BIN_OF[age] if age < MAX_AGE else BINS - 1
-    run.until = run.t + END_OF[run.bin]
-    return run.bin
+    j = BIN_OF[age] if age < MAX_AGE else BINS - 1
+    run.until = run.t + END_OF[j]
+    run.slot = slot = run.cls * BINS + j
+    return slot

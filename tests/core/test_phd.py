@@ -211,7 +211,7 @@ def test_the_index_prefers_what_is_due_soon():
             hazards.closed(0, n - 60, n)
     hazards.rebuild_pool()
     hazards.rebuild(0, 2000)
-    just, due, late = (hazards.index[0][b] for b in (0, 18, 25))  # 0 s, 51 s, 183 s
+    just, due, late = (hazards.worth[b] for b in (0, 18, 25))  # 0 s, 51 s, 183 s
     assert due > 3 * just
     assert due > 3 * late
 
