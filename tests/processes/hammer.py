@@ -88,9 +88,15 @@ class Engine:
         self._rng = random.Random(seed)
         self._pool = torch.zeros(DEEPEST, LAYOUT.nbytes, dtype=torch.uint8)
         self._paged = SlowKV(self._pool, self._rng)
-        self.tier = EngineTier(socket, NAMESPACE, self._paged, wait_s=1.0, batch=BATCH)
+        self._socket = socket
+        self.tier = self._attach()
         self.counts: Counter[str] = Counter()
         self.wrong = 0
+
+    def _attach(self, *, credit: bool = True) -> EngineTier:
+        return EngineTier(
+            self._socket, NAMESPACE, self._paged, wait_s=1.0, batch=BATCH, credit=credit
+        )
 
     def turn(self) -> None:
         keys = self.tier.keys(prompt(self._rng))
@@ -117,6 +123,8 @@ class Engine:
             self.report()
             signal.pause()
 
+        self.tier.close()
+        self.tier = self._attach(credit=False)  # a save from slots on credit holds no lease
         self._paged.hold = hold
 
     def report(self, *, last: bool = False) -> None:
