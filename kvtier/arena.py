@@ -4,6 +4,10 @@ An arena is a memfd, sealed against resize, cut into slots of one block each. Th
 to an engine over the node's Unix socket. So nothing is left behind by a crash (the kernel frees
 the memory with its last mapping), /dev/shm's size is no limit, and an engine's mapping survives
 the daemon.
+
+Behind the slots lies a number for each, the turn in which a block last left it: what an engine has
+copied without a lease is right where that is no later than when it was told of the block
+(`unmoved`; docs/decisions/0043).
 """
 
 import contextlib
@@ -11,13 +15,15 @@ import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvtier.core.blocks import Slot
 from kvtier.errors import ConfigError, RemoteProtocolError
 
 ALIGNMENT: Final = 4096  # slots start on pages, as direct I/O and CUDA registration want it
+_TURN_NBYTES: Final = 8
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _POPULATE_NBYTES: Final = 4 << 20  # some 1 ms
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python 3.11 has no name for it
@@ -33,6 +39,11 @@ def stride(slot_nbytes: int) -> int:
     return -(-slot_nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _sizes(slot_nbytes: int, slots: int) -> tuple[int, int]:
+    """Bytes of all slots, and of the turns behind them."""
+    return stride(slot_nbytes) * slots, -(-_TURN_NBYTES * slots // ALIGNMENT) * ALIGNMENT
+
+
 class Arena:
     """`slots` pieces of `slot_nbytes` bytes; made by `create` in the daemon, `attach` elsewhere.
 
@@ -46,7 +57,11 @@ class Arena:
         self.large_nbytes = 0  # that `create` could take in large pages
         self._stride = stride(slot_nbytes)
         self._memory = memory
-        self._view = memoryview(memory)
+        nbytes, _ = _sizes(slot_nbytes, slots)
+        self._view = memoryview(memory)[:nbytes]
+        # By the slot; written by the daemon's ledger alone.
+        self.turns = memoryview(memory)[nbytes : nbytes + _TURN_NBYTES * slots].cast("Q")
+        self._barrier = threading.Lock()
 
     @classmethod
     def create(cls, slot_nbytes: int, slots: int, *, prefault: bool = True) -> "Arena":
@@ -57,12 +72,12 @@ class Arena:
         Raises:
             ConfigError: The kernel has not that much memory to give.
         """
-        nbytes = stride(slot_nbytes) * slots
+        nbytes, more = _sizes(slot_nbytes, slots)
         fd = os.memfd_create("kvtier-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, nbytes)
+            os.ftruncate(fd, nbytes + more)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            memory = mmap.mmap(fd, nbytes)
+            memory = mmap.mmap(fd, nbytes + more)
             large = 0
             if prefault:
                 large = _take_large_pages(fd, nbytes)
@@ -83,7 +98,7 @@ class Arena:
         Raises:
             RemoteProtocolError: It is not sealed (it could shrink under us) or has another size.
         """
-        nbytes = stride(slot_nbytes) * slots
+        nbytes = sum(_sizes(slot_nbytes, slots))
         try:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise RemoteProtocolError("arena: the descriptor is not sealed against resize")
@@ -110,6 +125,22 @@ class Arena:
             raise IndexError(f"slot {slot} of {self.slots}")
         start = slot * self._stride
         return self._view[start : start + self.slot_nbytes]
+
+    def unmoved(self, slots: Sequence[Slot], turn: int) -> int:
+        """Of blocks that were seen in `slots` at `turn`, how many leading ones never left them.
+
+        What was copied from these before this call is what was seen: nobody has written there.
+        """
+        # What was copied is read before the turns are, on every processor: a lock that is given
+        # back and taken again is a barrier in both directions.
+        for _ in range(2):
+            with self._barrier:
+                pass
+        turns = self.turns
+        for count, slot in enumerate(slots):
+            if turns[slot] > turn:
+                return count
+        return len(slots)
 
     @property
     def view(self) -> memoryview:

@@ -9,10 +9,15 @@ from kvtier.core.policy import Use
 
 
 class Match(NamedTuple):
-    """Leading blocks of a prompt held here without a gap; each counted in its warmest tier."""
+    """Leading blocks of a prompt held here without a gap; each counted in its warmest tier.
+
+    The first ones lie in `slots` of the host tier, at `turn`: see `SlotTable`.
+    """
 
     blocks: int
     by_tier: tuple[int, ...]
+    slots: list[Slot]
+    turn: int
 
 
 class Kept(NamedTuple):

@@ -13,14 +13,17 @@ from kvtier.core.copies import Phase
 from kvtier.core.effects import HOST, Settled
 from kvtier.core.lease import Lease
 from kvtier.core.policy import Use
+from kvtier.core.slots import Turns
 from kvtier.core.tiers import TierSpec
 
 
 class Leases(Cascade):
     """The leases, the pins that they are, and what they wait for."""
 
-    def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
-        super().__init__(block_nbytes, tiers)
+    def __init__(
+        self, block_nbytes: int, tiers: Sequence[TierSpec], left: Turns | None = None
+    ) -> None:
+        super().__init__(block_nbytes, tiers, left)
         self._leases: dict[int, Lease] = {}
         self._of_client: dict[int, set[int]] = {}
         self._waiting: dict[BlockKey, set[int]] = {}  # read leases, by the block that loads

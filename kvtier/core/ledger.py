@@ -26,6 +26,10 @@ it and the end of the move that reads or fills it.
 A client may also have slots on credit: it fills them first and says with what afterwards (`put`,
 which is `write` and `commit` in one). What it put lies in the slots that it filled; it has others
 instead, as many as there is room for.
+
+And a client may copy a block from where a `match` saw it, without a lease, if it looks afterwards
+whether the block has left that slot since (`SlotTable.left`), and takes what it copied for nothing
+then. It says so by `used`.
 """
 
 from collections import deque
@@ -49,6 +53,7 @@ class Ledger(Leases):
 
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
     are named by their index in that list. A path is a prompt's keys from its first block on.
+    `left` is where clients see which slots blocks have left, if they do: see `SlotTable`.
 
     `read`, `write`, `commit`, `put`, `release`, `settle` and `moved` take time in proportion to
     their own blocks, not to the blocks held. A lease id must be one that `read` or `write` gave out
@@ -71,13 +76,18 @@ class Ledger(Leases):
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)
-        by_tier[HOST] = len(self._in_host.leading(keys))
+        slots = self._in_host.leading(keys)
+        by_tier[HOST] = len(slots)
         for key in keys[by_tier[HOST] :]:
             tier = self._readable_in(key)
             if tier is None:
                 break
             by_tier[tier] += 1
-        return Match(sum(by_tier), tuple(by_tier))
+        return Match(sum(by_tier), tuple(by_tier), slots, self._in_host.turn)
+
+    def used(self, keys: Sequence[BlockKey], use: Use) -> None:
+        """A request has used the path `keys` without a lease: as a read of it and its release."""
+        self._used(keys, use)
 
     def read(
         self,

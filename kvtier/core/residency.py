@@ -10,14 +10,16 @@ from kvtier.core.copies import Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.shards import KeyMap
-from kvtier.core.slots import SlotTable
+from kvtier.core.slots import SlotTable, Turns
 from kvtier.core.tiers import Tier, TierSpec
 
 
 class Residency:
     """The copies of all blocks of one layout on one node, by tier and by slot."""
 
-    def __init__(self, block_nbytes: int, tiers: Sequence[TierSpec]) -> None:
+    def __init__(
+        self, block_nbytes: int, tiers: Sequence[TierSpec], left: Turns | None = None
+    ) -> None:
         kinds = [spec.tier for spec in tiers]
         if not kinds or kinds[0] is not Tier.HOST or kinds != sorted(set(kinds)):
             given = ", ".join(kind.label for kind in kinds) or "none"
@@ -31,8 +33,9 @@ class Residency:
         admission = tiers[1].admission if len(tiers) > 1 else None
         self.admission = admission() if admission else None  # of the tier below the host's
         self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
-        self._in_host = SlotTable(self.slots)
+        self._in_host = SlotTable(self.slots, left)
         self._pins = self._in_host.pins
+        self.left = self._in_host.left
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
         self._moves = 0
         self._credits: dict[int, set[Slot]] = {}  # slots that clients fill ahead, by client

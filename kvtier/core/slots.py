@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from operator import eq
+from typing import Protocol
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.shards import KeyMap
@@ -10,17 +11,31 @@ from kvtier.core.shards import KeyMap
 RUN = 64  # neighbouring slots that are compared at once
 
 
+class Turns(Protocol):
+    """A number of 64 bits for each slot; an `array("Q")`, or memory that clients see as well."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
 class SlotTable:
     """The readable blocks of the host tier by key and by slot, and the leases on each slot.
+
+    `left` says in which turn a block last left each slot. Nobody writes to a slot before what was
+    readable there has left it: so whoever saw a block in a slot at turn t, copied it, and then
+    finds `left` of that slot to be at most t, has a right copy, lease or not (a seqlock, with the
+    ledger as its writer). Turns go up by one and begin at 1: 64 bits last for ever.
 
     Kept apart from all else that is known of a block: a read of what lies in host memory, on
     every engine's path, looks at few places, since the processor's caches do not hold a large
     ledger.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, left: Turns | None = None) -> None:
         self.of = KeyMap[Slot](slots)
         self.pins = array("i", bytes(4 * slots))
+        self.turn = 1
+        self.left = array("Q", bytes(8 * slots)) if left is None else left
         self._key_at: list[BlockKey | None] = [None] * slots
 
     def enter(self, key: BlockKey, slot: Slot) -> None:
@@ -37,13 +52,15 @@ class SlotTable:
 
     def leave(self, key: BlockKey) -> None:
         """`key` is given up."""
-        self._key_at[self.of.pop(key)] = None
+        self.leave_all([key])
 
     def leave_all(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """`leave` for each of `keys`; the slots that they were in."""
         slots = [*map(self.of.pop, keys)]
+        self.turn += 1
         for slot in slots:
             self._key_at[slot] = None
+            self.left[slot] = self.turn
         return slots
 
     def leading(self, keys: Sequence[BlockKey]) -> list[Slot]:

@@ -17,6 +17,8 @@ from kvtier.engine.credit import Credit
 from kvtier.engine.hangup import HangUp
 from kvtier.engine.leases import ReadLease, TierMatch, WriteLease
 from kvtier.engine.notes import note
+from kvtier.engine.seen import Seen
+from kvtier.engine.telling import costs, told
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
@@ -97,9 +99,8 @@ class TierClient:
             raise
         # From here on the kernel keeps the time: one system call to send, one to receive.
         self._socket.settimeout(None)
-        send_by = _TIMEVAL.pack(int(ANSWER_S), 0)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_by)
-        self.node, self.epoch = str(node), epoch
+        self._limit(socket.SO_SNDTIMEO, ANSWER_S)
+        self.node, self.epoch = str(node), cast("int", epoch)
         self.tiers = [Tier(tier) for tier in tiers]
         self._notes = fds[1]
         self.arena = Arena.attach(fds[0], self.layout.nbytes, slots)
@@ -107,10 +108,20 @@ class TierClient:
 
     def match(self, keys: Sequence[BlockKey]) -> TierMatch:
         """What the node knows to hold of a prompt; one round trip, no I/O, nothing changes."""
-        blocks, by_tier = self._ask(ANSWER_S, Op.MATCH, local.pack_keys(keys))
-        if not isinstance(blocks, int) or not isinstance(by_tier, list):
-            raise self._broken("MATCH")
-        return TierMatch(blocks, dict(zip(self.tiers, by_tier, strict=True)))
+        match self._ask(ANSWER_S, Op.MATCH, local.pack_keys(keys)):
+            case [int(blocks), list(by_tier), bytes(slots), int(turn)]:
+                seen = Seen(keys, slots, turn, self.epoch)
+                return TierMatch(blocks, dict(zip(self.tiers, by_tier, strict=True)), seen)
+        raise self._broken("MATCH")
+
+    def used(self, keys: Sequence[BlockKey], use: Use = NO_USE) -> None:
+        """Say that blocks of the path `keys` were copied from where a match saw them.
+
+        Wakes nobody and waits for nothing. To the node's eviction it is as a read of `keys`.
+        """
+        self._credit.met(keys)
+        with suppress(ArenaLost):  # right they are without it, too; the next call hears of it
+            self._note(Op.USED, local.pack_keys(keys), *told(use))
 
     def pull(
         self,
@@ -129,7 +140,7 @@ class TierClient:
         """
         (blocks,) = self._ask(
             wait_s + ANSWER_S, Op.PULL, local.pack_keys(keys), node, first, int(wait_s * 1000),
-            *_costs(compute), *_told(use),
+            *costs(compute), *told(use),
         )  # fmt: skip
         if not isinstance(blocks, int):
             raise self._broken("PULL")
@@ -155,18 +166,17 @@ class TierClient:
         self._wait_s = wait_s
         self._send(
             Op.READ, local.pack_keys(keys), first, len(keys) if wanted is None else wanted,
-            int(wait_s * 1000), *_costs(compute), *_told(use),
+            int(wait_s * 1000), *costs(compute), *told(use),
         )  # fmt: skip
         return self._reading(wait_s + ANSWER_S, keys[first:])
 
     @contextmanager
     def _reading(self, timeout_s: float, keys: Sequence[BlockKey]) -> Iterator[ReadLease]:
-        lease, slots, sources, arrived = self._answer(timeout_s, Op.READ)
-        if not (isinstance(lease, int) and isinstance(slots, bytes) and isinstance(sources, bytes)):
-            raise self._broken("READ")
-        if not isinstance(arrived, int):
-            raise self._broken("READ")
-        tiers = [self.tiers[each] for each in sources]
+        match self._answer(timeout_s, Op.READ):
+            case [int(lease), bytes(slots), bytes(sources), int(arrived)]:
+                tiers = [self.tiers[each] for each in sources]
+            case _:
+                raise self._broken("READ")
         self._credit.met(keys[: len(tiers)])
         try:
             yield ReadLease(lease, self._slots(slots), tiers, arrived)
@@ -180,9 +190,8 @@ class TierClient:
 
         Those that will not are cut off. Do not call it once `lease.arrived` is the number of slots.
         """
-        timeout_s = self._wait_s + ANSWER_S
         have = min(lease.arrived + step, len(lease.slots)) - 1
-        arrived, blocks = self._ask(timeout_s, Op.AWAIT, lease.id, have)
+        arrived, blocks = self._ask(self._wait_s + ANSWER_S, Op.AWAIT, lease.id, have)
         if not (isinstance(arrived, int) and isinstance(blocks, int)):
             raise self._broken("AWAIT")
         if not lease.arrived <= arrived <= blocks <= len(lease.slots):
@@ -209,7 +218,7 @@ class TierClient:
             self._hear()
             if slots := self._credit.first(keys[first:]):
                 return self._putting(keys, first, slots, use)
-        self._send(Op.WRITE, local.pack_keys(keys), first, *_told(use))
+        self._send(Op.WRITE, local.pack_keys(keys), first, *told(use))
         return self._writing(keys[first:])
 
     def ask_credit(self, slots: int) -> None:
@@ -236,7 +245,7 @@ class TierClient:
         self._credit.met(keys[first : first + granted.filled])
         if granted.filled:
             path, filled = keys[: first + granted.filled], slots[: granted.filled]
-            self._note(Op.PUT, local.pack_keys(path), local.pack_numbers(filled), *_told(use))
+            self._note(Op.PUT, local.pack_keys(path), local.pack_numbers(filled), *told(use))
 
     @contextmanager
     def _writing(self, keys: Sequence[BlockKey]) -> Iterator[WriteLease]:
@@ -372,10 +381,12 @@ class TierClient:
 
     def _set_timeout(self, timeout_s: float) -> None:
         if timeout_s != self._timeout_s:
-            seconds, rest = divmod(timeout_s, 1.0)
-            receive_by = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, receive_by)
+            self._limit(socket.SO_RCVTIMEO, timeout_s)
             self._timeout_s = timeout_s
+
+    def _limit(self, option: int, seconds: float) -> None:
+        timeval = _TIMEVAL.pack(int(seconds), int(seconds % 1.0 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
 
     def _lost(self, text: str) -> ArenaLost:
         """What to raise: what ended the connection, also where that went by unheard."""
@@ -387,14 +398,3 @@ class TierClient:
     def _broken(self, what: str) -> RemoteProtocolError:
         self.close()
         return RemoteProtocolError(f"the node daemon's answer to {what} makes no sense")
-
-
-def _costs(compute: ComputeCost | None) -> tuple[int, int]:
-    if compute is None:
-        return 0, 0
-    return max(1, int(compute.block_s * 1e6)), int(compute.growth_s * 1e9)
-
-
-def _told(use: Use) -> tuple[int, int]:
-    output = -1 if use.output_tokens is None else min(use.output_tokens, local.MAX_OUTPUT)
-    return use.request or 0, output

@@ -5,13 +5,18 @@ from typing import NamedTuple
 
 from kvtier.core.blocks import Slot
 from kvtier.core.tiers import Tier
+from kvtier.engine.seen import Seen
 
 
 class TierMatch(NamedTuple):
-    """Leading blocks of a prompt that the node holds, and how many of them in each tier."""
+    """Leading blocks of a prompt that the node holds, and how many of them in each tier.
+
+    `seen` is where they lie, as far as that is in the arena.
+    """
 
     blocks: int
     by_tier: dict[Tier, int]
+    seen: Seen
 
 
 @dataclass(slots=True)

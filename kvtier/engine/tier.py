@@ -17,11 +17,11 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.engine.copier import ArenaTensor
 from kvtier.engine.hangup import HangUp
-from kvtier.engine.leases import ReadLease, WriteLease
-from kvtier.engine.paged import Done, PagedKV
+from kvtier.engine.leases import WriteLease
+from kvtier.engine.paged import PagedKV
+from kvtier.engine.restoring import Restorer, Wanted
 from kvtier.engine.speeds import TierSpeeds
 from kvtier.errors import KVTierError
-from kvtier.wire.local import MAX_KEYS
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 SOON_S: Final = 0.05  # the same, beside the calls, shortly after it went
@@ -30,9 +30,6 @@ END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 BATCH: Final = 32  # blocks that a save leases at once: an arena smaller than a prompt serves it
-READ_BATCHES: Final = 2  # of them that a restore does, and at most
-READ_SHARE: Final = 8  # of the arena: what one lease pins, the next cannot load into
-STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,11 +67,10 @@ class EngineTier:
         self._layout = namespace.layout
         self._root = namespace.root()
         self._paged = paged
-        self._wait_s = wait_s
+        self._wait_s = wait_s  # of a pull
         self._pin = pin
         self._batch = batch
         self._credit = batch if credit else 0
-        self._step = max(1, STEP_NBYTES // self._layout.nbytes)
         self._clock = clock
         self._turn = threading.Lock()  # a call, or `_watch`
         self._busy = False  # a call is under way
@@ -88,6 +84,7 @@ class EngineTier:
         self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = _beside(self._attach)
         self._began = clock()
         self._speeds = TierSpeeds(self._layout.nbytes)
+        self._restorer = Restorer(paged, batch, wait_s, self._speeds, clock)
 
     def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
         """The keys of the prompt's full blocks.
@@ -98,8 +95,11 @@ class EngineTier:
         return block_keys(self._root, token_ids, self._layout.block_tokens)
 
     def match(self, keys: Sequence[BlockKey]) -> int:
-        """Leading blocks that the node knows to hold."""
-        return self._shielded("match", 0, lambda client: client.match(keys).blocks)
+        """Leading blocks that the node knows to hold.
+
+        What of them lies in the host tier a `restore` that follows copies without asking again.
+        """
+        return self._shielded("match", 0, lambda client: self._restorer.match(client, keys))
 
     def restore(
         self,
@@ -120,16 +120,8 @@ class EngineTier:
         """
         restored: list[Tier] = []
         if block_ids:
-            work = partial(
-                self._restore,
-                keys=keys,
-                first=first,
-                block_ids=block_ids,
-                compute=compute,
-                use=use,
-                restored=restored,
-            )
-            self._shielded("restore", None, work)
+            wanted = Wanted(keys, first, block_ids, compute, use)
+            self._shielded("restore", None, partial(self._restore, wanted, restored))
         return restored
 
     def pull(
@@ -283,68 +275,9 @@ class EngineTier:
             pass
         return client.arena.fd >= 0 and not self._closed.is_set()
 
-    def _restore(
-        self,
-        client: TierClient,
-        keys: Sequence[BlockKey],
-        first: int,
-        block_ids: Sequence[int],
-        compute: ComputeCost | None,
-        use: Use,
-        restored: list[Tier],
-    ) -> None:
-        """Restore lease by lease, each asked for before the blocks of the one before are copied."""
-        most = max(1, min(READ_BATCHES * self._batch, client.arena.slots // READ_SHARE))
-        held = 0
-        if compute is not None and len(keys) > first + min(most, len(block_ids)):
-            held = client.match(keys[:MAX_KEYS]).blocks
-
-        def ask(at: int) -> AbstractContextManager[ReadLease] | None:
-            if at >= len(block_ids):
-                return None
-            begin, end = first + at, first + min(at + most, len(block_ids))
-            cost = compute
-            if compute is not None and len(keys) > end:
-                cost = compute.mean(begin, max(held, end))
-            return client.read(
-                keys[:end], begin, wait_s=self._wait_s, wanted=self._step, compute=cost, use=use
-            )
-
-        start, asked = self._clock(), ask(0)
-        while asked is not None:
-            at = len(restored)
-            batch = block_ids[at : at + most]
-            with asked as lease:
-                asked = self._fill(client, lease, batch, partial(ask, at + len(batch)))
-            restored += lease.sources
-            start, began = self._clock(), start
-            self._speeds.measure(lease.sources, start - began)
-
-    def _fill(
-        self,
-        client: TierClient,
-        lease: ReadLease,
-        block_ids: Sequence[int],
-        ask_next: Callable[[], AbstractContextManager[ReadLease] | None],
-    ) -> AbstractContextManager[ReadLease] | None:
-        """Copy a lease's blocks as they arrive; what was asked for meanwhile, once all have."""
+    def _restore(self, wanted: Wanted, restored: list[Tier], client: TierClient) -> None:
         assert self._arena is not None
-        copies, done = list[Done](), 0
-        asked: AbstractContextManager[ReadLease] | None = None
-        try:
-            while True:  # what has arrived is copied while the rest is loaded
-                if lease.arrived == len(block_ids):
-                    asked = ask_next()
-                if lease.arrived > done:
-                    rows = self._arena.rows(lease.slots[done : lease.arrived])
-                    copies.append(self._paged.scatter(block_ids[done : lease.arrived], rows))
-                    done = lease.arrived
-                if done == len(lease.slots):
-                    return asked
-                client.more(lease)
-        finally:  # no slot is given back while it is read
-            for each in copies:
-                each.wait()
+        self._restorer.run(client, self._arena, wanted, restored)
 
     def _save(
         self,

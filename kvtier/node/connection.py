@@ -195,7 +195,12 @@ class Connection(asyncio.Protocol):
         match op, arguments:
             case Op.MATCH, [bytes(keys)]:
                 found = self.manager.match(local.unpack_keys(keys))
-                self._reply(found.blocks, list(found.by_tier))
+                slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
+                self._reply(found.blocks, list(found.by_tier), slots, found.turn)
+                if slots:
+                    self._gate.hearing.noting(self)
+            case Op.USED, [bytes(keys), int(request), int(output)]:
+                self._used(self.manager, local.unpack_keys(keys), _use(request, output))
             case Op.READ, [bytes(keys), *rest]:
                 self._read(self.manager, local.unpack_keys(keys), *rest)
             case Op.PULL, [bytes(keys), str(node), int(first), *rest]:
@@ -323,7 +328,7 @@ class Connection(asyncio.Protocol):
             raise RemoteProtocolError(f"CREDIT of {wanted} slots: 1 to {local.MAX_KEYS}")
         slots = manager.credits.give(self._client, wanted)
         if slots:
-            self._gate.hearing.credited(self)
+            self._gate.hearing.noting(self)
         self._send(Op.CREDIT, local.pack_numbers(slots))
 
     def _put(self, manager: TierManager, keys: list[BlockKey], slots: bytes, use: Use) -> None:
@@ -336,6 +341,10 @@ class Connection(asyncio.Protocol):
         except ValueError as error:
             raise RemoteProtocolError(f"PUT: {error}") from None
         self._send(Op.CREDIT, local.pack_numbers(instead))
+
+    def _used(self, manager: TierManager, keys: list[BlockKey], use: Use) -> None:
+        self._node.recorder.tell(keys, use, manager.layout.block_tokens)
+        manager.uses.tell(keys, use)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)

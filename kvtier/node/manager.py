@@ -13,7 +13,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import Final
 
 from kvtier import metrics
@@ -30,6 +29,7 @@ from kvtier.node.credit import Credits
 from kvtier.node.movers import LowerTier, Movers, Outcome
 from kvtier.node.reading import Loading, Reading
 from kvtier.node.speed import Speed
+from kvtier.node.uses import Uses
 from kvtier.stores.base import ChainedStore, Store
 
 MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared store
@@ -62,12 +62,11 @@ class TierManager:
         self.arena = arena
         self.specs = specs
         self.lower = lower
-        self._ledger = Ledger(layout.nbytes, specs)
+        self._ledger = Ledger(layout.nbytes, specs, arena.turns)
         self.before = self._ledger.before  # for the feed
         self.learning: dict[Tier, Learning] = {
             specs[index].tier: policy for index, policy in self._ledger.learning().items()
         }
-        self._unnamed = count(-1, -1)  # reads of which nobody says the request
         self._announce = announce
         self.lineage = Lineage()
         self.credits = Credits(self._ledger, self.lineage, self._carry_out_soon)
@@ -78,6 +77,7 @@ class TierManager:
         self._retries: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
         self.clock = clock or self._loop.time
+        self.uses = Uses(self._ledger, self.clock, self._carry_out_soon)
         self._closed = False
         self._drains = 0  # under way: the last to end ends the draining
         self._carrying = False
@@ -251,9 +251,7 @@ class TierManager:
             def worth(sources: Sequence[int], first: int) -> int:
                 return worth_loading(sources, first, compute, load_s)
 
-        # A read is always for somebody, be it told or not.
-        request = asked.use.request or next(self._unnamed)
-        use = asked.use._replace(now=self.clock(), request=request)
+        use = self.uses.named(asked.use)
         lease = self._ledger.read(asked.client, asked.keys, asked.first, worth, use)
         metrics.DECLINED_BLOCKS.inc(lease.refused)
         if not lease.loading:

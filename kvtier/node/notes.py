@@ -1,10 +1,10 @@
 """What engines tell without waking the daemon: that they have ended a lease, or filled a slot.
 
 A message on a socket wakes its reader, and a reader that wakes takes a core or a cache from the
-engine just when it goes on computing. COMMIT, RELEASE and PUT have no answer, so nobody is in a
-hurry: they lie in a pipe that the daemon reads before it does anything that they could matter to,
-and every HEAR_S as long as leases are open, every CREDIT_S as long as slots are on credit. See
-docs/decisions/0020 and 0036.
+engine just when it goes on computing. COMMIT, RELEASE, PUT and USED have no answer, so nobody is in
+a hurry: they lie in a pipe that the daemon reads before it does anything that they could matter to,
+and every HEAR_S as long as leases are open, every NOTING_S of an engine that may put or use blocks
+without one. See docs/decisions/0020, 0036 and 0043.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from kvtier.wire import local
 from kvtier.wire.local import Value
 
 HEAR_S: Final = 0.005  # that a note lies unread at most, of an engine with open leases
-CREDIT_S: Final = 0.02  # of one that has slots on credit: always, so more seldom
+NOTING_S: Final = 0.02  # of one that needs no lease: always, so more seldom
 _READ_NBYTES: Final = 4096
 _MOST_READS: Final = 16  # at once: a pipe's worth
 
@@ -55,7 +55,7 @@ class Notes:
 
 
 class Noting(Protocol):
-    """An engine with open leases, or with slots on credit."""
+    """An engine with open leases, or that may note something without one."""
 
     def hear(self) -> None:
         """Read and act on its notes; raises nothing."""
@@ -67,7 +67,7 @@ class Hearing:
 
     def __init__(self) -> None:
         self._leasing: set[Noting] = set()  # with open leases
-        self._crediting: set[Noting] = set()  # with slots on credit
+        self._noting: set[Noting] = set()  # that may note without one
         self._due: asyncio.TimerHandle | None = None
 
     def begin(self, engine: Noting) -> None:
@@ -80,19 +80,19 @@ class Hearing:
         self._leasing.discard(engine)
         self._rest()
 
-    def credited(self, engine: Noting) -> None:
-        """It has slots on credit, from now on until it leaves."""
-        self._crediting.add(engine)
-        self._within(CREDIT_S)
+    def noting(self, engine: Noting) -> None:
+        """It has slots on credit, or was told where blocks lie: now, and until it leaves."""
+        self._noting.add(engine)
+        self._within(NOTING_S)
 
     def leave(self, engine: Noting) -> None:
         """It is gone."""
-        self._crediting.discard(engine)
+        self._noting.discard(engine)
         self.end(engine)
 
     def now(self) -> None:
         """Act on all that was noted up to here."""
-        for engine in [*(self._leasing | self._crediting)]:
+        for engine in [*(self._leasing | self._noting)]:
             engine.hear()
 
     def _within(self, seconds: float) -> None:
@@ -104,7 +104,7 @@ class Hearing:
         self._due = loop.call_later(seconds, self._again)
 
     def _rest(self) -> None:
-        if self._due is not None and not self._leasing and not self._crediting:
+        if self._due is not None and not self._leasing and not self._noting:
             self._due.cancel()
             self._due = None
 
@@ -113,5 +113,5 @@ class Hearing:
         self.now()
         if self._leasing:
             self._within(HEAR_S)
-        elif self._crediting:
-            self._within(CREDIT_S)
+        elif self._noting:
+            self._within(NOTING_S)

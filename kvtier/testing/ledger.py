@@ -19,7 +19,7 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.testing.credit import CreditWorld
+from kvtier.testing.seen import SeenWorld
 from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES
 
 CLIENTS = 3
@@ -43,6 +43,7 @@ STATES = (
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
     "put", "put of what is there", "put without a new slot", "credit ended",
+    "copied as seen", "seen, and gone since", "seen, and written over since",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
 
@@ -117,7 +118,7 @@ def _random_tiers(rng: Random, admission: AdmissionFactory | None) -> list[TierS
     return specs
 
 
-class _Node(CreditWorld):
+class _Node(SeenWorld):
     """One node, its clients, and what befalls them."""
 
     def __init__(
@@ -140,6 +141,7 @@ class _Node(CreditWorld):
         lower = len(self.specs) > 1
         events: list[tuple[int, Callable[[], None]]] = [
             (14, self._write), (14, self._read), (2, self._credit), (8, self._put),
+            (8, lambda: self.look(self.path())), (8, lambda: self.copied(self._use())),
             (26, self._end_lease), (3, self._settle),
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),

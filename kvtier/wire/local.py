@@ -4,7 +4,7 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
     request   [op, *arguments]          reply   [True, *values]  or  [False, text]
 
-COMMIT, RELEASE, CREDIT and PUT have no reply (a refused one is told, as the last words before
+COMMIT, RELEASE, CREDIT, PUT and USED have no reply (a refused one is told, as the last words before
 hanging up, to whatever is asked next); of all others an engine has one under way at a time. HELLO
 comes first; its reply carries two descriptors (SCM_RIGHTS): the arena, and the writing end of a
 pipe for requests without a reply. Their messages, of at most MAX_NOTE bytes, wake nobody: they are
@@ -29,10 +29,12 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 5
+VERSION: Final = 6
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
 MAX_NOTE: Final = 32 << 10  # half of what Linux keeps in a pipe: a path of 2,000 blocks
+MAX_SEEN: Final = 4096  # slots in the answer to a MATCH
+NUMBER_NBYTES: Final = 4  # of a slot or an index
 MAX_REQUEST: Final = 2**64 - 1
 MAX_OUTPUT: Final = 2**31 - 1  # tokens
 
@@ -45,7 +47,10 @@ class Op(IntEnum):
     """What an engine can ask; arguments -> values."""
 
     HELLO = 1  # version, layout, engine's name -> node, epoch, slot_nbytes, slots, tiers
-    MATCH = 2  # keys -> blocks, blocks by tier
+    # `slots`: where the leading ones of the host tier lie, MAX_SEEN at most; `turn`: since when
+    # they must not have left these, for a copy that is made from there without a lease. USED says
+    # of a path that such copies were made: to the node's eviction it is as READ and RELEASE.
+    MATCH = 2  # keys -> blocks, blocks by tier, slots, turn
     # A read is answered once `wanted` leading blocks are in their slots, or as many as there will
     # be; AWAIT once there are more than `have`. `wait` is the deadline of the lease's loads, from
     # READ on. With a block us the daemon does not load what is faster computed again: the time
@@ -66,9 +71,12 @@ class Op(IntEnum):
     # lie in `slots`. Of each the daemon tells which slots the engine has more, or instead.
     CREDIT = 9  # slots wanted; no reply
     PUT = 10  # keys, slots, request, output; no reply
+    USED = 11  # keys, request, output; no reply
 
 
-NOTED: Final = frozenset({Op.COMMIT, Op.RELEASE, Op.CREDIT, Op.PUT})  # may come by the pipe
+NOTED: Final = frozenset(
+    {Op.COMMIT, Op.RELEASE, Op.CREDIT, Op.PUT, Op.USED}
+)  # may come by the pipe
 
 _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.HELLO: (int, str, str),
@@ -81,6 +89,7 @@ _ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
     Op.PULL: (bytes, str, int, int, int, int, int, int),
     Op.CREDIT: (int,),
     Op.PUT: (bytes, bytes, int, int),
+    Op.USED: (bytes, int, int),
 }
 
 
@@ -191,8 +200,10 @@ def unpack_numbers(raw: bytes) -> list[int]:
     Raises:
         RemoteProtocolError: Not a whole number of them.
     """
-    if len(raw) % 4:
-        raise RemoteProtocolError(f"{len(raw)} bytes of numbers: must be a multiple of 4")
+    if len(raw) % NUMBER_NBYTES:
+        raise RemoteProtocolError(
+            f"{len(raw)} bytes of numbers: must be a multiple of {NUMBER_NBYTES}"
+        )
     packed = array("I", raw)
     if sys.byteorder == "big":
         packed.byteswap()

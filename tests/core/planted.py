@@ -189,8 +189,8 @@ BUGS = [
     ),
     bug(
         "a slot is remembered beyond its block",
-        "self._key_at[self.of.pop(key)] = None",
-        "self.of.pop(key)",
+        "            self._key_at[slot] = None\n            self.left",
+        "            self.left",
     ),
     bug(
         "a tier that takes nothing stops the host tier",
@@ -246,6 +246,20 @@ BUGS = [
         "a put starts no copies",
         "self._used(keys, use)\n        self._drain()\n        return Kept",
         "self._used(keys, use)\n        return Kept",
+    ),
+    bug("no word of a block that left its slot", "self.left[slot] = self.turn", "pass"),
+    bug(
+        "word of one block of many that left their slots",
+        "self.left[slot] = self.turn",
+        "self.left[slots[0]] = self.turn",
+    ),
+    bug("a turn that is not counted", "self.turn += 1", "pass"),
+    bug("a match of tomorrow", "slots, self._in_host.turn)", "slots, self._in_host.turn + 1)"),
+    bug("a match of yesterday", "slots, self._in_host.turn)", "slots, self._in_host.turn - 1)"),
+    bug(
+        "a slot that loads is as it was seen",
+        "for slot in slots:\n            self._key_at[slot] = None\n            self.left",
+        "for slot in slots[1:]:\n            self._key_at[slot] = None\n            self.left",
     ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]

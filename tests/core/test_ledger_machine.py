@@ -13,7 +13,7 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, Use
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.testing.credit import CreditWorld
+from kvtier.testing.seen import SeenWorld
 from kvtier.testing.world import BLOCK_NBYTES
 
 PROMPTS = [[BlockKey(f"{name}{n}".encode()) for n in range(4)] for name in "abc"]
@@ -47,7 +47,7 @@ class NodeMachine(RuleBasedStateMachine):
             )
             for tier, blocks in [(Tier.HOST, 4), *LOWER[lower]]
         ]  # fmt: skip
-        self.world = CreditWorld(Ledger(BLOCK_NBYTES, specs), specs, Random(0), Counter())
+        self.world = SeenWorld(Ledger(BLOCK_NBYTES, specs), specs, Random(0), Counter())
 
     def lower_tier(self, pick: int) -> int:
         return 1 + pick % (len(self.world.specs) - 1)
@@ -74,6 +74,14 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(client=clients, path=paths, blocks=st.integers(1, 4), request=requests)
     def put(self, client, path, blocks, request):
         self.world.put(client, path, blocks, Use(request=request))
+
+    @rule(path=paths)
+    def look(self, path):
+        self.world.look(path)
+
+    @rule(request=requests)
+    def copied(self, request):
+        self.world.copied(Use(request=request))
 
     @precondition(lambda self: self.world.leases)
     @rule(pick=picks, filled=st.integers(0, 4))

@@ -15,7 +15,8 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
-from kvtier.engine.tier import READ_BATCHES, EngineTier
+from kvtier.engine.restoring import READ_BATCHES
+from kvtier.engine.tier import EngineTier
 from kvtier.errors import ArenaLost
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for

@@ -53,7 +53,7 @@ def test_what_one_engine_saves_another_restores(tmp_path: Path) -> None:
         one, two = connect(tmp_path), connect(tmp_path)
         keys = new_keys(10)
         assert save(one, keys) == 10
-        assert two.match(keys) == (10, {Tier.HOST: 10})
+        assert two.match(keys)[:2] == (10, {Tier.HOST: 10})
         assert two.match([*keys[:4], *new_keys(1), *keys[5:]]).blocks == 4
         assert restore(two, keys) == [Tier.HOST] * 10
         assert save(two, keys) == 0, "what is held is not granted again"
@@ -77,7 +77,7 @@ def test_blocks_cascade_to_disk_and_are_found_after_kill_9(tmp_path: Path) -> No
         node.restart()
         client = connect(tmp_path)
         for keys in prompts:
-            assert client.match(keys) == (8, {Tier.HOST: 0, Tier.DISK: 8})
+            assert client.match(keys)[:2] == (8, {Tier.HOST: 0, Tier.DISK: 8})
             assert restore(client, keys) == [Tier.DISK] * 8
 
 
