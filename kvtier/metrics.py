@@ -82,6 +82,10 @@ TIER_FAILURES = _counter("tier_failures", "Failures of ours turned into misses",
 RESTORED_TOKENS = _counter("restored_tokens", "Prompt tokens not computed", "tier")
 COMPUTED_TOKENS = _counter("computed_tokens", "Prompt tokens computed")
 SAVED_BLOCKS = _counter("saved_blocks", "Blocks copied from VRAM to the host tier")
+UNLEASED_BLOCKS = _counter("unleased_blocks", "Blocks restored from where a match saw them")
+OVERTAKEN_BLOCKS = _counter(
+    "overtaken_blocks", "Blocks that had left there before they were copied"
+)
 
 # Router
 REQUESTS = _counter("requests", "Requests ended", "status")

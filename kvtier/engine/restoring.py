@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from kvtier import metrics
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import Use
@@ -114,6 +115,8 @@ class Restorer:
                 copy.wait()
                 unmoved = client.arena.unmoved(piece, seen.turn)
                 restored += [Tier.HOST] * unmoved
+                metrics.UNLEASED_BLOCKS.inc(unmoved)
+                metrics.OVERTAKEN_BLOCKS.inc(len(piece) - unmoved)
                 right = unmoved == len(piece)
         finally:  # the blocks are copied to again, or are somebody else's next
             for _, copy in copies:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvtier import metrics
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Namespace
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
@@ -131,6 +132,8 @@ class Engine:
         mine = {"fds": len([*Path("/proc/self/fd").iterdir()]), "wrong": self.wrong, "last": last}
         maps = Path("/proc/self/maps").read_text()
         mine["arenas"] = maps.count("kvtier-arena")
+        mine["unleased"] = metrics.UNLEASED_BLOCKS._value.get()
+        mine["overtaken"] = metrics.OVERTAKEN_BLOCKS._value.get()
         print(json.dumps({**self.counts, **mine}), flush=True)
 
 

@@ -1,0 +1,269 @@
+"""Restores without a lease: from where a match saw the blocks, if they have stayed there since."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvtier import metrics
+from kvtier.core.tiers import Tier
+from kvtier.engine.copier import BlockTensor
+from kvtier.engine.paged import Done
+from kvtier.engine.tier import EngineTier
+from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
+from tests.launching import Process, disk_toml, node_toml, wait_for
+from tests.node.conftest import blocks, status
+
+BATCH = 8
+POOL = 160
+COUNT = 5 * BATCH  # blocks of a prompt
+SLOTS = 128  # three such prompts, and not four
+
+Hook = Callable[[], None]
+
+
+def nothing() -> None:
+    pass
+
+
+class Watched(BlockTensor):
+    """A pool that calls `before` and `after` each copy out of the arena."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        super().__init__(LAYOUT, pool)
+        self.before: Hook = nothing
+        self.after: Hook = nothing
+
+    def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> Done:
+        before, self.before = self.before, nothing
+        before()
+        done = super().scatter(block_ids, source)
+        done.wait()
+        after, self.after = self.after, nothing
+        after()
+        return done
+
+
+class Engine:
+    def __init__(self, folder: Path) -> None:
+        self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
+        self.paged = Watched(self.pool)
+        self.tier = EngineTier(
+            f"{folder}/node.sock", NAMESPACE, self.paged, wait_s=10.0, batch=BATCH, credit=False
+        )
+        wait_for("the daemon to take it in", lambda: self.save(prompt(0, 1)) or self.match(0, 1))
+
+    def save(self, tokens: Sequence[int]) -> int:
+        keys = self.tier.keys(tokens)
+        for block in range(len(keys)):
+            self.pool[block] = content(tokens[: 16 * (block + 1)])
+        return self.tier.save(keys, 0, range(len(keys)))
+
+    def match(self, seed: int, count: int = COUNT) -> int:
+        return self.tier.match(self.tier.keys(prompt(seed, count)))
+
+    def restore(self, seed: int, count: int = COUNT, first: int = 0) -> list[Tier]:
+        """Restore into shuffled places and check every byte."""
+        tokens = prompt(seed, count)
+        keys = self.tier.keys(tokens)
+        places = random.Random(seed).sample(range(POOL), len(keys) - first)
+        self.pool.zero_()
+        restored = self.tier.restore(keys, first, places)
+        for index, place in enumerate(places[: len(restored)], first):
+            assert torch.equal(self.pool[place], content(tokens[: 16 * (index + 1)])), "wrong bytes"
+        return restored
+
+
+def start(folder: Path, more: str = "") -> Process:
+    return Process("node", node_toml(folder, host=f"{SLOTS * LAYOUT.nbytes}", more=more), folder)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Process]:
+    with start(tmp_path) as process:
+        yield process
+
+
+@pytest.fixture
+def engines(node: Process, tmp_path: Path) -> Iterator[tuple[Engine, Engine]]:
+    made = Engine(tmp_path), Engine(tmp_path)
+    yield made
+    for each in made:
+        each.tier.close()
+
+
+def counted() -> tuple[float, float]:
+    return metrics.UNLEASED_BLOCKS._value.get(), metrics.OVERTAKEN_BLOCKS._value.get()
+
+
+HELD = [Tier.HOST] * COUNT
+
+
+def test_what_a_match_saw_is_restored_without_a_lease(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+    leases: list[int] = []
+    two.paged.before = lambda: leases.append(status(node).layouts[0].leases)
+    before = counted()
+    assert two.restore(1) == HELD
+    assert two.restore(1, first=5) == HELD[5:], "and again, as long as all stays"
+    assert leases == [0]
+    assert counted() == (before[0] + 2 * COUNT - 5, before[1])
+    assert two.match(2) == 0
+    two.paged.before = lambda: leases.append(status(node).layouts[0].leases)
+    assert two.restore(1) == HELD
+    assert leases[1:] == [2], "the newest match was of something else"
+
+
+def test_what_a_match_did_not_see_is_asked_for(engines: tuple[Engine, Engine]) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT - 6))
+    assert two.match(1) == COUNT - 6
+    one.save(prompt(1, COUNT))
+    before = counted()
+    assert two.restore(1) == HELD
+    assert counted() == (before[0] + COUNT - 6, before[1])
+
+
+def test_what_lies_lower_is_asked_for(tmp_path: Path) -> None:
+    with start(tmp_path, disk_toml(tmp_path)) as node:
+        one = Engine(tmp_path)
+        one.save(prompt(1, COUNT - 5))
+        wait_for("all to lie on disk", lambda: blocks(node)[Tier.DISK] == COUNT - 4)
+        one.save(prompt(1, COUNT))
+        wait_for("all to lie on disk", lambda: blocks(node)[Tier.DISK] == COUNT + 1)
+        clear_host(node)
+        assert one.restore(1, COUNT - 5) == [Tier.DISK] * (COUNT - 5)
+        before = counted()
+        assert one.match(1) == COUNT
+        assert one.restore(1) == [Tier.HOST] * (COUNT - 5) + [Tier.DISK] * 5
+        assert counted() == (before[0] + COUNT - 5, before[1])
+        one.tier.close()
+
+
+def test_what_has_left_since_the_match_is_a_miss(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+    clear_host(node)
+    assert two.restore(1) == []
+    one.save(prompt(2, SLOTS))
+    assert two.restore(1) == []
+
+
+def take_all(engine: Engine, seed: int) -> None:
+    """Fill the whole arena with a prompt, block i in slot i."""
+    client, tokens = engine.tier._client, prompt(seed, SLOTS)
+    assert client is not None
+    with client.write(engine.tier.keys(tokens)) as lease:
+        assert lease.slots == [*range(SLOTS)]
+        for index, slot in enumerate(lease.slots):
+            block = content(tokens[: 16 * (index + 1)])
+            client.arena.slot(slot)[:] = block.numpy().tobytes()
+        lease.filled = SLOTS
+    assert engine.match(seed, SLOTS) == SLOTS
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_slots_that_are_written_while_they_are_copied(
+    node: Process, engines: tuple[Engine, Engine], again: bool
+) -> None:
+    """What is copied is another prompt's; with `again` the right one is back by the look at it."""
+    one, two = engines
+    clear_host(node)
+    take_all(one, 1)
+    assert two.match(1, SLOTS) == SLOTS
+    came: list[bool] = []
+
+    def before() -> None:
+        clear_host(node)
+        take_all(one, 2)
+
+    def after() -> None:
+        wrong = content(prompt(2, 1))
+        came.append(any(torch.equal(row, wrong) for row in two.pool))
+        if again:
+            clear_host(node)
+            take_all(one, 1)
+
+    two.paged.before, two.paged.after = before, after
+    counts = counted()
+    assert two.restore(1, SLOTS) == ([Tier.HOST] * SLOTS if again else [])
+    assert came == [True], "the copy was wrong"
+    assert counted() == (counts[0], counts[1] + BATCH)
+
+
+def test_a_long_restore_goes_on_with_leases_where_something_has_left(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+
+    def third() -> None:
+        clear_host(node)
+        assert one.save(prompt(1, COUNT)) == COUNT
+
+    def second() -> None:
+        two.paged.before = third
+
+    two.paged.before = second
+    unleased, _ = counted()
+    assert two.restore(1) == HELD
+    assert counted()[0] in (unleased, unleased + BATCH), "its first batch at most"
+
+
+def test_a_daemon_killed_during_the_copy_costs_nothing(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    """Nobody writes to the arena any more, and the mapping outlives the daemon."""
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+    two.paged.before = node.kill
+    assert two.restore(1) == HELD
+    assert two.restore(1) == []
+
+
+def test_what_one_daemon_said_is_nothing_to_the_next(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    """The next one's arena is empty, and says of no slot that anything has left it."""
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+    node.kill()
+    node.restart()
+    wait_for("the engine to attach again", lambda: two.save(prompt(3, 1)) == 1)
+    assert two.restore(1) == []
+
+
+def test_a_use_without_a_lease_keeps_blocks_as_one_with_it(
+    engines: tuple[Engine, Engine],
+) -> None:
+    one, two = engines
+    for seed in (1, 2, 3):
+        one.save(prompt(seed, COUNT))
+    assert two.match(1) == COUNT
+    before = counted()
+    assert two.restore(1) == HELD
+    assert counted() == (before[0] + COUNT, before[1])
+    one.save(prompt(4, COUNT))
+    assert [one.match(seed) == COUNT for seed in (1, 2, 3, 4)] == [True, False, True, True]
+
+
+def test_a_path_that_fits_in_no_pipe_is_told_by_the_socket(engines: tuple[Engine, Engine]) -> None:
+    one, _ = engines
+    client = one.tier._client
+    assert client is not None
+    for _ in range(3):
+        client.used(one.tier.keys(prompt(5, 3000)))
+    assert one.save(prompt(6, COUNT)) == COUNT
+    assert one.match(6) == COUNT
