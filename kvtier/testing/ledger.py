@@ -141,7 +141,7 @@ class _Node(SeenWorld):
         lower = len(self.specs) > 1
         events: list[tuple[int, Callable[[], None]]] = [
             (14, self._write), (14, self._read), (2, self._credit), (8, self._put),
-            (8, lambda: self.look(self.path())), (8, lambda: self.copied(self._use())),
+            (5, lambda: self.look(self.path())), (5, lambda: self.copied(self._use())),
             (26, self._end_lease), (3, self._settle),
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
