@@ -50,7 +50,22 @@ def test_an_arena_cannot_be_resized_by_anybody() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(arena.fd, 4096)
     with pytest.raises(PermissionError):
-        os.ftruncate(arena.fd, 4096 * 3)
+        os.ftruncate(arena.fd, 4096 * 4)
+
+
+def test_turns_are_seen_on_both_sides_and_are_no_part_of_the_slots() -> None:
+    arena = Arena.create(4096, 3)
+    theirs = Arena.attach(os.dup(arena.fd), 4096, 3)
+    slots = [Slot(2), Slot(0), Slot(1)]
+    assert theirs.unmoved(slots, 1) == 3
+    arena.turns[0] = 2**64 - 1
+    arena.turns[1] = 5
+    assert [*theirs.turns] == [2**64 - 1, 5, 0]
+    assert theirs.unmoved(slots, 5) == 1
+    assert theirs.unmoved(slots[2:], 5) == 1
+    assert theirs.unmoved(slots[2:], 4) == 0
+    assert theirs.unmoved([], 0) == 0
+    assert theirs.view == bytes(3 * 4096)
 
 
 def test_what_is_not_a_sealed_arena_is_refused() -> None:
@@ -59,7 +74,7 @@ def test_what_is_not_a_sealed_arena_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="not sealed"):
         Arena.attach(loose, 4096, 2)
     arena = Arena.create(4096, 2)
-    with pytest.raises(RemoteProtocolError, match="8192 bytes long, announced were 12288"):
+    with pytest.raises(RemoteProtocolError, match="12288 bytes long, announced were 16384"):
         Arena.attach(os.dup(arena.fd), 4096, 3)
     reader, writer = os.pipe()
     os.close(writer)

@@ -30,5 +30,8 @@ class PagedKV(Protocol):
         ...
 
     def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> Done:
-        """Copy each host tensor into its block."""
+        """Copy each host tensor into its block, whatever bytes are there: they may be changing.
+
+        What was copied from one that others write to is copied again, or is never used.
+        """
         ...
