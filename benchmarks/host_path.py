@@ -7,11 +7,10 @@ between the same kinds of memory (private memory and a shared, prefaulted memfd)
 Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
 asks for the next batch before it copies one. One batch is saved into slots that the engine has on
 credit (docs/decisions/0036): it waits for no lease, and the daemon enters the blocks afterwards.
-An engine has asked what is held before it restores; so it is here, before the time begins, and
-again after the plain copy that has emptied the caches. That answer is what a restore needs for
-blocks that stay where they were seen (docs/decisions/0043): it copies, looks whether they stayed,
-and tells the daemon. `restore, leased` is one whose engine has not asked: it does all four steps
-within the time.
+An engine has asked what is held before it restores: so it is here, before the time begins. That
+answer is all that a restore needs of blocks that stay where they were seen (docs/decisions/0043):
+it copies, looks whether they stayed, and tells the daemon. `restore, leased` is one whose engine
+has not asked: it does all four steps within the time, right after a copy that empties the caches.
 Alone, the daemon has done its part, or heard of the end of each lease, before the plain copy
 begins, so that nothing of ours runs beside it; in a row its work on all but the last is within
 the time.
@@ -129,9 +128,11 @@ class Paths:
                 )
             timed("copy_in", start)
             for how in ("", ", leased"):
-                # What an engine asks before it restores; of something else, it knows nothing.
-                self._loader.match([BlockKey(os.urandom(16))] if how else keys)
+                if how:  # after a question about something else an engine knows nothing of these
+                    self._loader.match([BlockKey(os.urandom(16))])
                 self._rows[at : at + BATCH].copy_(self._storage[:BATCH])  # empties the caches
+                if not how:
+                    self._loader.match(keys)
                 start = time.perf_counter()
                 restored = self._loader.restore(keys, 0, blocks)
                 timed(f"restore{how}", start)
