@@ -283,6 +283,7 @@ def test_no_byte_is_wrong_whatever_dies(tmp_path: Path, valkey: ValkeyServer) ->
         made.wait_for_more(made.engines, "host")
         for tier in ("disk", "shared"):
             made.wait_for_more(made.engines, tier)
+        made.wait_for_more(made.engines, "unleased")
         for blow in made.blows():
             blow()
         made.wait_for_more(made.engines, "hung up")
