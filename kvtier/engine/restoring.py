@@ -116,8 +116,9 @@ class Restorer:
                 unmoved = client.arena.unmoved(piece, seen.turn)
                 restored += [Tier.HOST] * unmoved
                 metrics.UNLEASED_BLOCKS.inc(unmoved)
-                metrics.OVERTAKEN_BLOCKS.inc(len(piece) - unmoved)
                 right = unmoved == len(piece)
+                if not right:
+                    metrics.OVERTAKEN_BLOCKS.inc(len(piece) - unmoved)
         finally:  # the blocks are copied to again, or are somebody else's next
             for _, copy in copies:
                 copy.wait()
