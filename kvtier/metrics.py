@@ -54,6 +54,7 @@ CODEC_RATIO = _gauge(
     "codec_ratio", "Bytes of blocks by those of their payloads, so far", "tier", "codec"
 )
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
+STORE_HUNG = _counter("store_hung", "Times that a store was left alone as a call hung", "tier")
 DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
 DISK_WRITTEN_BYTES = _counter(
     "disk_written_bytes", "Bytes written to the disk: by accepted bytes, the write amplification"

@@ -46,6 +46,7 @@ class DiskConfig:
     threads: int = field(default=3, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
     requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
+    hung_s: float = field(default=10.0, metadata=limits(0.1, 3600))  # without an answer
     write_bytes_per_day: Size = field(default=0, metadata=limits(0, 2**60))  # 0: no limit
     admission: str = field(default="all", metadata=one_of("all", "second-use"))  # what is written
 

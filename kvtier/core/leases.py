@@ -10,7 +10,7 @@ from itertools import count
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.cascade import Cascade
 from kvtier.core.copies import Phase
-from kvtier.core.effects import HOST, Settled
+from kvtier.core.effects import HOST, Move, Settled
 from kvtier.core.lease import Lease
 from kvtier.core.policy import Use
 from kvtier.core.tiers import TierSpec
@@ -58,6 +58,41 @@ class Leases(Cascade):
             pinned = 0 if block.slot is None else self._pins[block.slot]
             assert pinned == pins[key] + writers[key]
             assert writers[key] == (block.phase is Phase.FILLING)
+
+    # --- of a tier that hangs -------------------------------------------------------------
+
+    def abandon(self, tier: int) -> None:
+        """Give up the loads under way from a lower `tier` that was paused, and may never end.
+
+        Leases are cut before them, and their blocks can be loaded from elsewhere or written again.
+        Their slots stay out of use until `late` is told of each. Copies into the tier go on: what
+        they are made of is kept, and read, meanwhile.
+        """
+        assert self._tiers[tier].paused, "it would be loaded from there again"
+        for move in [each for each in self._loads.values() if each.source == tier]:
+            block = self._blocks[move.key]
+            assert block.slot is not None
+            for lease in [self._leases[each] for each in self._waiting.get(move.key, ())]:
+                at = lease.keys.index(move.key)
+                self._cut(lease, at)
+                self._touch(lease)
+                if not lease.loading:
+                    self._settled(lease)
+            del self._loads[move.key]
+            self._moves -= 1
+            self._abandoned.add(move)
+            self._pins[block.slot] = 1
+            block.slot, block.phase = None, Phase.STABLE
+
+    def late(self, move: Move) -> bool:
+        """Whether `move`, which has ended, was abandoned; its slot is free then, and it is done."""
+        if move not in self._abandoned:
+            return False
+        self._abandoned.remove(move)
+        assert move.slot is not None
+        self._pins[move.slot] = 0
+        self._free.append(move.slot)
+        return True
 
     # --- for the ledger ------------------------------------------------------------------
 

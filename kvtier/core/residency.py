@@ -34,6 +34,7 @@ class Residency:
         self._in_host = SlotTable(self.slots)
         self._pins = self._in_host.pins
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
+        self._abandoned: set[Move] = set()  # loads that nobody waits for and that may still write
         self._moves = 0
         self._credits: dict[int, set[Slot]] = {}  # slots that clients fill ahead, by client
         self._draining_all = False
@@ -209,10 +210,12 @@ class Residency:
         blocks = dict(self._blocks.items())
         slots = [block.slot for block in blocks.values() if block.slot is not None]
         ahead = [slot for credit in self._credits.values() for slot in credit]
-        every = [*slots, *ahead, *self._free]
+        hung = [move.slot for move in self._abandoned if move.slot is not None]
+        every = [*slots, *ahead, *hung, *self._free]
         assert sorted(every) == list(range(self.slots)), "a slot is lost or shared"
         assert all(self._pins[slot] == 1 for slot in ahead), "a slot is not its client's alone"
         assert all(self._credits.values()), "an empty set was kept"
+        assert all(self._pins[slot] == 1 for slot in hung), "a slot that may be written is free"
         moves = [block.move for block in blocks.values() if block.move is not None]
         assert len(moves) + len(self._loads) == self._moves
         assert all(key in blocks for key in self._loads)

@@ -19,7 +19,7 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
-from kvtier.testing.credit import CreditWorld
+from kvtier.testing.hanging import HangingWorld
 from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES
 
 CLIENTS = 3
@@ -43,6 +43,7 @@ STATES = (
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
     "put", "put of what is there", "put without a new slot", "credit ended",
+    "load abandoned", "lease cut from a load that hangs", "load came late",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
 
@@ -86,6 +87,7 @@ def simulate(seed: int, steps: int, seen: Counter[str], make_ledger: MakeLedger 
     try:
         admission = None if seed % PICKY else partial(SecondUse, 8)
         node = _Node(Random(seed), seen, make_ledger, admission)
+        node.hangs = seed % 4 == 1
         for step in range(steps):  # noqa: B007
             node.step()
             node.check()
@@ -117,7 +119,7 @@ def _random_tiers(rng: Random, admission: AdmissionFactory | None) -> list[TierS
     return specs
 
 
-class _Node(CreditWorld):
+class _Node(HangingWorld):
     """One node, its clients, and what befalls them."""
 
     def __init__(
@@ -144,6 +146,7 @@ class _Node(CreditWorld):
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
             (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
+            (20 * lower * self.hangs, self.hang), (4 * bool(self.abandoned), self.come_late),
             (14 * (len(self.specs) > 2), self._read_what_moves),
             (8 * lower, self._read_past_a_load),
         ]  # fmt: skip
@@ -352,6 +355,8 @@ class _Node(CreditWorld):
 
     def _be_quiet(self) -> None:
         """Everything answers, and all that was started ends: then nothing waits."""
+        while self.abandoned:
+            self.come_late()
         for _ in range(2):  # what failed is tried again by the second resume
             for tier in range(1, len(self.specs)):
                 self.ledger.resume(tier)

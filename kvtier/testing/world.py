@@ -41,6 +41,7 @@ class World:
         self.stores = [Store() for _ in specs]
         self.announced: list[set[BlockKey]] = [set() for _ in specs]
         self.moves: list[Move] = []
+        self.abandoned: list[Move] = []  # loads that hang, and that nobody waits for
         self.leases: dict[int, Lease] = {}
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
         self.credits: dict[int, set[Slot]] = {}  # what clients fill ahead, by client
@@ -172,7 +173,8 @@ class World:
         for lease in self.leases.values():
             mine = lease is by or key in lease.loading
             assert mine or slot not in lease.slots, "the slot is leased"
-        assert all(slot != move.slot for move in self.moves), "the slot is moving"
+        moves = [*self.moves, *self.abandoned]
+        assert all(slot != move.slot for move in moves), "the slot is moving"
         assert not any(slot in credit for credit in self.credits.values()), "it is on credit"
         self.arena[slot] = None
 

@@ -43,6 +43,13 @@ BUGS = [
         "self._cut(lease, lease.keys.index(move.key))",
         "pass",
     ),
+    bug(
+        "a slot that a load may still write is free",
+        "self._abandoned.add(move)",
+        "self._abandoned.add(move); self._free.append(block.slot)",
+    ),
+    bug("leases wait for a load that hangs", "self._cut(lease, at)", "pass"),
+    bug("the slot of a load that came late is lost", "self._free.append(move.slot)", "pass"),
     bug("the only copy is dropped", "below is None or below.paused", "True"),
     bug(
         "leased blocks are dropped",
