@@ -77,6 +77,7 @@ LENT_BLOCKS = _counter("lent_blocks", "Blocks that were sent to other nodes")
 LENDS_REFUSED = _counter("lends_refused", "Other nodes that were sent nothing", "why")
 PROTOCOL_ERRORS = _counter("protocol_errors", "Messages refused by the node's socket")
 CLIENTS = _gauge("clients", "Engines attached")
+CREDIT_SLOTS = _gauge("credit_slots", "Slots that engines fill ahead of saying with what")
 
 # Engine
 TIER_FAILURES = _counter("tier_failures", "Failures of ours turned into misses", "operation")

@@ -9,7 +9,7 @@ from itertools import count
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.cascade import Cascade
-from kvtier.core.copies import Phase
+from kvtier.core.copies import Aside, Phase
 from kvtier.core.effects import HOST, Move, Settled
 from kvtier.core.lease import Lease
 from kvtier.core.policy import Use
@@ -160,6 +160,27 @@ class Leases(Cascade):
                 del self._waiting[key]
         del lease.keys[length:], lease.slots[length:], lease.sources[length:]
 
+    def _put_aside(self, keys: Sequence[BlockKey], slots: Sequence[Slot], use: Use) -> list[Slot]:
+        """Keep those of a path's last blocks, which lie in `slots`, that somebody fills just now.
+
+        The slots that this takes; which blocks they are is known until whoever fills them ends.
+        """
+        taken: list[Slot] = []
+        for index, slot in enumerate(slots, len(keys) - len(slots)):
+            block = self._blocks.get(keys[index])
+            if block is None or block.phase is not Phase.FILLING or keys[index] in self._aside:
+                continue
+            self._aside[keys[index]] = Aside(keys[: index + 1], slot, use)
+            taken.append(slot)
+        return taken
+
+    def _not_needed(self, keys: Sequence[BlockKey]) -> None:
+        """Who was to fill these has done so."""
+        for key in keys if self._aside else ():
+            if aside := self._aside.pop(key, None):
+                self._pins[aside.slot] -= 1
+                self._free.append(aside.slot)
+
     def _undo(self, keys: Sequence[BlockKey]) -> None:
         """Free the slots of blocks that were not filled."""
         for key in keys:
@@ -167,7 +188,12 @@ class Leases(Cascade):
             assert block.slot is not None
             self._pins[block.slot] -= 1
             self._free_slot(block)
-            self._sort(key)
+            if (aside := self._aside.pop(key, None)) is None:
+                self._sort(key)
+            else:
+                block.slot = aside.slot
+                self._filled([key], [aside.slot], aside.use)
+                self._used(aside.path, aside.use)
 
     def _settled(self, lease: Lease) -> None:
         """Every block of a read lease is in its slot."""

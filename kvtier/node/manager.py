@@ -145,6 +145,7 @@ class TierManager:
     def disconnect(self, client: int) -> None:
         """The client is gone, and with it every lease that it had."""
         metrics.LEASES_LOST.inc(self._ledger.disconnect(client))
+        self.credits.tell()
         for loading in [each for each in self._loading.values() if each.lease.client == client]:
             self._end_loading(loading.lease.id)
         self._carry_out()

@@ -42,7 +42,7 @@ STATES = (
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
-    "put", "put of what is there", "put without a new slot", "credit ended",
+    "put", "put of what is there", "put without a new slot", "put beside a writer", "credit ended",
     "load abandoned", "lease cut from a load that hangs", "load came late",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
@@ -237,7 +237,7 @@ class _Node(HangingWorld):
             path = [*key, *self.rng.choices(b"ab", k=DEPTH - len(key))]
             keys = [BlockKey(bytes(path[: n + 1])) for n in range(len(path))]
             self.seen["read past a load that nobody waits for"] += 1
-            self._read_path(keys, len(key) - 1)
+            self._read_path(keys, self.rng.choice([0, len(key) - 1]))
 
     def _read_path(self, path: list[BlockKey], first: int) -> None:
         held = path[first : first + self.ledger.match(path[first:]).blocks]

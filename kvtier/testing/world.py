@@ -45,6 +45,7 @@ class World:
         self.leases: dict[int, Lease] = {}
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
         self.credits: dict[int, set[Slot]] = {}  # what clients fill ahead, by client
+        self.aside: dict[BlockKey, Slot] = {}  # put while somebody else fills them
         self.clearing = False
         self.refused = [False] * len(specs)  # whether the newest copy into a tier failed
         # Copies that a load found bad while they were copied down: gone once that has ended.
@@ -176,6 +177,7 @@ class World:
         moves = [*self.moves, *self.abandoned]
         assert all(slot != move.slot for move in moves), "the slot is moving"
         assert not any(slot in credit for credit in self.credits.values()), "it is on credit"
+        assert slot not in self.aside.values(), "it was put aside"
         self.arena[slot] = None
 
     def gone(self, key: BlockKey, tier: int) -> None:
