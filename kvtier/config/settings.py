@@ -86,6 +86,7 @@ class PeersConfig:
     """`[peers]`: blocks that node daemons hand to each other. Absent: none do."""
 
     listen: str = ""  # where blocks are lent; empty: port 7461 beside node.listen
+    any_port: bool = False  # another one where that is taken: for who tells the others which
     members: tuple[PeerConfig, ...] = ()  # that may be asked; the node's own entry is left out
     file: str = ""  # more of them, in JSON, read anew when it changes; it need not be there yet
     pulls: int = field(default=4, metadata=limits(0, 64))  # at once; 0: asks nobody
