@@ -115,6 +115,53 @@ def test_one_that_cannot_even_say_so_ends_as_well(tmp_path: Path) -> None:
         os.close(write)
 
 
+# `kvtier node` whose loop gets stuck in a log that nobody reads, with a shorter limit.
+STUCK = """
+import os
+import sys
+from kvtier.cli import main, serve
+from kvtier.node.manager import TierManager
+
+read, write = os.pipe()
+os.set_blocking(write, False)
+try:
+    while True:
+        os.write(write, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(write, True)
+
+def commit(*_):
+    sys.stderr.write("stuck\\n")
+    sys.stderr.flush()
+    os.write(write, bytes(4096))
+
+serve._ENDS_WITHIN_S["node"] = 2.0
+TierManager.commit = commit
+sys.exit(main(["node", "--config", {config!r}]))
+"""
+
+
+def test_one_whose_loop_is_stuck_before_it_is_told_ends_as_well(tmp_path: Path) -> None:
+    config, log, program = (tmp_path / name for name in ("kvtier.toml", "log", "program.py"))
+    config.write_text(node_toml(tmp_path, more=disk_toml(tmp_path)))
+    program.write_text(STUCK.format(config=str(config)))
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=out
+        )
+    try:
+        wait_for("a socket", (tmp_path / "node.sock").exists)
+        with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+            save(client, new_keys(4))
+            wait_for("a loop that is stuck", lambda: "stuck" in log.read_text())
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 1
+        assert "ended as it is" in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
 # --- a tier that is left alone --------------------------------------------------------
 
 SLOTS = 16
