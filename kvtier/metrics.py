@@ -54,6 +54,7 @@ CODEC_RATIO = _gauge(
     "codec_ratio", "Bytes of blocks by those of their payloads, so far", "tier", "codec"
 )
 STORE_ERRORS = _counter("store_errors", "Times that a store gave no answer", "tier")
+STORE_HUNG = _counter("store_hung", "Times that a store was left alone as a call hung", "tier")
 DISK_ACCEPTED_BYTES = _counter("disk_accepted_bytes", "Frame bytes that the disk tier took")
 DISK_WRITTEN_BYTES = _counter(
     "disk_written_bytes", "Bytes written to the disk: by accepted bytes, the write amplification"
@@ -76,6 +77,7 @@ LENT_BLOCKS = _counter("lent_blocks", "Blocks that were sent to other nodes")
 LENDS_REFUSED = _counter("lends_refused", "Other nodes that were sent nothing", "why")
 PROTOCOL_ERRORS = _counter("protocol_errors", "Messages refused by the node's socket")
 CLIENTS = _gauge("clients", "Engines attached")
+CREDIT_SLOTS = _gauge("credit_slots", "Slots that engines fill ahead of saying with what")
 
 # Engine
 TIER_FAILURES = _counter("tier_failures", "Failures of ours turned into misses", "operation")

@@ -2,13 +2,16 @@
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import importlib
 import logging
 import os
+import select
 import signal
+import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Final, Protocol, cast
 
 from kvtier import config as configuration
@@ -30,6 +33,7 @@ _TEXTS = {
 # whose disk does not answer. 10 s of a node's are for saving what only its host memory holds.
 _ENDS_WITHIN_S: Final = {"node": 20.0}
 _SAID_WITHIN_S: Final = 0.5  # of these; the log may hang as well
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger(__name__)
 
@@ -77,31 +81,71 @@ async def _until_told(serve: _Serve, config: Config, name: str, *, until_eof: bo
     loop = asyncio.get_running_loop()
 
     def told() -> None:
-        if not stop.is_set() and name in _ENDS_WITHIN_S:
+        if name in _ENDS_WITHIN_S:
             limit_s = _ENDS_WITHIN_S[name] - _SAID_WITHIN_S
             forced = threading.Timer(limit_s, _end_by_force, [name])
             forced.daemon = True  # or it would be waited for as well
             forced.start()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told)
-    if until_eof:
-        # A parent that dies, in whatever way, closes its end: nothing of it stays behind.
-        loop.add_reader(0, lambda: None if os.read(0, 4096) else _ended(told))
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(stop.set)
 
     def started(address: str, *, lends: str = "") -> None:
         print(f"kvtier {name}: ready at {address}", flush=True)
         if lends:
             print(f"kvtier {name}: lends blocks at {lends}", flush=True)
 
-    await serve(config, started=started, stop=stop)
-    print(f"kvtier {name}: stopped", flush=True)
+    with _listening(told, until_eof=until_eof):
+        await serve(config, started=started, stop=stop)
+        print(f"kvtier {name}: stopped", flush=True)
 
 
-def _ended(told: Callable[[], None]) -> None:
-    asyncio.get_running_loop().remove_reader(0)
-    told()
+@contextlib.contextmanager
+def _listening(told: Callable[[], None], *, until_eof: bool) -> Iterator[None]:
+    """Call `told` once, on a thread, when this process is to stop.
+
+    A handler would run on the main thread, which may be stuck, as in a log that nobody reads.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)  # the kernel's signal handler writes to it
+    thread = threading.Thread(
+        target=_listen, args=[ours, told, until_eof], name="kvtier-told", daemon=True
+    )
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    thread.start()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        thread.join()
+
+
+def _listen(ours: socket.socket, told: Callable[[], None], until_eof: bool) -> None:
+    poll, heard = select.poll(), False
+    poll.register(ours, select.POLLIN)
+    if until_eof:
+        # A parent that dies, in whatever way, closes its end: nothing of it stays behind.
+        poll.register(0, select.POLLIN)
+    with ours:
+        while True:
+            for number, _ in poll.poll():
+                data = b""
+                with contextlib.suppress(OSError):  # a terminal that is gone
+                    data = os.read(number, 4096)
+                if number == ours.fileno():
+                    if not data:
+                        return
+                    due = not {*_SIGNALS}.isdisjoint(data)
+                else:
+                    due = not data
+                    if due:
+                        poll.unregister(number)
+                if due and not heard:
+                    heard = True
+                    told()
 
 
 def _end_by_force(name: str) -> None:

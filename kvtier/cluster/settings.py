@@ -115,12 +115,14 @@ def config_for(config: Config, place: Place) -> Config:
 def _peers_for(peers: PeersConfig, socket: str, node: str, listen: str) -> PeersConfig:
     """`[peers]` of one node: the Coordinator says who lends, by a file, which is ours to write.
 
-    Where the settings name members and no file, only those are asked.
+    Where the settings name members and no file, only those are asked. Who is told by the file is
+    told any port as well as the usual one, so where that is taken another one will do.
     """
     file = peers.file.replace("{node}", node)
     if not file and not peers.members:
         file = f"{socket}.peers"
-    return dataclasses.replace(peers, listen=listen, file=file)
+    any_port = peers.any_port or bool(file and not listen)
+    return dataclasses.replace(peers, listen=listen, file=file, any_port=any_port)
 
 
 def check_reachable(config: Config, settings: ClusterSettings, ips: Mapping[str, str]) -> None:

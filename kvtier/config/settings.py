@@ -46,6 +46,7 @@ class DiskConfig:
     threads: int = field(default=3, metadata=limits(1, 64))
     queue: int = field(default=64, metadata=limits(1, 4096))  # demotions under way, in blocks
     requests: int = field(default=4, metadata=limits(1, 64))  # reads, and writes, in flight
+    hung_s: float = field(default=10.0, metadata=limits(0.1, 3600))  # without an answer
     write_bytes_per_day: Size = field(default=0, metadata=limits(0, 2**60))  # 0: no limit
     admission: str = field(default="all", metadata=one_of("all", "second-use"))  # what is written
 
@@ -85,6 +86,7 @@ class PeersConfig:
     """`[peers]`: blocks that node daemons hand to each other. Absent: none do."""
 
     listen: str = ""  # where blocks are lent; empty: port 7461 beside node.listen
+    any_port: bool = False  # another one where that is taken: for who tells the others which
     members: tuple[PeerConfig, ...] = ()  # that may be asked; the node's own entry is left out
     file: str = ""  # more of them, in JSON, read anew when it changes; it need not be there yet
     pulls: int = field(default=4, metadata=limits(0, 64))  # at once; 0: asks nobody

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.effects import Move
@@ -28,6 +29,14 @@ class Block:
     move: Move | None = None  # a copy down, at most one under way
     undrained_in: int | None = None  # the tier in whose `undrained` order it stands
     before: BlockKey | None = None  # the block before it on the path that brought it, if known
+
+
+class Aside(NamedTuple):
+    """A block that a client has put while another one fills it: held if that is never committed."""
+
+    path: Sequence[BlockKey]  # up to it
+    slot: Slot
+    use: Use
 
 
 class Copies:

@@ -23,11 +23,13 @@ class Match(NamedTuple):
 class Kept(NamedTuple):
     """What became of blocks that were put: the keys that are held now and were not before.
 
-    `slots` are the client's in place of those that it named.
+    `slots` are the client's in place of those that it named. `aside` are kept until whoever fills
+    them commits, and are held should that never be.
     """
 
     keys: list[BlockKey]
     slots: list[Slot]
+    aside: list[BlockKey]
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ from itertools import count
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.cascade import Cascade
-from kvtier.core.copies import Phase
-from kvtier.core.effects import HOST, Settled
+from kvtier.core.copies import Aside, Phase
+from kvtier.core.effects import HOST, Move, Settled
 from kvtier.core.lease import Lease
 from kvtier.core.policy import Use
 from kvtier.core.slots import Turns
@@ -61,6 +61,41 @@ class Leases(Cascade):
             pinned = 0 if block.slot is None else self._pins[block.slot]
             assert pinned == pins[key] + writers[key]
             assert writers[key] == (block.phase is Phase.FILLING)
+
+    # --- of a tier that hangs -------------------------------------------------------------
+
+    def abandon(self, tier: int) -> None:
+        """Give up the loads under way from a lower `tier` that was paused, and may never end.
+
+        Leases are cut before them, and their blocks can be loaded from elsewhere or written again.
+        Their slots stay out of use until `late` is told of each. Copies into the tier go on: what
+        they are made of is kept, and read, meanwhile.
+        """
+        assert self._tiers[tier].paused, "it would be loaded from there again"
+        for move in [each for each in self._loads.values() if each.source == tier]:
+            block = self._blocks[move.key]
+            assert block.slot is not None
+            for lease in [self._leases[each] for each in self._waiting.get(move.key, ())]:
+                at = lease.keys.index(move.key)
+                self._cut(lease, at)
+                self._touch(lease)
+                if not lease.loading:
+                    self._settled(lease)
+            del self._loads[move.key]
+            self._moves -= 1
+            self._abandoned.add(move)
+            self._pins[block.slot] = 1
+            block.slot, block.phase = None, Phase.STABLE
+
+    def late(self, move: Move) -> bool:
+        """Whether `move`, which has ended, was abandoned; its slot is free then, and it is done."""
+        if move not in self._abandoned:
+            return False
+        self._abandoned.remove(move)
+        assert move.slot is not None
+        self._pins[move.slot] = 0
+        self._free.append(move.slot)
+        return True
 
     # --- for the ledger ------------------------------------------------------------------
 
@@ -128,6 +163,27 @@ class Leases(Cascade):
                 del self._waiting[key]
         del lease.keys[length:], lease.slots[length:], lease.sources[length:]
 
+    def _put_aside(self, keys: Sequence[BlockKey], slots: Sequence[Slot], use: Use) -> list[Slot]:
+        """Keep those of a path's last blocks, which lie in `slots`, that somebody fills just now.
+
+        The slots that this takes; which blocks they are is known until whoever fills them ends.
+        """
+        taken: list[Slot] = []
+        for index, slot in enumerate(slots, len(keys) - len(slots)):
+            block = self._blocks.get(keys[index])
+            if block is None or block.phase is not Phase.FILLING or keys[index] in self._aside:
+                continue
+            self._aside[keys[index]] = Aside(keys[: index + 1], slot, use)
+            taken.append(slot)
+        return taken
+
+    def _not_needed(self, keys: Sequence[BlockKey]) -> None:
+        """Who was to fill these has done so."""
+        for key in keys if self._aside else ():
+            if aside := self._aside.pop(key, None):
+                self._pins[aside.slot] -= 1
+                self._free.append(aside.slot)
+
     def _undo(self, keys: Sequence[BlockKey]) -> None:
         """Free the slots of blocks that were not filled."""
         for key in keys:
@@ -135,7 +191,12 @@ class Leases(Cascade):
             assert block.slot is not None
             self._pins[block.slot] -= 1
             self._free_slot(block)
-            self._sort(key)
+            if (aside := self._aside.pop(key, None)) is None:
+                self._sort(key)
+            else:
+                block.slot = aside.slot
+                self._filled([key], [aside.slot], aside.use)
+                self._used(aside.path, aside.use)
 
     def _settled(self, lease: Lease) -> None:
         """Every block of a read lease is in its slot."""

@@ -181,8 +181,9 @@ class Ledger(Leases):
         """The last blocks of the path `keys` lie in these `slots` of the client's credit.
 
         Those that nothing has and nobody fills are kept from now on, as by `write` and `commit`.
-        The slots of others remain the client's. So do new ones, in place of those that it filled:
-        none is refused, but where no room can be made its credit shrinks.
+        Those that somebody fills are kept aside, in case that this is never committed. The slots
+        of others remain the client's. So do new ones, in place of those that are kept: none is
+        refused, but where no room can be made its credit shrinks.
 
         Raises:
             ValueError: Slots that are not its own, or more than keys; nothing has changed then.
@@ -192,19 +193,22 @@ class Ledger(Leases):
             raise ValueError(f"{len(slots)} slots for {len(keys)} blocks are not on credit here")
         self._used(keys, use)
         absent = self._absent(keys, first)
-        fresh = self._room_beside(keys, len(absent))
+        aside = self._put_aside(keys, slots, use)
+        fresh = self._room_beside(keys, len(absent) + len(aside))
         filled = [slots[index - first] for index in absent.values()]
         for (key, index), slot in zip(absent.items(), filled, strict=True):
             block = self._known(key)
             block.slot, block.before = slot, keys[index - 1] if index else None
-        mine.difference_update(filled)
+        mine.difference_update(filled, aside)
         self._on_credit(mine, fresh)
         self._end_credit(client)
         kept = [*absent]
         self._filled(kept, filled, use)
         self._used(keys, use)
         self._drain()
-        return Kept(kept, sorted({*slots}.difference(filled).union(fresh)))
+        taken = dict(zip(slots, keys[first:], strict=True))
+        instead = sorted({*slots}.difference(filled, aside).union(fresh))
+        return Kept(kept, instead, [taken[slot] for slot in aside])
 
     def commit(self, lease_id: int, filled: int | None = None) -> None:
         """The first `filled` blocks of a write lease, or all, hold what belongs there.
@@ -223,6 +227,7 @@ class Ledger(Leases):
             raise ValueError(f"lease {lease_id} has {granted} blocks, so {filled} are not filled")
         self._close(lease)
         self._filled(lease.keys[:filled], lease.slots[:filled], lease.use)
+        self._not_needed(lease.keys[:filled])
         self._undo(lease.keys[filled:])
         self._touch(lease)
         self._drain()

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 
 from kvtier.core.blocks import BlockKey, Slot
-from kvtier.core.copies import Block, Copies, Phase
+from kvtier.core.copies import Aside, Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.shards import KeyMap
@@ -37,8 +37,10 @@ class Residency:
         self._pins = self._in_host.pins
         self.left = self._in_host.left
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
+        self._abandoned: set[Move] = set()  # loads that nobody waits for and that may still write
         self._moves = 0
         self._credits: dict[int, set[Slot]] = {}  # slots that clients fill ahead, by client
+        self._aside: dict[BlockKey, Aside] = {}  # put while another client fills them
         self._draining_all = False
         self._effects: list[Effect] = []
 
@@ -212,10 +214,15 @@ class Residency:
         blocks = dict(self._blocks.items())
         slots = [block.slot for block in blocks.values() if block.slot is not None]
         ahead = [slot for credit in self._credits.values() for slot in credit]
-        every = [*slots, *ahead, *self._free]
+        hung = [move.slot for move in self._abandoned if move.slot is not None]
+        aside = [each.slot for each in self._aside.values()]
+        every = [*slots, *ahead, *hung, *aside, *self._free]
         assert sorted(every) == list(range(self.slots)), "a slot is lost or shared"
         assert all(self._pins[slot] == 1 for slot in ahead), "a slot is not its client's alone"
         assert all(self._credits.values()), "an empty set was kept"
+        assert all(self._pins[slot] == 1 for slot in hung), "a slot that may be written is free"
+        assert all(self._pins[slot] == 1 for slot in aside), "what was put is nobody's"
+        assert all(blocks[key].phase is Phase.FILLING for key in self._aside)
         moves = [block.move for block in blocks.values() if block.move is not None]
         assert len(moves) + len(self._loads) == self._moves
         assert all(key in blocks for key in self._loads)

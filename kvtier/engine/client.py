@@ -13,7 +13,7 @@ from kvtier.core.blocks import BlockKey, BlockLayout, Slot
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
-from kvtier.engine.credit import Credit
+from kvtier.engine.credit import Credit, Met
 from kvtier.engine.hangup import HangUp
 from kvtier.engine.leases import ReadLease, TierMatch, WriteLease
 from kvtier.engine.notes import note
@@ -44,13 +44,14 @@ class TierClient:
         RemoteProtocolError: (any method) The daemon refused a request; likewise the end.
     """
 
-    def __init__(self, path: str, layout: BlockLayout, name: str = "") -> None:
+    def __init__(
+        self, path: str, layout: BlockLayout, name: str = "", met: Met | None = None
+    ) -> None:
         self.layout = layout
         self._decoder = local.Decoder()
         self._received = memoryview(bytearray(RECEIVE_NBYTES))
-        self._timeout_s = 0.0
-        self._wait_s = 0.0  # of the newest read
-        self._credit = Credit()
+        self._timeout_s = self._wait_s = 0.0  # of the newest read, the second
+        self._credit = Credit(met)
         self._unanswered = False  # a request was sent, and its answer was not read
         self._ended_by = "this end has hung up"
         self._notes = -1
@@ -60,11 +61,10 @@ class TierClient:
             self._socket.settimeout(CONNECT_S)
             self._socket.connect(path)
             self._hello(name or f"pid {os.getpid()}")
-        except OSError as error:
+        except BaseException as error:
             self._close_connection()
-            raise ConfigError(f"no node daemon at {path}: {error.strerror or error}") from None
-        except BaseException:
-            self._close_connection()
+            if isinstance(error, OSError):
+                raise ConfigError(f"no node daemon at {path}: {error.strerror or error}") from None
             raise
 
     def _hello(self, name: str) -> None:

@@ -18,6 +18,7 @@ from kvtier.core.blocks import Namespace
 from kvtier.engine import child
 from kvtier.engine import model as models
 from kvtier.engine.copier import BlockTensor
+from kvtier.engine.credit import Met
 from kvtier.engine.sequence import Failed, Request, Started, Tokens
 from kvtier.engine.tier import EngineTier
 from kvtier.engine.transformers import Engine
@@ -98,11 +99,12 @@ class Model:
             | {"model": model, "socket": socket}
         )
         self.loaded = models.load(self._config)
+        self._met = Met()
         self._tokenizer = Tokenizer.from_buffer(self.loaded.tokenizer_files["tokenizer.json"])
         self._engine = Engine(self.loaded, self._config, self._tiers)
 
     def _tiers(self, namespace: Namespace, storage: torch.Tensor) -> EngineTier | None:
-        return attach(self._config, namespace, storage)
+        return attach(self._config, self._met, namespace, storage)
 
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 64, *, temperature: float = 0.0,
@@ -157,9 +159,16 @@ class Model:
         self.close()
 
 
-def attach(config: WorkerConfig, namespace: Namespace, storage: torch.Tensor) -> EngineTier | None:
-    """The tiers under a pool of blocks, reached through the daemon that `config` names, if any."""
+def attach(
+    config: WorkerConfig, met: Met, namespace: Namespace, storage: torch.Tensor
+) -> EngineTier | None:
+    """The tiers under a pool of blocks, reached through the daemon that `config` names, if any.
+
+    An engine that does so more than once, for a thread each, gives the same `met`.
+    """
     if not config.socket:
         return None
     paged = BlockTensor(namespace.layout, storage)
-    return EngineTier(config.socket, namespace, paged, wait_s=config.wait_s, pin=storage.is_cuda)
+    return EngineTier(
+        config.socket, namespace, paged, wait_s=config.wait_s, pin=storage.is_cuda, met=met
+    )

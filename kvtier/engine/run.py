@@ -42,7 +42,8 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
         await module.serve(config, started=ready, stop=stop)
         return
     from kvtier.engine import worker
+    from kvtier.engine.credit import Met
     from kvtier.engine.embedded import attach
 
-    make_tier = partial(attach, config.worker)
+    make_tier = partial(attach, config.worker, Met())
     await worker.serve(config, started=ready, stop=stop, make_tier=make_tier)

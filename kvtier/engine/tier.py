@@ -16,6 +16,7 @@ from kvtier.core.policy import NO_USE, Use
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.engine.copier import ArenaTensor
+from kvtier.engine.credit import Met
 from kvtier.engine.hangup import HangUp
 from kvtier.engine.leases import WriteLease
 from kvtier.engine.paged import PagedKV
@@ -44,7 +45,8 @@ class EngineTier:
     Many blocks go in batches of `batch`, twice as many where they are read: while one is copied
     the daemon works on the lease of the next, so that at most two are held. With `credit` the first
     batch of a save needs no lease and waits for nothing, once the daemon has given this engine
-    slots ahead. A failure ends a call; what it had done before counts.
+    slots ahead; `met` is what two of one engine share about that. A failure ends a call; what it
+    had done before counts.
 
     A daemon that went is attached to again, beside the calls, as soon as it is back; one that never
     was there, or that failed, is tried again at most every RECONNECT_S by whichever call comes
@@ -61,6 +63,7 @@ class EngineTier:
         pin: bool = False,
         batch: int = BATCH,
         credit: bool = True,
+        met: Met | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = socket
@@ -68,8 +71,7 @@ class EngineTier:
         self._root = namespace.root()
         self._paged = paged
         self._wait_s = wait_s  # of a pull
-        self._pin = pin
-        self._batch = batch
+        self._pin, self._batch, self._met = pin, batch, met
         self._credit = batch if credit else 0
         self._clock = clock
         self._turn = threading.Lock()  # a call, or `_watch`
@@ -78,8 +80,7 @@ class EngineTier:
         self._mappers: list[threading.Thread] = []
         self._client: TierClient | None = None
         self._arena: ArenaTensor | None = None
-        self._retry_at = 0.0
-        self._away = False
+        self._retry_at, self._away = 0.0, False
         # At once: by the time of the first request the arena is there.
         self._attaching: Future[tuple[TierClient, ArenaTensor]] | None = _beside(self._attach)
         self._began = clock()
@@ -255,7 +256,7 @@ class EngineTier:
         return self._client
 
     def _attach(self) -> tuple[TierClient, ArenaTensor]:
-        client = TierClient(self._socket, self._layout)
+        client = TierClient(self._socket, self._layout, met=self._met)
         arena = ArenaTensor(client.arena, pin=self._pin)
         populate = partial(client.arena.populate, partial(self._idle, client))
         self._map("kvtier-map", populate)
@@ -328,6 +329,5 @@ def _beside(work: Callable[[], T]) -> "Future[T]":
 
 def _hang_up(attached: "Future[tuple[TierClient, ArenaTensor]]") -> None:
     if attached.exception() is None:
-        client, arena = attached.result()
-        arena.close()
-        client.close()
+        for each in reversed(attached.result()):
+            each.close()

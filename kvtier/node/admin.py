@@ -1,19 +1,19 @@
 """The node daemon's gRPC service: what it holds, emptying a tier, draining."""
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Final, Protocol
 
 import grpc
 
 from kvtier.core.tiers import Tier
-from kvtier.errors import Overloaded
 from kvtier.node.lender import Lender
 from kvtier.node.manager import TierManager
 from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
-from kvtier.wire.rpc import refuse
+from kvtier.wire.recording import recorded
 
 DEFAULT_DRAIN_S: Final = 30.0
 MAX_DRAIN_S: Final = 3600.0
@@ -98,13 +98,9 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         self, request: node_pb2.NodeRecordRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[node_pb2.RecordedUse]:
         """See node.proto."""
-        try:
-            with self._daemon.recorder.reader() as reader:
-                await context.send_initial_metadata(())  # from here on nothing is missed
-                while True:
-                    yield await reader.get()
-        except Overloaded as error:
-            await refuse(context, error)
+        async with aclosing(recorded(self._daemon.recorder, context)) as told:
+            async for each in told:
+                yield each
 
 
 def _layout_status(manager: TierManager) -> node_pb2.LayoutStatus:

@@ -40,6 +40,13 @@ class Backlog:
         for _ in range(min(self._threads, len(moves))):
             self._pool.submit(self._turn)
 
+    def drop(self) -> list[Move]:
+        """Begin none of those that wait; which these were."""
+        with self._lock:
+            dropped = [move for move, _ in self._waiting]
+            self._waiting.clear()
+            return dropped
+
     def close(self) -> None:
         """Begin no more. Called before the pool is shut down."""
         with self._lock:

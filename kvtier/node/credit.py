@@ -7,6 +7,7 @@ See docs/decisions/0036.
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from kvtier import metrics
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.fidelity import Lineage
 from kvtier.core.ledger import Ledger
@@ -22,6 +23,14 @@ class Credits:
         self._ledger = ledger
         self._lineage = lineage
         self._carry_out = carry_out
+        self._told = 0
+
+    def tell(self) -> None:
+        """Keep the metric right: after any change, also an engine's end."""
+        credited = self._ledger.credited
+        if credited != self._told:  # of one layout among several
+            metrics.CREDIT_SLOTS.inc(credited - self._told)
+            self._told = credited
 
     def give(self, client: int, wanted: int) -> list[Slot]:
         """Slots for an engine to fill and `put`; never waits.
@@ -32,6 +41,7 @@ class Credits:
         if wanted > self._ledger.slots // SHARE - self._ledger.credited:
             return []
         slots = self._ledger.credit(client, wanted)
+        self.tell()
         self._carry_out()
         return slots
 
@@ -43,7 +53,8 @@ class Credits:
         Raises:
             ValueError: The slots are not its own, or more than keys; nothing has changed.
         """
-        kept, instead = self._ledger.put(client, keys, slots, use)
-        self._lineage.written(keys, kept)
+        kept, instead, aside = self._ledger.put(client, keys, slots, use)
+        self._lineage.written(keys, [*kept, *aside])  # who fills these says so again
+        self.tell()
         self._carry_out()
         return instead

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -47,6 +48,7 @@ from kvtier.wire.rpc import Server
 AUTO: Final = "auto"  # the codec that is none but chooses one
 MOST_REMEMBERED: Final = 2**20  # keys that were used once: 0.1 KB each
 LAYOUT_FILE: Final = "layout.json"
+REDIS_HUNG_S: Final = 60.0  # it has limits of its own, but for the name of its host
 DRAIN_S: Final = 10.0  # at SIGTERM, for what has no lower copy yet
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ class NodeDaemon:
         Raises:
             ConfigError: There is no room for another layout, or a tier cannot be opened.
         """
+        if manager := self.layouts.get(layout.id):  # whatever hangs while another one is opened
+            return manager
         async with self._opening:
             if manager := self.layouts.get(layout.id):
                 return manager
@@ -214,7 +218,7 @@ class NodeDaemon:
             lower = _lower_tier(
                 Tier.DISK, layout, store, disk.codec, disk.threads, 1.0, store.trial
             )
-            tiers.append((spec, lower))
+            tiers.append((spec, replace(lower, hung_s=disk.hung_s)))
         if redis := self._config.redis:
             shared = RedisStore(redis, layout.id)
             spec = TierSpec(
@@ -227,7 +231,8 @@ class NodeDaemon:
                 Tier.SHARED, layout, shared, redis.codec, redis.threads, redis.retry_s,
                 partial(RedisTrial, redis, layout.id),
             )  # fmt: skip
-            tiers.append((spec, lower))
+            hung_s = max(REDIS_HUNG_S, 10 * redis.timeout_s)
+            tiers.append((spec, replace(lower, hung_s=hung_s)))
 
     def counters(self) -> Mapping[str, float]:
         """Every counter of this process by its name."""

@@ -42,6 +42,8 @@ class LearnedFile:
         self._timer = asyncio.get_running_loop().call_later(SAVE_S, self._save)
 
     def _save(self) -> None:
+        self._later()
+        if self._saving is not None and not self._saving.done():
+            return  # a disk that hangs takes one thread, not one each time
         body, loop = learned.pack(self._policies), asyncio.get_running_loop()
         self._saving = loop.run_in_executor(None, learned.write, self._path, body)
-        self._later()

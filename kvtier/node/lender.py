@@ -26,7 +26,7 @@ from kvtier.config import PeersConfig
 from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.fidelity import Fidelity
 from kvtier.core.lease import Lease
-from kvtier.errors import RemoteProtocolError, Unauthenticated
+from kvtier.errors import ConfigError, RemoteProtocolError, Unauthenticated
 from kvtier.node.caller import Caller, to_its_end
 from kvtier.node.manager import TierManager
 from kvtier.node.reading import Reading
@@ -42,7 +42,8 @@ GRACE_S: Final = 0.25  # longer than asked for, so that who asked is the one to 
 IDLE_S: Final = 600.0  # after which one that asks nothing is hung up on
 MAX_CALLERS: Final = 512  # connections; a process has 1024 descriptors by default
 MAX_OF_HOST: Final = 128  # of these
-MAX_STRANGERS: Final = 64  # of these that have not said yet who they are
+MAX_STRANGERS: Final = 64  # of these that have not said yet who they are; then the oldest goes
+STALL_S: Final = 5.0  # in which an asker must take something of what it is sent
 PAUSE_S: Final = 1.0  # where the process has no descriptor left
 MAX_PINNED: Final = 256 << 20  # bytes of blocks that one request has pinned at a time
 SENT_AT_ONCE: Final = 1 << 20  # bytes of small blocks that go out in one call
@@ -76,13 +77,14 @@ class Lender:
         access: Access, hear: Callable[[], None],
     ) -> None:  # fmt: skip
         self._hear = hear
+        self._any_port = config is not None and config.any_port
         self._most = config.lends if config else 0
         self._node = node
         self._layouts = layouts
         self._access = access
         self._clients = count(-2, -1)  # of the ledgers; engines' numbers begin at 1
         self._serving = 0
-        self._strangers = 0
+        self._strangers: dict[str, list[Caller]] = {}  # by host, the oldest first
         self._hosts: Counter[str] = Counter()
         self._callers: dict[asyncio.Task[None], Caller] = {}
         self._accepting: asyncio.Task[None] | None = None
@@ -98,14 +100,20 @@ class Lender:
         """Listen at host:port and serve, where anybody is to get anything.
 
         Raises:
-            ConfigError: The address is taken or not this machine's.
+            ConfigError: The address is not this machine's, or taken without `peers.any_port`.
         """
         if not self._most:
             return
-        listener = bind_tcp(listen, "peers.listen")
+        host, _, _ = listen.rpartition(":")
+        try:
+            listener = bind_tcp(listen, "peers.listen")
+        except ConfigError as error:
+            if not self._any_port:
+                raise
+            listener = bind_tcp(f"{host}:0", "peers.listen")
+            log.warning("%s; at port %d instead", error, listener.getsockname()[1])
         listener.listen(BACKLOG)
         listener.setblocking(False)
-        host, _, _ = listen.rpartition(":")
         self.address = f"{host}:{listener.getsockname()[1]}"
         self._access.warn_if_open("peers.listen", self.address)
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="lend")
@@ -137,21 +145,34 @@ class Lender:
                 self._admit(sock, where[0])
 
     def _admit(self, sock: socket.socket, host: str) -> None:
-        full = len(self._callers) >= MAX_CALLERS or self._hosts[host] >= MAX_OF_HOST
-        if full or self._strangers >= MAX_STRANGERS:
+        if len(self._callers) >= MAX_CALLERS or self._hosts[host] >= MAX_OF_HOST:
             metrics.LENDS_REFUSED.labels("connections").inc()
             sock.close()
             return
+        if sum(map(len, self._strangers.values())) >= MAX_STRANGERS:
+            # Of the host with most of them, so that who is silent takes the place of its own.
+            metrics.LENDS_REFUSED.labels("connections").inc()
+            oldest = max(self._strangers.values(), key=len)[0]
+            self._is_met(oldest)
+            oldest.cut()
         caller = Caller(sock, host)
         self._hosts[host] += 1
-        self._strangers += 1
+        self._strangers.setdefault(host, []).append(caller)
         task = asyncio.create_task(self._meet(caller))
         self._callers[task] = caller
         task.add_done_callback(self._left)
 
+    def _is_met(self, caller: Caller) -> None:
+        """It is no stranger any more: it has said who it is, or has gone."""
+        of_host = self._strangers.get(caller.host, [])
+        if caller in of_host:
+            of_host.remove(caller)
+            if not of_host:
+                del self._strangers[caller.host]
+
     def _left(self, task: asyncio.Task[None]) -> None:
         caller = self._callers.pop(task)
-        self._strangers -= not caller.known
+        self._is_met(caller)
         self._hosts[caller.host] -= 1
         if not self._hosts[caller.host]:
             del self._hosts[caller.host]
@@ -192,7 +213,7 @@ class Lender:
         self._access.check_token(lending.parse_hello(hello))
         caller.decoder.limit = local.MAX_MESSAGE
         caller.known = True
-        self._strangers -= 1
+        self._is_met(caller)
         caller.say(local.encode(True, lending.VERSION, self._node))
 
     @staticmethod
@@ -303,12 +324,12 @@ def _send(
         buffers += [lending.pack_block(header, place.nbytes), payload]
         nbytes += place.nbytes
         if nbytes >= SENT_AT_ONCE:
-            stream.send(buffers, deadline)
+            stream.send(buffers, deadline, STALL_S)
             buffers, nbytes = [], 0
     if end:
         buffers.append(end)
     if buffers:
-        stream.send(buffers, deadline)
+        stream.send(buffers, deadline, STALL_S)
 
 
 def _owned(manager: TierManager, keys: list[BlockKey]) -> int:

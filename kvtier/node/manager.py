@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Final
 
 from kvtier import metrics
@@ -26,7 +25,8 @@ from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import StoreUnavailable
 from kvtier.node.credit import Credits
-from kvtier.node.movers import LowerTier, Movers, Outcome
+from kvtier.node.movers import LowerTier, Moved, Movers, Outcome
+from kvtier.node.outages import Outages
 from kvtier.node.reading import Loading, Reading
 from kvtier.node.speed import Speed
 from kvtier.node.uses import Uses
@@ -74,8 +74,8 @@ class TierManager:
         self._shared = next((i for i, spec in enumerate(specs) if spec.shared), None)
         self._loading: dict[int, Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
-        self._retries: dict[int, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
+        self._outages = Outages(self._ledger, self._movers, lower, self._dropped, self._carry_out)
         self.clock = clock or self._loop.time
         self.uses = Uses(self._ledger, self.clock, self._carry_out_soon)
         self._closed = False
@@ -89,9 +89,9 @@ class TierManager:
             try:
                 held, before = await asyncio.to_thread(_scan, lower.store)
             except StoreUnavailable as error:
-                self._pause(tier, str(error))
+                self._outages.pause(tier, str(error))
                 continue
-            self._ask(tier, self._greeted)
+            self._outages.greet(tier)
             for at in range(0, len(held), SCAN_BATCH):
                 self._ledger.found(tier, held[at : at + SCAN_BATCH], before)
                 self._carry_out()
@@ -145,6 +145,7 @@ class TierManager:
     def disconnect(self, client: int) -> None:
         """The client is gone, and with it every lease that it had."""
         metrics.LEASES_LOST.inc(self._ledger.disconnect(client))
+        self.credits.tell()
         for loading in [each for each in self._loading.values() if each.lease.client == client]:
             self._end_loading(loading.lease.id)
         self._carry_out()
@@ -204,8 +205,7 @@ class TierManager:
     async def close(self) -> None:
         """End the copies under way and close the stores; no call may follow."""
         self._closed = True
-        for handle in self._retries.values():
-            handle.cancel()
+        self._outages.close()
         for lease_id in [*self._loading]:
             self._end_loading(lease_id)
         await asyncio.to_thread(self._movers.close)
@@ -239,7 +239,7 @@ class TierManager:
             return
         except StoreUnavailable:
             metrics.STORE_ERRORS.labels(self.specs[shared].tier.label).inc()
-            self._pause(shared)
+            self._outages.pause(shared)
             return
         self._ledger.found(shared, ((key, self.layout.nbytes) for key in keys[:found]))
 
@@ -332,12 +332,20 @@ class TierManager:
         if not self._closed:
             self._loop.call_soon_threadsafe(self._moved, outcome)
 
+    def _dropped(self, moves: Iterable[Move]) -> None:
+        """These were not begun, as a tier hangs."""
+        self._moved(Outcome([Moved(move, False, 0) for move in moves], None, 0.0))
+
     def _moved(self, outcome: Outcome) -> None:
         if outcome.unavailable is not None:
-            self._pause(outcome.unavailable)
-        for move, ok, nbytes, source_lost in outcome.moved:
+            self._outages.pause(outcome.unavailable)
+        for move, ok, nbytes, source_lost, fidelity in outcome.moved:
             if move.target == HOST:
                 self._speeds[move.source].end(self._loop.time(), ok=ok)
+                if self._ledger.late(move):
+                    continue
+                if ok:
+                    self.lineage.loaded(move.key, fidelity)
             self._ledger.moved(move, ok, nbytes, source_lost=source_lost)
             if source_lost:
                 self._ledger.lost(move.source, [move.key])
@@ -349,50 +357,7 @@ class TierManager:
         if not self._ledger.moves:
             self._at_rest.set()
 
-    def _pause(self, tier: int, why: str = "no answer") -> None:
-        """A store gave no answer: leave it alone, and ask again after a while."""
-        if self._ledger.paused(tier):
-            return
-        lower = self.lower[tier - 1]
-        log.warning("%s tier: %s; going on without it", lower.tier.label, why)
-        self._ledger.pause(tier)
-        self._carry_out()
-        self._retry_later(tier)
-
-    def _retry_later(self, tier: int) -> None:
-        if not self._closed:
-            retry_s = self.lower[tier - 1].retry_s
-            self._retries[tier] = self._loop.call_later(retry_s, self._retry, tier)
-
-    def _retry(self, tier: int) -> None:
-        self._ask(tier, self._retried)
-
-    def _ask(self, tier: int, told: Callable[[int, "asyncio.Future[int]"], None]) -> None:
-        """Put any question to a store, to see whether it answers."""
-        future = asyncio.wrap_future(self._movers.call(tier, _question))
-        future.add_done_callback(partial(told, tier))
-
-    def _greeted(self, tier: int, done: "asyncio.Future[int]") -> None:
-        """A store that is not there is known at the start, not with the first block."""
-        if not done.cancelled() and (error := done.exception()) and not self._closed:
-            metrics.STORE_ERRORS.labels(self.lower[tier - 1].tier.label).inc()
-            self._pause(tier, str(error))
-
-    def _retried(self, tier: int, done: "asyncio.Future[int]") -> None:
-        if self._closed or done.cancelled():
-            return
-        if done.exception() is not None:
-            self._retry_later(tier)
-            return
-        log.warning("%s tier answers again", self.lower[tier - 1].tier.label)
-        self._ledger.resume(tier)
-        self._carry_out()
-
 
 def _scan(store: Store) -> tuple[list[tuple[BlockKey, int]], Mapping[BlockKey, BlockKey]]:
     held = list(store.scan())
     return held, store.take_before() if isinstance(store, ChainedStore) else {}
-
-
-def _question(store: Store) -> int:
-    return store.count([BlockKey(bytes(16))])

@@ -13,14 +13,15 @@ from kvtier.arena import Arena
 from kvtier.codec import frame
 from kvtier.codec.base import Codec
 from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.fidelity import Lineage
+from kvtier.core.fidelity import Fidelity, Lineage
 from kvtier.core.ledger import Move
 from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.node.backlog import After, Backlog
 from kvtier.node.doubts import Doubts
 from kvtier.node.tuner import Tuner
-from kvtier.stores.base import BROKEN, Parts, Placed, PlacingStore, Store
+from kvtier.node.watched import WatchedStore
+from kvtier.stores.base import BROKEN, Parts, Placed, Store
 
 # Of one store call; with the threads they bound the memory in flight. Loads are cut smaller, so
 # that their first blocks arrive early; of demotions one piece is encoded while another is written.
@@ -36,7 +37,9 @@ T = TypeVar("T")
 class LowerTier:
     """A tier below the arena: where its frames lie and how they are encoded.
 
-    A `tuner` chooses the codec, among the lossless ones; `codec` counts where there is none.
+    A `tuner` chooses the codec, among the lossless ones; `codec` counts where there is none. A
+    store that gives no answer, or whose call takes longer than `hung_s`, is asked again after
+    `retry_s`.
     """
 
     tier: Tier
@@ -45,6 +48,7 @@ class LowerTier:
     threads: int
     retry_s: float
     tuner: Tuner | None = None
+    hung_s: float = 60.0
 
     @property
     def codec_in_use(self) -> Codec:
@@ -62,6 +66,7 @@ class Moved(NamedTuple):
     ok: bool
     nbytes: int
     source_lost: bool = False
+    fidelity: Fidelity = Fidelity.EXACT  # of what was loaded
 
 
 class Outcome(NamedTuple):
@@ -112,6 +117,7 @@ class Movers:
         self._lossy = any(not each.codec.exact for each in tiers)
         self._arena = arena
         self._tiers = tiers  # ledger tier t is self._tiers[t - 1]
+        self.stores = [WatchedStore(each.store) for each in tiers]
         self._report = report
         self._load_pools = [self._pool("load", each, each.threads) for each in tiers]
         self._drain_pools = [self._pool("drain", each, each.threads) for each in tiers]
@@ -145,9 +151,14 @@ class Movers:
         self._backlogs[source, target] = backlog
         return backlog
 
-    def call(self, tier: int, work: Callable[[Store], T]) -> "Future[T]":
+    def drop(self, tier: int) -> list[Move]:
+        """Begin no move out of a lower `tier` or into it that has not begun; which these were."""
+        ways = [each for way, each in self._backlogs.items() if tier in way]
+        return [move for backlog in ways for move in backlog.drop()]
+
+    def call(self, tier: int, work: Callable[[WatchedStore], T]) -> "Future[T]":
         """Run something else on a tier's store."""
-        return self._load_pools[tier - 1].submit(work, self._tiers[tier - 1].store)
+        return self._load_pools[tier - 1].submit(work, self.stores[tier - 1])
 
     def probe(self, tier: int, keys: Sequence[BlockKey]) -> "Future[int]":
         """How many of `keys`, from the first on, a tier's store has and this node may use."""
@@ -162,7 +173,7 @@ class Movers:
 
         def work() -> None:
             try:
-                self._tiers[tier - 1].store.delete(keys)
+                self.stores[tier - 1].delete(keys)
             except StoreUnavailable:
                 metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
 
@@ -181,8 +192,8 @@ class Movers:
             backlog.close()
         for pool in (*self._load_pools, *self._drain_pools, *self._forget_pools):
             pool.shutdown(wait=True, cancel_futures=True)
-        for tier in self._tiers:
-            tier.store.close()
+        for store in self.stores:
+            store.close()
 
     # --- on a pool's thread -----------------------------------------------------------
 
@@ -218,17 +229,16 @@ class Movers:
         shared = self._shared(batch[0].source)
         moved: list[Moved] = []
         for move, raw, slot in zip(batch, *self._read_into_slots(batch), strict=True):
-            ok, corrupt = False, raw == BROKEN
+            ok, corrupt, fidelity = False, raw == BROKEN, Fidelity.EXACT
             if raw is not None and not corrupt:
                 try:
                     if isinstance(raw, Placed):
                         info = frame.decode_in_place(move.key, raw.head, slot, self._layout)
                     else:
                         info = frame.decode(move.key, raw, slot, self._layout)
-                    ok = self._lossy or not info.fidelity
-                    if ok:
-                        self._lineage.loaded(move.key, info.fidelity)
-                    else:
+                    fidelity = info.fidelity
+                    ok = self._lossy or not fidelity
+                    if not ok:
                         metrics.INEXACT_FRAMES.labels(source.tier.label).inc()
                 except CorruptFrame:
                     corrupt = True
@@ -236,26 +246,26 @@ class Movers:
             if not ok and raw is not None and shared:  # or it would be found, and held, for ever
                 self._doubts.add(move.key, corrupt=corrupt)
             nbytes = self._layout.nbytes if ok else 0
-            moved.append(Moved(move, ok, nbytes, source_lost=corrupt and not shared))
+            lost = corrupt and not shared
+            moved.append(Moved(move, ok, nbytes, lost, fidelity))
         return moved
 
     def _read_into_slots(
         self, batch: list[Move]
     ) -> tuple[Sequence[bytes | memoryview | Placed | None], list[memoryview]]:
         """What the store has of each, and the slot that each is for: nobody else's by now."""
-        store = self._tiers[batch[0].source - 1].store
         slots = [self._arena.slot(move.slot) for move in batch if move.slot is not None]
-        if not isinstance(store, PlacingStore):
-            return self._read(batch), slots
         try:
-            return store.read_into([move.key for move in batch], slots), slots
+            return self.stores[batch[0].source - 1].read_into(
+                [move.key for move in batch], slots
+            ), slots
         except StoreUnavailable:
             raise _NoAnswer(batch[0].source) from None
 
     def _read(self, batch: list[Move]) -> list[bytes | memoryview | None]:
         source = batch[0].source
         try:
-            return self._tiers[source - 1].store.read([move.key for move in batch])
+            return self.stores[source - 1].read([move.key for move in batch])
         except StoreUnavailable:
             raise _NoAnswer(source) from None
 
@@ -276,10 +286,9 @@ class Movers:
 
     def _count(self, tier: int, keys: Sequence[BlockKey]) -> int:
         usable = self._doubts.leading(keys) if self._shared(tier) else keys
-        return self._tiers[tier - 1].store.count(usable)
+        return self.stores[tier - 1].count(usable)
 
     def _copy_down(self, batch: list[Move]) -> list[Moved]:
-        target = self._tiers[batch[0].target - 1]
         frames = self._encoded(batch) if batch[0].source == HOST else self._stored(batch)
         # What is not exact never takes the place of what may be.
         kept = {
@@ -289,7 +298,7 @@ class Movers:
         }
         fresh = [(key, each.parts) for key, each in frames.items() if key not in kept]
         try:
-            written = target.store.write(fresh)
+            written = self.stores[batch[0].target - 1].write(fresh)
         except StoreUnavailable:
             raise _NoAnswer(batch[0].target) from None
         for (key, parts), ok in zip(fresh, written, strict=True):

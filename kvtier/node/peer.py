@@ -5,7 +5,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -83,19 +84,58 @@ class Peer:
         self._access = access
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Stream]] = []  # since when, the oldest first
-        self._used: set[Stream] = set()
+        self._used: dict[Stream, bool] = {}  # whether it had been kept
         self._closed = False
 
-    def fetch(self, order: Order, timeout_s: float) -> Fetched:
-        """Ask for the blocks and wait for them, at most `timeout_s`. Raises nothing."""
+    def take(self) -> Stream | None:
+        """A connection that is left from an earlier fetch, for `fetch` or `give_back`."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                _, stream = self._idle.pop()
+                self._used[stream] = True
+            if stream.in_step():
+                return stream
+            self._give(stream, well=False)
+
+    def connect(self, timeout_s: float) -> Stream | Fetched:
+        """A new one, at most after `timeout_s`; or how it failed. Raises nothing."""
+        stream, failed = None, Fetched()
+        with self._explained(failed):
+            stream = self._connect(time.monotonic() + timeout_s)
+        return stream or failed
+
+    def give_back(self, stream: Stream) -> None:
+        """Nothing is asked on it for now."""
+        self._give(stream, well=True)
+
+    def fetch(self, order: Order, timeout_s: float, stream: Stream | None = None) -> Fetched:
+        """Ask for the blocks and wait for them, at most `timeout_s`. Raises nothing.
+
+        Without a `stream` it takes or makes one. One that was kept and that broke before anything
+        of an answer had come says nothing of the peer as it is now, which may have lost its power
+        and come back since: it is asked once more, on a new one.
+        """
         fetched, deadline = Fetched(), time.monotonic() + timeout_s
         if timeout_s <= 0 or self._closed:
+            if stream is not None:
+                self.give_back(stream)
             fetched.result = Result.LATE
             return fetched
-        try:
-            self._fetch(order, deadline, fetched)
+        with self._explained(fetched):
+            stream = stream or self.take() or self._connect(deadline)
+            if not self._fetch(stream, order, deadline, fetched):
+                self._fetch(self._connect(deadline), order, deadline, fetched)
             if len(fetched.fidelities) == len(order.places):
                 fetched.result = Result.OK
+        return fetched
+
+    @contextmanager
+    def _explained(self, fetched: Fetched) -> Iterator[None]:
+        """What goes wrong becomes a result."""
+        try:
+            yield
         except _Inexact:
             metrics.INEXACT_FRAMES.labels(LABEL).inc()
         except _Busy as error:
@@ -109,17 +149,14 @@ class Peer:
         except (CorruptFrame, RemoteProtocolError) as error:
             metrics.CORRUPT_FRAMES.labels(LABEL).inc()
             fetched.result, fetched.why = Result.FAILED, str(error)
-        return fetched
 
     def close(self) -> None:
         """Cut off the fetches under way, and make no other."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
             for stream in self._used:
                 stream.cut()
-        for _, stream in idle:
-            stream.close()
+        self._drop_idle()
 
     def tidy(self) -> None:
         """Hang up on what has been idle for KEPT_S; meant to be called now and then."""
@@ -130,8 +167,9 @@ class Peer:
         for _, stream in old:
             stream.close()
 
-    def _fetch(self, order: Order, deadline: float, fetched: Fetched) -> None:
-        stream, well = self._take() or self._connect(deadline), False
+    def _fetch(self, stream: Stream, order: Order, deadline: float, fetched: Fetched) -> bool:
+        """Whether there was an answer, else it is to be asked for again on a new connection."""
+        well, kept = False, self._used[stream]
         try:
             keys, wait_s = list(order.keys), deadline - time.monotonic()
             wanted = Wanted(order.layout.id, keys, order.first, len(order.places), wait_s)
@@ -142,24 +180,26 @@ class Peer:
                 well = True
                 raise
             well = True
+        except OSError as error:
+            if not kept or fetched.fidelities or isinstance(error, ConnectionRefusedError):
+                raise  # the last: it was said in words
+            self._drop_idle()  # as old as this one
+            if isinstance(error, TimeoutError) or self._closed:
+                raise
+            return False
         finally:
             self._give(stream, well)
+        return True
 
-    def _take(self) -> Stream | None:
-        """A connection that is left from an earlier fetch."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                _, stream = self._idle.pop()
-                self._used.add(stream)
-            if stream.in_step():
-                return stream
-            self._give(stream, well=False)
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for _, stream in idle:
+            stream.close()
 
     def _give(self, stream: Stream, well: bool) -> None:
         with self._lock:
-            self._used.discard(stream)
+            self._used.pop(stream, None)
             if well and not self._closed:
                 self._idle.append((time.monotonic(), stream))
                 return
@@ -182,7 +222,7 @@ class Peer:
             raise
         stream = Stream(sock)
         with self._lock:
-            self._used.add(stream)
+            self._used[stream] = False
             if self._closed:
                 stream.cut()
         try:

@@ -28,6 +28,7 @@ from kvtier.node.peer import Fetched, Order, Peer, Result
 from kvtier.node.reading import Reading
 from kvtier.node.roster import Known, Roster
 from kvtier.node.speed import Speed
+from kvtier.node.stream import Stream
 from kvtier.wire.access import Access
 from kvtier.wire.lending import MAX_BLOCKS
 from kvtier.wire.pb import feed_pb2
@@ -44,7 +45,6 @@ class _Begun(NamedTuple):
 
     lease: Lease
     order: Order
-    coming: list[tuple[str, BlockKey]]
 
 
 class Peers:
@@ -96,13 +96,14 @@ class Peers:
         if left_s <= 0:
             return joined
         asked = replace(asked, wait_s=left_s)
-        begun = self._begin(manager, asked, known)
-        if begun is None:
+        if why := self._refusal(known):
+            _tell(why)
             return joined
-        pulling = asyncio.create_task(self._pull(manager, begun, known, left_s))
+        coming = self._wanted(manager, asked, known)
+        pulling = asyncio.create_task(self._pull(manager, asked, known, coming))
         self._under_way.add(pulling)
         pulling.add_done_callback(self._under_way.discard)
-        self._coming.update(dict.fromkeys(begun.coming, pulling))
+        self._coming.update(dict.fromkeys(coming, pulling))
         # A thread that looks a name up cannot be cut off: who asked goes on without it.
         await asyncio.wait([pulling], timeout=left_s + GRACE_S)
         return joined + (pulling.result() if pulling.done() else 0)
@@ -144,46 +145,85 @@ class Peers:
         """Where the first of the path's blocks is that is not here."""
         return asked.first + manager.match(asked.keys[asked.first :]).blocks
 
-    def _begin(self, manager: TierManager, asked: Reading, known: Known) -> _Begun | None:
-        """Reserve slots for what is to be pulled; None: nothing is. Not to be waited in."""
-        now, keys, layout = asyncio.get_running_loop().time(), asked.keys, manager.layout
-        first = self._missing(manager, asked)
-        count = _worth(manager, asked, known, first)
+    def _refusal(self, known: Known) -> Result | None:
+        """Why not to ask it now; None obliges the caller to say how it went."""
+        now = asyncio.get_running_loop().time()
         if self._closed or len(self._under_way) >= self._most:
-            _tell(Result.BUSY)
-            return None
+            return Result.BUSY
         if known.rests(now):
-            _tell(Result.LEFT_ALONE)
-            return None
+            return Result.LEFT_ALONE
+        return None if known.breaker.allow(now) else Result.BUSY
+
+    def _wanted(
+        self, manager: TierManager, asked: Reading, known: Known
+    ) -> list[tuple[str, BlockKey]]:
+        """What is to be pulled: up to the first block that is on its way for another request."""
+        first, layout = self._missing(manager, asked), manager.layout.id
+        end = first + _worth(manager, asked, known, first)
+        names = [(layout, key) for key in asked.keys[first:end]]
+        return names[: next((n for n, name in enumerate(names) if name in self._coming), None)]
+
+    def _begin(self, manager: TierManager, asked: Reading, count: int) -> _Begun | None:
+        """Reserve slots for `count` blocks at most; None: there are none. Not to be waited in."""
+        keys, layout = asked.keys, manager.layout
+        first = self._missing(manager, asked)  # an engine may have saved some meanwhile
         lease = manager.write(CLIENT, keys[: first + count], first, asked.use)
         slots = lease.slots[: _leading(lease.indexes, first)]
-        if not slots or not known.breaker.allow(now):
+        if not slots:
             manager.release(lease.id)
-            _tell(Result.BUSY)
             return None
         places = [manager.arena.slot(slot) for slot in slots]
         lossy = any(not each.codec.exact for each in manager.lower)
-        order = Order(layout, keys[: first + len(slots)], first, places, lossy)
-        return _Begun(lease, order, [(layout.id, key) for key in lease.keys[: len(slots)]])
+        return _Begun(lease, Order(layout, keys[: first + len(slots)], first, places, lossy))
 
-    async def _pull(self, manager: TierManager, begun: _Begun, known: Known, wait_s: float) -> int:
-        loop, (lease, order, coming) = asyncio.get_running_loop(), begun
-        start, fetched = loop.time(), Fetched()
+    async def _pull(
+        self, manager: TierManager, asked: Reading, known: Known, coming: list[tuple[str, BlockKey]]
+    ) -> int:
+        """First a connection, then slots for what comes by it: a peer that is away takes none."""
+        loop = asyncio.get_running_loop()
+        begun, fetched = loop.time(), Fetched()
         try:
-            fetch = partial(known.peer.fetch, order, wait_s)
-            fetched = await loop.run_in_executor(self._threads(), fetch)
-            known.judge(fetched, loop.time())
+            stream: Stream | Fetched | None = known.peer.take()
+            if stream is None:
+                connect = partial(known.peer.connect, asked.wait_s)
+                stream = await loop.run_in_executor(self._threads(), connect)
+            if isinstance(stream, Fetched):
+                fetched = stream
+                known.judge(fetched, begun, loop.time())
+            else:
+                left_s = begun + asked.wait_s - loop.time()
+                fetched = await self._fetch(manager, asked, known, stream, (len(coming), left_s))
         finally:
             for each in coming:
                 del self._coming[each]
+        metrics.PEER_PULLS.labels(fetched.result).inc()
+        metrics.PULLED_BLOCKS.inc(len(fetched.fidelities))
+        return len(fetched.fidelities)
+
+    async def _fetch(
+        self, manager: TierManager, asked: Reading, known: Known, stream: Stream,
+        most: tuple[int, float],
+    ) -> Fetched:  # fmt: skip
+        """Fill slots by a connection: `most` blocks, and seconds."""
+        loop = asyncio.get_running_loop()
+        start, (count, left_s) = loop.time(), most
+        begun = self._begin(manager, asked, count)
+        if begun is None:
+            known.peer.give_back(stream)
+            known.breaker.succeeded()  # it is there
+            return Fetched(result=Result.BUSY)
+        (lease, order), fetched = begun, Fetched()
+        try:
+            fetch = partial(known.peer.fetch, order, left_s, stream)
+            fetched = await loop.run_in_executor(self._threads(), fetch)
+            known.judge(fetched, start, loop.time())
+        finally:
             manager.commit(lease.id, len(fetched.fidelities))
             for key, fidelity in zip(lease.keys, fetched.fidelities, strict=False):
                 manager.lineage.loaded(key, fidelity)  # not what an engine had computed here
         came = len(fetched.fidelities)
-        self._measure(known.speed(manager.layout), len(coming), came, start)
-        metrics.PEER_PULLS.labels(fetched.result).inc()
-        metrics.PULLED_BLOCKS.inc(came)
-        return came
+        self._measure(known.speed(manager.layout), len(order.places), came, start)
+        return fetched
 
     @staticmethod
     def _measure(speed: Speed, asked: int, came: int, start: float) -> None:

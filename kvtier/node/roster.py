@@ -24,6 +24,7 @@ class Known:
         self.peer = peer
         self.breaker = Breaker(retry_s, max(retry_s, LONGEST_S))
         self.failing = False
+        self._failed_at = float("-inf")
         self.speeds: dict[str, tuple[Speed, BlockLayout]] = {}  # by the layout's id
 
     def speed(self, layout: BlockLayout) -> Speed:
@@ -39,9 +40,18 @@ class Known:
         """Whether it is to be left alone."""
         return self.breaker.open and now < self.breaker.until
 
-    def judge(self, fetched: Fetched, now: float) -> None:
-        """Leave it alone for a while where it fails again and again; say when that changes."""
-        if fetched.result is Result.LATE and not fetched.fidelities:  # cut off: says nothing
+    def judge(self, fetched: Fetched, begun: float, now: float) -> None:
+        """Leave it alone for a while where it fails again and again; say when that changes.
+
+        Fetches that had `begun` before one failed and fail with it are one failure: a host that
+        loses its power while several are under way is away once.
+        """
+        late = fetched.result is Result.LATE and not fetched.fidelities  # cut off: says nothing
+        if late or fetched.result is Result.FAILED:
+            if begun < self._failed_at:
+                return
+            self._failed_at = now
+        if late:
             self.breaker.failed(now)
             return
         if fetched.result is not Result.FAILED:

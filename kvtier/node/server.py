@@ -22,6 +22,7 @@ class LocalServer:
         self._gate = Gate(max_clients)
         self._uids = {os.getuid(), *allow_uids}
         self._server: asyncio.Server | None = None
+        self._bound: tuple[int, int] | None = None  # what the path is, while it is ours
 
     @property
     def clients(self) -> int:
@@ -51,6 +52,7 @@ class LocalServer:
                 lambda: Connection(self._node, self._uids.__contains__, self._gate),
                 str(self._path),
             )
+            self._bound = self._there()
             self._path.chmod(0o666 if len(self._uids) > 1 else 0o600)
         except OSError as error:
             raise ConfigError(f"node.socket: cannot listen at {self._path}: {error}") from None
@@ -87,6 +89,9 @@ class LocalServer:
         """Hang up on all engines and remove the socket."""
         if self._server is None:
             return
+        # First of all: once nobody listens the next daemon may take the path over.
+        if self._bound is not None and self._there() == self._bound:
+            self._path.unlink(missing_ok=True)
         self._server.close()
         for connection in list(self._gate.inside):
             connection.close()
@@ -96,4 +101,11 @@ class LocalServer:
         except TimeoutError:
             for connection in list(self._gate.inside):  # it reads nothing of what it asked for
                 connection.abort()
-        self._path.unlink(missing_ok=True)
+
+    def _there(self) -> tuple[int, int] | None:
+        """What lies at the path; None: nothing."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino

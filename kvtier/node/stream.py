@@ -46,18 +46,22 @@ class Stream:
         self._socket = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
 
-    def send(self, buffers: Sequence[Buffer], deadline: float) -> None:
-        """Send all of them, one after the other."""
+    def send(
+        self, buffers: Sequence[Buffer], deadline: float, stall_s: float = float("inf")
+    ) -> None:
+        """Send all of them, one after the other; the other side takes some in each `stall_s`."""
         if self._tls:
             for each in buffers:
-                self._socket.settimeout(_left(deadline))
-                self._socket.sendall(each)
+                rest = memoryview(each).cast("B")
+                while rest:
+                    self._socket.settimeout(min(_left(deadline), stall_s))
+                    rest = rest[self._socket.send(rest) :]
             return
         # The kernel's own timeout bounds a transfer, so that it takes one call, however large.
         self._socket.settimeout(None)
         left = deque(buffers)
         while left:
-            self._bound(socket.SO_SNDTIMEO, deadline)
+            self._bound(socket.SO_SNDTIMEO, deadline, stall_s)
             try:
                 sent = self._socket.sendmsg([left[n] for n in range(min(len(left), _IOV_MAX))])
             except BlockingIOError:
@@ -105,8 +109,8 @@ class Stream:
         except BlockingIOError:
             raise TimeoutError("no answer in time") from None
 
-    def _bound(self, option: int, deadline: float) -> None:
-        left_us = max(int(_left(deadline) * 1e6), 1000)
+    def _bound(self, option: int, deadline: float, most_s: float = float("inf")) -> None:
+        left_us = max(int(min(_left(deadline), most_s) * 1e6), 1000)
         packed = struct.pack("@ll", *divmod(left_us, 10**6))
         self._socket.setsockopt(socket.SOL_SOCKET, option, packed)
 

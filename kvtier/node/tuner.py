@@ -23,7 +23,7 @@ from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.errors import StoreUnavailable
 from kvtier.node.pace import Pace
 from kvtier.node.probe import OpenTrial, Probe, Probed, timed
-from kvtier.stores.base import ChainedStore, Parts, Store
+from kvtier.stores.base import ChainedStore, Parts, ProbedStore, Store
 
 PERIOD_S: Final = 30.0  # between two choices
 SAMPLES: Final = 3  # blocks that the first choice on blocks is made on
@@ -232,6 +232,13 @@ class _Metered:
     def count(self, keys: Sequence[BlockKey]) -> int:
         """See `Store.count`."""
         return self._inner.count(keys)
+
+    def probe(self) -> None:
+        """See `ProbedStore.probe`; a question to `inner` where it is none."""
+        if isinstance(self._inner, ProbedStore):
+            self._inner.probe()
+        else:
+            self._inner.count([BlockKey(bytes(16))])
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """See `Store.delete`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Final, TypeVar
 
 import grpc
@@ -11,6 +12,7 @@ from kvtier.router.front import Front
 from kvtier.router.members import Member, Members
 from kvtier.router.prompts import LONG
 from kvtier.wire.pb import router_pb2, router_pb2_grpc
+from kvtier.wire.recording import recorded
 from kvtier.wire.rpc import refuse
 
 MAX_WATCHERS: Final = 64
@@ -86,13 +88,9 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.RecordRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.RecordedRequest]:
         """See router.proto."""
-        try:
-            with self._front.recorder.reader() as reader:
-                await context.send_initial_metadata(())  # from here on nothing is missed
-                while True:
-                    yield await reader.get()
-        except Overloaded as error:
-            await refuse(context, error)
+        async with aclosing(recorded(self._front.recorder, context)) as told:
+            async for each in told:
+                yield each
 
     async def SetMembers(  # noqa: N802
         self, request: router_pb2.Members, context: grpc.aio.ServicerContext

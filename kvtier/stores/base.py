@@ -86,6 +86,15 @@ class ChainedStore(Store, Protocol):
         ...
 
 
+@runtime_checkable
+class ProbedStore(Store, Protocol):
+    """A store whose `count` says nothing of the medium that the frames lie on."""
+
+    def probe(self) -> None:
+        """Write and read a little there: returns once it has answered, be it full or read-only."""
+        ...
+
+
 class Trial(Protocol):
     """A few frames at once in a place of a store's kind that are nobody's blocks, to time it by.
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 from kvtier.codec.frame import frame_nbytes
 from kvtier.core.blocks import BlockKey
 from kvtier.errors import StoreUnavailable
-from kvtier.stores.base import Parts, Placed, PlacingStore, Store
+from kvtier.stores.base import Parts, Placed, PlacingStore, ProbedStore, Store
 
 
 class Fault(StrEnum):
@@ -76,6 +76,14 @@ class FaultyStore:
         """See `Store.count`."""
         self._fault("count")
         return self._inner.count(keys)
+
+    def probe(self) -> None:
+        """See `ProbedStore.probe`; a question to `inner` where it is none."""
+        self._fault("probe")
+        if isinstance(self._inner, ProbedStore):
+            self._inner.probe()
+        else:
+            self._inner.count([BlockKey(bytes(16))])
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """See `Store.delete`."""

@@ -11,6 +11,16 @@ from kvtier.testing.world import World
 class CreditWorld(World):
     """See the module."""
 
+    def check(self) -> None:
+        """See `World.check`; what was put beside a writer that has ended is held."""
+        writing = [each for each in self.leases.values() if each.writing]
+        filling = {key for each in writing for key in each.keys}
+        for key in [each for each in self.aside if each not in filling]:
+            del self.aside[key]
+            assert key in self.announced[HOST], "put, and lost with another writer"
+        assert all(self.arena[slot] == key for key, slot in self.aside.items()), "it was written to"
+        super().check()
+
     def credit(self, client: int, wanted: int) -> None:
         """A client gets slots to fill ahead."""
         slots = self.ledger.credit(client, wanted)
@@ -28,10 +38,14 @@ class CreditWorld(World):
         readable = {key for key in put if self.ledger.match([key]).blocks}
         filling = {key for each in self.leases.values() if each.writing for key in each.keys}
         self.arena.update(zip(slots, put, strict=True))
-        kept, instead = self.ledger.put(client, path, slots, use)
+        kept, instead, aside = self.ledger.put(client, path, slots, use)
         assert not filling & {*kept}, "put over another writer's block"
         assert not any(key in readable and self.is_held(key) for key in kept), "put twice"
         assert not {*instead} & (mine - {*slots}), "given twice"
+        assert {*aside} == filling & {*put} - self.aside.keys(), "what others fill is put aside"
+        places = dict(zip(put, slots, strict=True))
+        self.aside.update((key, places[key]) for key in aside)
+        kept = [*kept, *aside]
         used = {slot for slot, key in zip(slots, put, strict=True) if key in kept}
         assert used.isdisjoint(instead), "a slot that was filled is on credit"
         assert {*slots} - used <= {*instead}, "a slot that was not used is taken away"
@@ -40,7 +54,9 @@ class CreditWorld(World):
             self.claim(slot)
         mine.update(instead)
         self.carry_out()
-        assert all(self.ledger.match([key]).by_tier[HOST] for key in kept), "put, but not there"
+        there = [key for key in kept if key not in aside]
+        assert all(self.ledger.match([key]).by_tier[HOST] for key in there), "put, but not there"
+        self.seen["put beside a writer"] += len(aside)
         self.seen["put"] += len(kept)
         self.seen["put of what is there"] += len(slots) - len(kept)
         self.seen["put without a new slot"] += len(slots) - len(instead)

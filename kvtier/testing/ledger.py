@@ -19,6 +19,7 @@ from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
+from kvtier.testing.hanging import HangingWorld
 from kvtier.testing.seen import SeenWorld
 from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES
 
@@ -42,8 +43,9 @@ STATES = (
     "copy host>shared failed", "copy disk>shared ok", "copy disk>shared failed",
     "load disk ok", "load disk failed", "load shared ok", "load shared failed",
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
-    "put", "put of what is there", "put without a new slot", "credit ended",
+    "put", "put of what is there", "put without a new slot", "put beside a writer", "credit ended",
     "copied as seen", "seen, and gone since", "seen, and written over since",
+    "load abandoned", "lease cut from a load that hangs", "load came late",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
 
@@ -87,6 +89,7 @@ def simulate(seed: int, steps: int, seen: Counter[str], make_ledger: MakeLedger 
     try:
         admission = None if seed % PICKY else partial(SecondUse, 8)
         node = _Node(Random(seed), seen, make_ledger, admission)
+        node.hangs = seed % 4 == 1
         for step in range(steps):  # noqa: B007
             node.step()
             node.check()
@@ -107,18 +110,14 @@ def _random_tiers(rng: Random, admission: AdmissionFactory | None) -> list[TierS
         drain_at = rng.choice([0, rng.randint(0, capacity), capacity])
         specs.append(
             TierSpec(
-                tier=tier,
-                capacity=capacity,
-                drain_at=drain_at,
-                queue=rng.randint(1, 4),
-                policy=rng.choice(policies),
-                admission=admission,
+                tier=tier, capacity=capacity, drain_at=drain_at, queue=rng.randint(1, 4),
+                policy=rng.choice(policies), admission=admission,
             )
-        )
+        )  # fmt: skip
     return specs
 
 
-class _Node(SeenWorld):
+class _Node(SeenWorld, HangingWorld):
     """One node, its clients, and what befalls them."""
 
     def __init__(
@@ -144,10 +143,11 @@ class _Node(SeenWorld):
             (5, lambda: self.look(self.path())), (5, lambda: self.copied(self._use())),
             (26, self._end_lease), (3, self._settle),
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
-            (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
+            (3 * lower, self._find), (4 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
-            (14 * (len(self.specs) > 2), self._read_what_moves),
-            (8 * lower, self._read_past_a_load),
+            (20 * lower * self.hangs, self.hang), (4 * bool(self.abandoned), self.come_late),
+            (20 * (len(self.specs) > 2), self._read_what_moves),
+            (10 * lower, self._read_past_a_load),
         ]  # fmt: skip
         weights = [weight for weight, _ in events]
         _, event = self.rng.choices(events, weights)[0]
@@ -236,7 +236,7 @@ class _Node(SeenWorld):
             path = [*key, *self.rng.choices(b"ab", k=DEPTH - len(key))]
             keys = [BlockKey(bytes(path[: n + 1])) for n in range(len(path))]
             self.seen["read past a load that nobody waits for"] += 1
-            self._read_path(keys, len(key) - 1)
+            self._read_path(keys, self.rng.choice([0, len(key) - 1]))
 
     def _read_path(self, path: list[BlockKey], first: int) -> None:
         held = path[first : first + self.ledger.match(path[first:]).blocks]
@@ -354,6 +354,8 @@ class _Node(SeenWorld):
 
     def _be_quiet(self) -> None:
         """Everything answers, and all that was started ends: then nothing waits."""
+        while self.abandoned:
+            self.come_late()
         for _ in range(2):  # what failed is tried again by the second resume
             for tier in range(1, len(self.specs)):
                 self.ledger.resume(tier)

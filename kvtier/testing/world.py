@@ -41,9 +41,11 @@ class World:
         self.stores = [Store() for _ in specs]
         self.announced: list[set[BlockKey]] = [set() for _ in specs]
         self.moves: list[Move] = []
+        self.abandoned: list[Move] = []  # loads that hang, and that nobody waits for
         self.leases: dict[int, Lease] = {}
         self.settled: dict[int, list[BlockKey]] = {}  # what each lease was said to have
         self.credits: dict[int, set[Slot]] = {}  # what clients fill ahead, by client
+        self.aside: dict[BlockKey, Slot] = {}  # put while somebody else fills them
         self.clearing = False
         self.refused = [False] * len(specs)  # whether the newest copy into a tier failed
         # Copies that a load found bad while they were copied down: gone once that has ended.
@@ -172,8 +174,10 @@ class World:
         for lease in self.leases.values():
             mine = lease is by or key in lease.loading
             assert mine or slot not in lease.slots, "the slot is leased"
-        assert all(slot != move.slot for move in self.moves), "the slot is moving"
+        moves = [*self.moves, *self.abandoned]
+        assert all(slot != move.slot for move in moves), "the slot is moving"
         assert not any(slot in credit for credit in self.credits.values()), "it is on credit"
+        assert slot not in self.aside.values(), "it was put aside"
         self.arena[slot] = None
 
     def gone(self, key: BlockKey, tier: int) -> None:

@@ -145,10 +145,12 @@ class Access:
         def choose(connection: ssl.SSLObject, *_: object) -> None:
             nonlocal used, current
             if (found := (cert.data(), key.data())) != used:
-                used = found
                 try:
-                    current = loaded()
-                except (ssl.SSLError, OSError) as error:  # half of a renewal: the rest follows
+                    current, used = loaded(), found
+                except ssl.SSLError as error:  # half of a renewal: the rest follows
+                    used = found
+                    log.warning("tls.cert_file %s: %s", cert.path, error)
+                except OSError as error:  # no descriptor left: the next handshake tries again
                     log.warning("tls.cert_file %s: %s", cert.path, error)
             connection.context = current
 

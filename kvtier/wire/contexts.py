@@ -24,6 +24,7 @@ class Contexts:
             Watched(path, f"tls.{name}") for name in _SETTINGS if (path := getattr(tls, name))
         ]
         self._kept: dict[str, tuple[tuple[bytes, ...], ssl.SSLContext]] = {}
+        self._said = ""  # of a renewal that failed
 
     def serving(self) -> ssl.SSLContext:
         """For a listener: asks for a certificate where `tls.client_ca_file` is set.
@@ -55,8 +56,14 @@ class Contexts:
         except (ssl.SSLError, OSError) as error:  # half of a renewal: the rest follows
             if kept is None:
                 raise ConfigError(f"[tls]: a file of it cannot be used: {error}") from None
-            log.warning("tls.cert_file %s: %s", self._tls.cert_file, error)
+            if self._said != str(error):
+                self._said = str(error)
+                log.warning("tls.cert_file %s: %s", self._tls.cert_file, error)
             context = kept[1]
+            if not isinstance(error, ssl.SSLError):  # no descriptor left: the next call tries again
+                return context
+        else:
+            self._said = ""
         self._kept[kind] = data, context
         return context
 

@@ -1,13 +1,16 @@
 """What happens, told to those who record a trace of it; a slow reader loses some, nobody waits."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
+
+import grpc
 
 from kvtier import metrics
 from kvtier.errors import Overloaded
 from kvtier.wire.pb import node_pb2, router_pb2
+from kvtier.wire.rpc import refuse
 
 MAX_READERS: Final = 4
 # What a slow reader may be behind; what comes then is dropped. A message is 16 bytes a block.
@@ -48,6 +51,19 @@ class Recording(Generic[M]):
             yield reader
         finally:
             self._readers.remove(reader)
+
+
+async def recorded(
+    recording: Recording[M], context: grpc.aio.ServicerContext
+) -> AsyncGenerator[M, None]:
+    """Answer a `Record` call: every message from now on, until its caller goes."""
+    try:
+        with recording.reader() as reader:
+            await context.send_initial_metadata(())  # from here on nothing is missed
+            while True:
+                yield await reader.get()
+    except Overloaded as error:
+        await refuse(context, error)
 
 
 class Reader(Generic[M]):

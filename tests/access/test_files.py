@@ -1,6 +1,7 @@
 """What is wrong with a certificate or a token file is said at the start, in one line."""
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from kvtier import config
 from kvtier.config import AuthConfig, Tokens, check_tls
 from kvtier.errors import ConfigError
 from kvtier.wire.access import Access
+from kvtier.wire.contexts import Contexts
 from tests.access.conftest import OTHER, TOKEN, Keys
 
 
@@ -110,3 +112,26 @@ def test_a_token_stands_in_no_settings(keys: Keys) -> None:
     found = config.from_dict({"auth": {"token_file": str(keys.path("token"))}})
     assert TOKEN not in repr(found)
     assert TOKEN not in repr(Access(found).tokens)
+
+
+@pytest.mark.parametrize("kind", ["asking", "serving"])
+def test_a_renewal_that_could_not_be_read_for_want_of_a_descriptor_is_tried_again(
+    keys: Keys, kind: str
+) -> None:
+    path = keys.path("kvtier.toml")
+    path.write_text(keys.tls("server", client_ca="ca"))
+    found = config.load(path).tls
+    assert found is not None
+    contexts = Contexts(found)
+    current, other = getattr(contexts, kind), {"asking": "serving", "serving": "asking"}[kind]
+    before = current()
+    keys.issue("server", keys.ca, "127.0.0.1", "localhost")
+    getattr(contexts, other)()  # has read the files anew
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert current() is before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert current() is not before
+    assert current() is current()

@@ -45,12 +45,14 @@ def test_nodes_that_share_an_address_do_not_fight_for_a_port():
 def test_blocks_are_lent_beside_the_daemon_and_the_coordinator_says_by_whom():
     mine = config_for(SHARED, PLACE)
     assert mine.peers.file == "/run/kvtier/alpha.sock.peers"
+    assert mine.peers.any_port, "the others are told which"
     assert peers_listen(mine) == "10.0.0.7:7461"
     shared = config_for(SHARED, dataclasses.replace(PLACE, shared_ip=True))
     assert peers_listen(shared) == "10.0.0.7:0"
     own = {"peers": {"listen": "0.0.0.0:9", "members": [{"node": "b", "address": "h:1"}]}}
     told = config_for(from_dict(own), PLACE)
     assert (told.peers.listen, told.peers.file) == ("10.0.0.7:9", ""), "whom it may ask is said"
+    assert not told.peers.any_port, "the others ask there"
     kept = config_for(from_dict({"peers": {"file": "/run/{node}.json", "lends": 0}}), PLACE)
     assert (kept.peers.file, kept.peers.lends) == ("/run/alpha.json", 0)
 

@@ -43,6 +43,19 @@ BUGS = [
         "self._cut(lease, lease.keys.index(move.key))",
         "pass",
     ),
+    bug(
+        "a slot that a load may still write is free",
+        "self._abandoned.add(move)",
+        "self._abandoned.add(move); self._free.append(block.slot)",
+    ),
+    bug(
+        "what was put beside a writer is lost with it",
+        "(aside := self._aside.pop(key, None)) is None",
+        "(aside := None) is None",
+    ),
+    bug("the slot of what was put for nothing is lost", "self._free.append(aside.slot)", "pass"),
+    bug("leases wait for a load that hangs", "self._cut(lease, at)", "pass"),
+    bug("the slot of a load that came late is lost", "self._free.append(move.slot)", "pass"),
     bug("the only copy is dropped", "below is None or below.paused", "True"),
     bug(
         "leased blocks are dropped",
@@ -225,10 +238,10 @@ BUGS = [
     ),
     bug(
         "the slots of what is there already are taken away",
-        "sorted({*slots}.difference(filled).union(fresh))",
+        "sorted({*slots}.difference(filled, aside).union(fresh))",
         "sorted(fresh)",
     ),
-    bug("slots that were filled stay on credit", "mine.difference_update(filled)", "pass"),
+    bug("slots that were filled stay on credit", "mine.difference_update(filled, aside)", "pass"),
     bug("new slots are given to nobody", "self._on_credit(mine, fresh)", "self._free += fresh"),
     bug(
         "slots on credit are given away again",
@@ -239,13 +252,13 @@ BUGS = [
     bug("what is put is not pinned", "self._on_credit(mine, fresh)", "mine.update(fresh)"),
     bug(
         "what is there is put again",
-        "absent = self._absent(keys, first)\n        fresh",
-        "absent = {key: n for n, key in enumerate(keys) if n >= first}\n        fresh",
+        "absent = self._absent(keys, first)\n        aside",
+        "absent = {key: n for n, key in enumerate(keys) if n >= first}\n        aside",
     ),
     bug(
         "a put starts no copies",
-        "self._used(keys, use)\n        self._drain()\n        return Kept",
-        "self._used(keys, use)\n        return Kept",
+        "self._used(keys, use)\n        self._drain()\n        taken",
+        "self._used(keys, use)\n        taken",
     ),
     bug("no word of a block that left its slot", "self.left[slot] = self.turn", "pass"),
     bug(

@@ -23,7 +23,7 @@ def test_what_was_put_is_there_and_its_client_has_other_slots() -> None:
     node = host_only(8)
     slots = node.ledger.credit(1, 3)
     assert node.ledger.usage()[HOST].blocks == 0, "no blocks yet"
-    kept, instead = node.ledger.put(1, prompt("abc"), slots)
+    kept, instead, _ = node.ledger.put(1, prompt("abc"), slots)
     assert kept == prompt("abc")
     assert [each for each in node.effects() if isinstance(each, Held)] == [
         Held(key, HOST) for key in prompt("abc")
@@ -43,16 +43,29 @@ def test_the_end_of_a_path_can_be_put_alone() -> None:
     assert node.ledger.before(prompt("abc")[-1]) == prompt("ab")[-1]
 
 
-def test_slots_of_what_is_there_or_filled_by_others_stay_with_the_client() -> None:
+@pytest.mark.parametrize("end", ["commit", "release", "die"])
+def test_what_another_client_fills_is_held_whatever_becomes_of_that(end: str) -> None:
     node = host_only(8)
     node.save(prompt("a"))
     other = node.ledger.write(2, prompt("ab"))
     slots = node.ledger.credit(1, 3)
     instead = put(node, prompt("abc"), slots)
-    assert {*slots[:2]} <= {*instead}
+    assert slots[0] in instead, "a is there"
+    assert slots[1] not in instead, "b is kept aside"
     assert node.held(prompt("abc")) == (1,), "b is filled by the other one"
-    node.ledger.commit(other.id)
+    if end == "commit":
+        node.ledger.commit(other.id)
+    elif end == "release":
+        node.ledger.release(other.id)
+    else:
+        node.ledger.disconnect(2)
     assert node.held(prompt("abc")) == (3,)
+    node.ledger.check()
+    read = node.ledger.read(3, prompt("abc"))
+    assert read.slots[1] == (other.slots[0] if end == "commit" else slots[1])
+    node.ledger.release(read.id)
+    node.ledger.disconnect(1)
+    assert node.save(prompt("vwxyz")) == 5, "no slot was lost"
 
 
 def test_where_no_room_can_be_made_nothing_is_refused_and_the_credit_shrinks() -> None:

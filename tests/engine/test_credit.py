@@ -11,6 +11,7 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
+from kvtier.engine.credit import MET, Met
 from kvtier.engine.tier import EngineTier
 from kvtier.node.credit import SHARE
 from tests.engine.test_tier import LAYOUT, NAMESPACE, content, prompt
@@ -25,10 +26,12 @@ POOL = 64
 class Engine:
     """One that saves and restores, and knows which of its batches were granted on credit."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, met: Met | None = None
+    ) -> None:
         self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
         self.tier = EngineTier(
-            f"{folder}/node.sock", NAMESPACE, BlockTensor(LAYOUT, self.pool), batch=BATCH
+            f"{folder}/node.sock", NAMESPACE, BlockTensor(LAYOUT, self.pool), batch=BATCH, met=met
         )
         self.asked = 0
         real = TierClient._writing
@@ -55,6 +58,10 @@ class Engine:
             assert torch.equal(self.pool[place], content(tokens[: 16 * (index + 1)])), "wrong bytes"
         assert {*restored} <= {Tier.HOST}
         return len(restored)
+
+
+def on_credit(node: Process) -> float:
+    return status(node).counters["kvtier_credit_slots"]
 
 
 @pytest.fixture
@@ -151,3 +158,42 @@ def test_a_restarted_daemon_gives_credit_anew(node: Process, engines: list[Engin
     assert one.asked == 0
     one.tier.close()
     wait_for("it is gone", lambda: status(node).clients <= 1)
+
+
+def test_what_one_connection_restored_the_other_does_not_copy_again(
+    node: Process, engines: list[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine that restores by one and saves by the other, what it evicts."""
+    one, other = engines
+    one.tier.close()  # there is credit for one engine
+    wait_for("its credit to end", lambda: on_credit(node) == 0)
+    met = Met()
+    saves, restores = (Engine(tmp_path, monkeypatch, met) for _ in range(2))
+    for number, each in enumerate((saves, restores)):
+        first = prompt(40 + number, 1)
+        wait_for("the daemon to take it in", lambda e=each, p=first: e.save(p) and e.found(p) == 1)
+        wait_for("a batch", lambda: on_credit(node) == BATCH)
+    tokens = prompt(10, BATCH)
+    assert other.save(tokens) == BATCH
+    assert restores.found(tokens) == BATCH
+    assert saves.save(tokens) == 0, "it is there, and was asked for"
+    restores.tier.close()
+    saves.tier.close()
+
+
+def test_no_more_keys_are_remembered_than_it_says() -> None:
+    met = Met()
+    met.wanted = True
+    keys = [BlockKey(number.to_bytes(16, "big")) for number in range(5 * MET)]
+    for at, count in ((0, MET - 1), (MET - 1, 2 * MET), (3 * MET - 1, 1), (3 * MET, MET + 7)):
+        met.add(keys[at : at + count])
+        end = at + count
+        assert len(met) <= 2 * MET
+        assert all(key in met for key in keys[max(0, end - MET) : end])
+
+
+def test_slots_on_credit_are_in_the_metrics(node: Process, engines: list[Engine]) -> None:
+    wait_for("a batch", lambda: on_credit(node) == BATCH)
+    engines[0].tier.close()
+    engines[1].tier.close()
+    wait_for("none", lambda: on_credit(node) == 0)

@@ -22,9 +22,11 @@ WELCOME = local.encode(True, lending.VERSION, "a")
 class Asker:
     """A connection to a lender."""
 
-    def __init__(self, address: str, hello: bytes | None = HELLO) -> None:
+    def __init__(self, address: str, hello: bytes | None = HELLO, source: str = "") -> None:
         host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+        self.socket = socket.create_connection(
+            (host, int(port)), timeout=DEADLINE_S, source_address=(source, 0)
+        )
         self.welcome: list[Value] | None = None
         if hello is not None:
             self.socket.sendall(hello)
@@ -91,6 +93,8 @@ class Rogue:
         self.requests = 0
         self.connections = 0
         self.over = threading.Event()
+        self.greets = threading.Event()
+        self.greets.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets: list[socket.socket] = []
@@ -99,6 +103,7 @@ class Rogue:
 
     def close(self) -> None:
         self.over.set()
+        self.greets.set()
         socket.create_connection(self._listener.getsockname()).close()  # wakes it
         self._threads[0].join()
         for each in self._sockets:
@@ -133,6 +138,7 @@ class Rogue:
                     for message in decoder.feed(data):
                         if not greeted:
                             lending.parse_hello(message)
+                            self.greets.wait()
                             sock.sendall(self.welcome)
                             greeted = True
                             continue

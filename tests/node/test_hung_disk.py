@@ -1,16 +1,32 @@
-"""A disk that hangs for good: a daemon that is told to stop ends all the same."""
+"""A disk that hangs: its tier is left alone until it answers, and a daemon ends all the same."""
 
+import asyncio
 import os
 import subprocess
 import sys
-from contextlib import closing, suppress
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from kvtier import metrics
+from kvtier.arena import Arena
+from kvtier.codec import codecs
+from kvtier.core.blocks import BlockKey
+from kvtier.core.ledger import Lease
+from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
+from kvtier.errors import StoreUnavailable
+from kvtier.node.manager import TierManager
+from kvtier.node.movers import LowerTier
+from kvtier.node.reading import Reading
+from kvtier.stores.base import Parts
+from kvtier.stores.memory import MemoryStore
 from tests.launching import DEADLINE_S, disk_toml, node_toml, wait_for
-from tests.node.conftest import LAYOUT, new_keys, save
+from tests.node.conftest import BLOCK, LAYOUT, content, new_keys, restore, save
+from tests.node.test_arrivals import NEVER_S, at_rest
 
 # `kvtier node` whose disk answers nothing, with shorter limits.
 PROGRAM = """
@@ -97,3 +113,265 @@ def test_one_that_cannot_even_say_so_ends_as_well(tmp_path: Path) -> None:
         process.wait()
         os.close(read)
         os.close(write)
+
+
+# `kvtier node` whose loop gets stuck in a log that nobody reads, with a shorter limit.
+STUCK = """
+import os
+import sys
+from kvtier.cli import main, serve
+from kvtier.node.manager import TierManager
+
+read, write = os.pipe()
+os.set_blocking(write, False)
+try:
+    while True:
+        os.write(write, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(write, True)
+
+def commit(*_):
+    sys.stderr.write("stuck\\n")
+    sys.stderr.flush()
+    os.write(write, bytes(4096))
+
+serve._ENDS_WITHIN_S["node"] = 2.0
+TierManager.commit = commit
+sys.exit(main(["node", "--config", {config!r}]))
+"""
+
+
+def test_one_whose_loop_is_stuck_before_it_is_told_ends_as_well(tmp_path: Path) -> None:
+    config, log, program = (tmp_path / name for name in ("kvtier.toml", "log", "program.py"))
+    config.write_text(node_toml(tmp_path, more=disk_toml(tmp_path)))
+    program.write_text(STUCK.format(config=str(config)))
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=out
+        )
+    try:
+        wait_for("a socket", (tmp_path / "node.sock").exists)
+        with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+            save(client, new_keys(4))
+            wait_for("a loop that is stuck", lambda: "stuck" in log.read_text())
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 1
+        assert "ended as it is" in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- a tier that is left alone --------------------------------------------------------
+
+SLOTS = 16
+THREADS = 2
+PATH = [BlockKey(bytes([9, i]) * 8) for i in range(5)]
+
+
+class Hanging(MemoryStore):
+    """Calls named in `hangs` end only once `gate` is open; `away` is raised by a probe."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.hangs: set[str] = set()
+        self.gate = threading.Event()
+        self.inside = 0
+        self.probes = 0
+        self.away = False
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        if name in self.hangs:
+            with self.lock:
+                self.inside += 1
+            assert self.gate.wait(DEADLINE_S)
+        yield
+
+    def read(self, keys: Sequence[BlockKey]) -> list[bytes | memoryview | None]:
+        with self.call("read"):
+            return super().read(keys)
+
+    def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
+        with self.call("write"):
+            return super().write(frames)
+
+    def probe(self) -> None:
+        self.probes += 1
+        with self.call("probe"):
+            if self.away:
+                raise StoreUnavailable("the disk gives errors now")
+
+
+def fill(manager: TierManager, keys: Sequence[BlockKey]) -> int:
+    lease = manager.write(1, keys, 0)
+    for key, slot in zip(lease.keys, lease.slots, strict=True):
+        manager.arena.slot(slot)[:] = content(key)
+    manager.commit(lease.id, len(lease.keys))
+    return len(lease.keys)
+
+
+async def read(manager: TierManager, keys: Sequence[BlockKey]) -> int:
+    """How many blocks come, every byte of them right. Only a tier that hangs makes it wait."""
+    result = manager.read(Reading(1, keys, 0, len(keys), NEVER_S))
+    lease = result if isinstance(result, Lease) else await result
+    for key, slot in zip(lease.keys, lease.slots, strict=True):
+        assert bytes(manager.arena.slot(slot)) == content(key)
+    count = len(lease.keys)
+    manager.release(lease.id)
+    return count
+
+
+def answers(manager: TierManager) -> bool:
+    return manager.usage()[1][2]
+
+
+async def until(what: str, condition: object) -> None:
+    assert callable(condition)
+    while not condition():  # noqa: ASYNC110 - the deadline is that of the test
+        await asyncio.sleep(0.005)
+
+
+def hung() -> float:
+    return metrics.STORE_HUNG.labels("disk")._value.get()
+
+
+@asynccontextmanager
+async def noded() -> AsyncIterator[tuple[TierManager, Hanging]]:
+    specs = [
+        TierSpec(tier=Tier.HOST, capacity=SLOTS * BLOCK, drain_at=0),
+        TierSpec(tier=Tier.DISK, capacity=80 * BLOCK, drain_at=80 * BLOCK),
+    ]
+    store = Hanging()
+    lower = [LowerTier(Tier.DISK, store, codecs.RAW, THREADS, 0.02, hung_s=2.0)]
+    manager = TierManager(LAYOUT, Arena.create(BLOCK, SLOTS), specs, lower, lambda _: None)
+    await manager.start()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield manager, store
+    finally:
+        store.gate.set()
+        await manager.close()
+
+
+async def test_who_waits_for_a_disk_that_hangs_is_let_go_and_nobody_else_waits() -> None:
+    before = hung()
+    async with noded() as (manager, store):
+        fill(manager, PATH)
+        await at_rest(manager)
+        manager.clear(Tier.HOST)
+        store.hangs = {"read"}
+        assert await read(manager, PATH) == 0  # long before its own deadline
+        assert not answers(manager)
+        assert hung() - before == 1
+        assert store.inside <= THREADS
+        for _ in range(3):
+            assert await read(manager, PATH) == 0
+        assert store.inside <= THREADS, "a disk that hangs is asked again"
+        # What it has is known elsewhere soon: an engine computes it and saves it.
+        assert fill(manager, PATH) == len(PATH)
+        assert await read(manager, PATH) == len(PATH)
+        store.hangs = set()
+        store.gate.set()
+        await until("an answer", lambda: answers(manager))
+        await at_rest(manager)
+        assert await read(manager, PATH) == len(PATH)
+        manager.clear(Tier.HOST)
+        assert await read(manager, PATH) == len(PATH)
+        await at_rest(manager)
+        manager.clear(Tier.HOST)
+        assert fill(manager, new_keys(SLOTS)) == SLOTS, "a slot was lost"
+        assert hung() - before == 1
+
+
+async def test_what_lies_in_host_memory_stays_while_copies_down_hang() -> None:
+    async with noded() as (manager, store):
+        store.hangs = {"write"}
+        fill(manager, PATH)
+        await until("a pause", lambda: not answers(manager))
+        assert store.inside <= THREADS
+        assert await read(manager, PATH) == len(PATH)
+        assert fill(manager, new_keys(SLOTS)) >= SLOTS - len(PATH)  # what no call has is let go
+        store.hangs = set()
+        store.gate.set()
+        await until("an answer", lambda: answers(manager))
+        await at_rest(manager)
+        manager.clear(Tier.HOST)
+        assert fill(manager, new_keys(SLOTS)) == SLOTS, "a slot was lost"
+
+
+async def test_a_disk_that_hung_is_used_again_only_once_it_does_io() -> None:
+    """Its index would answer at once, and the next load would hang again."""
+    async with noded() as (manager, store):
+        fill(manager, PATH)
+        await at_rest(manager)
+        manager.clear(Tier.HOST)
+        store.hangs = {"read"}
+        assert await read(manager, PATH) == 0
+        asked = store.probes
+        store.away = True
+        store.gate.set()
+        await until("two probes", lambda: store.probes >= asked + 2)
+        assert not answers(manager)
+        store.away = False
+        await until("an answer", lambda: answers(manager))
+        store.hangs = set()
+        assert await read(manager, PATH) == len(PATH)
+
+
+# The same of a real disk store in a daemon: reads hang as long as a file is there.
+FLAGGED = """
+import sys
+import time
+from pathlib import Path
+from kvtier.cli import main
+from kvtier.stores.disk.files import Folder, SegmentFile
+
+flag, real, probe = Path({flag!r}), SegmentFile.read, Folder.probe
+
+def read(*args):
+    while flag.exists():
+        time.sleep(0.01)
+    return real(*args)
+
+SegmentFile.read = read
+sys.exit(main(["node", "--config", {config!r}]))
+"""
+
+
+def test_a_daemon_goes_on_without_a_disk_that_hangs_and_comes_back_to_it(tmp_path: Path) -> None:
+    config, log, program, flag = (
+        tmp_path / name for name in ("kvtier.toml", "log", "program.py", "flag")
+    )
+    config.write_text(node_toml(tmp_path, more=disk_toml(tmp_path) + "hung_s = 1.0"))
+    program.write_text(FLAGGED.format(flag=str(flag), config=str(config)))
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=out
+        )
+    try:
+        wait_for("a socket", (tmp_path / "node.sock").exists)
+        with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+            keys, more = new_keys(20), new_keys(128)  # an arena of 128 blocks
+            assert save(client, keys) == 20
+            wait_for("copies", lambda: _saved_over(client, keys, more))
+            flag.touch()
+            assert restore(client, keys, wait_s=60.0) == []
+            assert "disk tier: it hangs" in log.read_text()
+            assert restore(client, more[-1:]) == [Tier.HOST]
+            flag.unlink()
+            wait_for("an answer", lambda: "disk tier answers again" in log.read_text())
+            wait_for("its blocks", lambda: len(restore(client, keys)) == 20)
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _saved_over(client: TierClient, keys: Sequence[BlockKey], more: Iterable[BlockKey]) -> bool:
+    """Whether `keys` lie on the disk alone, once `more` have taken their place."""
+    save(client, [*more])
+    found = client.match(keys)
+    return found.by_tier[Tier.HOST] == 0 and found.blocks == len(keys)

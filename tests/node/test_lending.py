@@ -1,6 +1,11 @@
 """The stream between nodes' daemons, with one end that does what it likes."""
 
+import socket
+import ssl
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import ExitStack
@@ -15,12 +20,13 @@ from kvtier.core.fidelity import Fidelity
 from kvtier.core.tiers import Tier
 from kvtier.node.lender import MAX_STRANGERS
 from kvtier.node.peer import Order, Peer, Result
+from kvtier.node.stream import Stream
 from kvtier.wire import lending, local
 from kvtier.wire.access import Access
 from kvtier.wire.lending import Kind
 from tests.access.conftest import OTHER, TOKEN, Keys
-from tests.launching import disk_toml, wait_for
-from tests.node.conftest import BLOCK, LAYOUT, lends_at, new_keys, restore, save
+from tests.launching import DEADLINE_S, disk_toml, node_toml, wait_for
+from tests.node.conftest import BLOCK, LAYOUT, lends_at, new_keys, restore, save, status
 from tests.node.lending import (
     END,
     WELCOME,
@@ -389,6 +395,151 @@ def test_strangers_that_say_nothing_are_so_many_and_no_more(
 
         for _ in range(MAX_STRANGERS + 1):
             wait_for("a stranger's place to be free", served)
+
+
+def test_a_flood_of_strangers_takes_the_places_of_its_own(tmp_path: Path, stack: ExitStack) -> None:
+    a = stack.enter_context(started(tmp_path, "a", "[peers]"))
+    at = lends_at(a)
+    for _ in range(100):
+        stack.enter_context(Asker(at, hello=None, source="127.0.0.2"))
+
+    def welcome() -> bool:
+        return stack.enter_context(Asker(at)).welcome == [True, lending.VERSION, "a"]
+
+    assert any(welcome() for _ in range(5)), "a good peer is kept out"
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_who_takes_nothing_of_what_it_is_sent_is_given_up(tmp_path: Path, *, secure: bool) -> None:
+    keys = Keys(tmp_path)
+    ours, theirs = socket.socketpair()
+    with ExitStack() as ends:
+        if secure:
+            serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            serving.load_cert_chain(keys.path("server.pem"), keys.path("server.key"))
+            asking = ssl.create_default_context(cafile=str(keys.path("ca.pem")))
+            with futures.ThreadPoolExecutor(1) as beside:
+                other = beside.submit(serving.wrap_socket, theirs, server_side=True)
+                ours = asking.wrap_socket(ours, server_hostname="localhost")
+                theirs = other.result(WAIT_S)
+        ends.enter_context(ours)
+        ends.enter_context(theirs)
+        stream, far = Stream(ours), time.monotonic() + 3600
+        with pytest.raises(TimeoutError):  # and not only after an hour
+            stream.send([bytes(64 << 20)], far, 0.2)
+
+
+def test_a_port_that_is_taken_is_refused_or_replaced(tmp_path: Path, stack: ExitStack) -> None:
+    taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    listen = f"127.0.0.1:{taken.getsockname()[1]}"
+    path = tmp_path / "b.toml"
+    path.write_text(node_toml(tmp_path, more=f'[peers]\nlisten = "{listen}"\n'))
+    command = [sys.executable, "-m", "kvtier.cli", "node", "--config", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert found.returncode
+    assert f"peers.listen: cannot listen on {listen}" in found.stderr
+    a = stack.enter_context(
+        started(tmp_path, "a", f'[peers]\nlisten = "{listen}"\nany_port = true\n')
+    )
+    assert lends_at(a) != listen
+    assert f"cannot listen on {listen}" in a.log.read_text()
+    with Asker(lends_at(a)) as asker:
+        assert asker.welcome == [True, lending.VERSION, "a"]
+
+
+# --- an asker whose peer was away -------------------------------------------------------------
+
+
+def order(count: int) -> Order:
+    places = [memoryview(bytearray(BLOCK)) for _ in range(count)]
+    return Order(LAYOUT, new_keys(count), 0, places, lossy=False)
+
+
+def test_kept_connections_that_broke_say_nothing_of_a_peer_that_is_back(rogue: Rogue) -> None:
+    """As after a loss of power: each of them is found broken by the request that takes it."""
+    peer = Peer("a", rogue.address, Access(Config(), serving=False))
+    everybody = threading.Barrier(3)
+
+    def together(keys: list[BlockKey]) -> Iterator[bytes]:
+        everybody.wait(WAIT_S)
+        yield from honest(keys)
+
+    rogue.sends = together
+    with futures.ThreadPoolExecutor(3) as beside:
+        began = [beside.submit(peer.fetch, order(1), WAIT_S) for _ in range(3)]
+        assert [each.result(WAIT_S).result for each in began] == [Result.OK] * 3
+    assert rogue.connections == 3
+    broken = 0
+
+    def broken_once(keys: list[BlockKey]) -> Iterator[bytes]:
+        nonlocal broken
+        broken += 1
+        if broken == 1:
+            raise HangUp
+        yield from honest(keys)
+
+    rogue.sends = broken_once
+    found = peer.fetch(order(2), WAIT_S)
+    assert (found.result, len(found.fidelities)) == (Result.OK, 2), found.why
+    assert rogue.connections == 4, "the others are as old, and were let go"
+
+    def broken_late(keys: list[BlockKey]) -> Iterator[bytes]:
+        yield from honest(keys)[:2]
+        raise HangUp
+
+    rogue.sends = broken_late
+    found = peer.fetch(order(2), WAIT_S)
+    assert (found.result, len(found.fidelities)) == (Result.FAILED, 1)
+    requests = rogue.requests
+
+    def broken_always(_: list[BlockKey]) -> list[bytes]:
+        raise HangUp
+
+    rogue.sends = broken_always
+    assert peer.fetch(order(2), WAIT_S).result is Result.FAILED
+    assert rogue.requests == requests + 1, "a new connection is not tried twice"
+    peer.close()
+
+
+def test_pulls_that_fail_together_are_one_failure(
+    tmp_path: Path, stack: ExitStack, rogue: Rogue
+) -> None:
+    listed = members(a=rogue.address).replace("retry_s = 0.1", "retry_s = 600.0")
+    b = stack.enter_context(started(tmp_path, "b", listed))
+    engines = [stack.enter_context(engine(tmp_path, "b")) for _ in range(4)]
+    go_on = threading.Event()
+
+    def broken(_: list[BlockKey]) -> list[bytes]:
+        go_on.wait(WAIT_S)
+        raise HangUp
+
+    rogue.sends = broken
+    with futures.ThreadPoolExecutor(4) as beside:
+        began = [beside.submit(e.pull, new_keys(1), 0, "a", wait_s=WAIT_S) for e in engines]
+        wait_for("four requests", lambda: rogue.requests == 4)
+        go_on.set()
+        assert [each.result(WAIT_S) for each in began] == [0] * 4
+    assert counter(b, "peer_pulls_total_failed") == 4
+    rogue.sends = honest
+    assert engines[0].pull(new_keys(3), 0, "a", wait_s=WAIT_S) == 3, "left alone for one failure"
+
+
+def test_no_slot_is_taken_for_a_peer_that_does_not_answer(
+    tmp_path: Path, stack: ExitStack, rogue: Rogue
+) -> None:
+    b = stack.enter_context(started(tmp_path, "b", members(a=rogue.address)))
+    at_b, other = (stack.enter_context(engine(tmp_path, "b")) for _ in range(2))
+    rogue.greets.clear()
+    keys = new_keys(8)
+    with futures.ThreadPoolExecutor(1) as beside:
+        pulling = beside.submit(at_b.pull, keys, 0, "a", wait_s=WAIT_S)
+        wait_for("a connection", lambda: rogue.connections)
+        assert status(b).layouts[0].leases == 0
+        assert save(other, keys[:2]) == 2, "an engine has computed them meanwhile"
+        rogue.greets.set()
+        came = pulling.result(WAIT_S + 10)
+    assert came in (0, 6), "it may have been given up on a slow machine"
+    assert restore(other, keys) == [Tier.HOST] * (2 + came)
 
 
 # --- who may ask ----------------------------------------------------------------------------

@@ -159,14 +159,16 @@ def test_a_peer_that_hangs_costs_the_deadline_and_one_that_is_killed_a_miss(
     a = stack.enter_context(started(tmp_path, "a", "[peers]"))
     b = stack.enter_context(started(tmp_path, "b", members(a=lends_at(a))))
     at_a, at_b = (stack.enter_context(engine(tmp_path, name)) for name in "ab")
-    keys = new_keys(10)
+    keys, one = new_keys(10), new_keys(1)
     save(at_a, keys)
+    save(at_a, one)
+    assert at_b.pull(one, 0, "a", wait_s=WAIT_S) == 1  # from now on a connection is kept
     os.kill(a.pid, signal.SIGSTOP)
     try:
-        assert at_b.pull(keys, 0, "a", wait_s=0.2) == 0
         with asking(tmp_path / "b" / "node.sock", keys):
             wait_for("a pull", lambda: status(b).layouts[0].leases)
         nothing_leased(b)
+        assert at_b.pull(keys, 0, "a", wait_s=0.2) == 0
     finally:
         os.kill(a.pid, signal.SIGCONT)
     wait_for("A to be asked again", lambda: pulled_all(at_b, keys))
@@ -183,6 +185,10 @@ def test_a_peer_that_hangs_costs_the_deadline_and_one_that_is_killed_a_miss(
 def test_a_daemon_that_is_told_to_stop_waits_for_no_peer(tmp_path: Path, stack: ExitStack) -> None:
     a = stack.enter_context(started(tmp_path, "a", "[peers]"))
     b = stack.enter_context(started(tmp_path, "b", members(a=lends_at(a))))
+    at_a, at_b = (stack.enter_context(engine(tmp_path, name)) for name in "ab")
+    one = new_keys(1)
+    save(at_a, one)
+    assert at_b.pull(one, 0, "a", wait_s=WAIT_S) == 1  # from now on a connection is kept
     os.kill(a.pid, signal.SIGSTOP)
     try:
         with asking(tmp_path / "b" / "node.sock", new_keys(10), wait_s=60):

@@ -45,7 +45,7 @@ class TestBuffered(StoreTests):
 
     @pytest.fixture
     def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-        monkeypatch.setattr("kvtier.stores.disk.files.Folder._probe", lambda folder: False)
+        monkeypatch.setattr("kvtier.stores.disk.files.Folder.probe", lambda folder: False)
         with opened(tmp_path / "disk") as store:
             assert not store.direct
             yield store

@@ -114,7 +114,7 @@ class Folder:
                     f"any more; remove {path / 'blocks'}"
                 )
             self.segments.mkdir(exist_ok=True)
-            self.direct = self._probe()
+            self.direct = self.probe()
         except OSError as error:
             self.close()
             raise ConfigError(f"disk.path {path}: {error.strerror}: {error.filename}") from None
@@ -152,16 +152,7 @@ class Folder:
         """Give a segment's room back to the disk."""
         (self.segments / shape.name).unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Let the next process have the folder. Idempotent."""
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _flags(self) -> int:
-        return os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
-
-    def _probe(self) -> bool:
+    def probe(self) -> bool:
         """Whether the file system takes O_DIRECT; also shows that it can be written at all."""
         path = self.segments / "probe.tmp"
         path.unlink(missing_ok=True)
@@ -179,6 +170,15 @@ class Folder:
             raise
         finally:
             path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let the next process have the folder. Idempotent."""
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _flags(self) -> int:
+        return os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
 
 
 def lock(path: Path) -> int:

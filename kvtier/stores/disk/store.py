@@ -22,7 +22,7 @@ from kvtier.stores.disk.record import PAGE, record_nbytes
 from kvtier.stores.disk.room import NO_ROOM, Room
 from kvtier.stores.disk.space import Place, Record, Segment, Space
 from kvtier.stores.disk.transfer import Transfer, Write, at_once
-from kvtier.stores.disk.trial import DiskTrial
+from kvtier.stores.disk.trial import DiskTrial, ask
 from kvtier.stores.disk.usage import Usage
 
 # Of a read: this record is lost, the disk goes on.
@@ -78,6 +78,7 @@ class DiskStore:
         self._transfer = Transfer()
         self._room = Room(self._folder, self._space, self._state, self._move_all)
         self.trial = partial(DiskTrial, self._room, self._space, self._state, self._budget, clock)
+        self.probe = partial(ask, self._folder)
         self._read_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-read")
         self._write_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-write")
         self._erase_pool = ThreadPoolExecutor(requests, thread_name_prefix="disk-erase")

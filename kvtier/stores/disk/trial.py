@@ -1,5 +1,6 @@
 """Free slots of a disk store, written and read to measure the disk: nobody's blocks."""
 
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,25 @@ from kvtier import metrics
 from kvtier.errors import StoreUnavailable
 from kvtier.stores.disk.budget import WriteBudget
 from kvtier.stores.disk.buffers import BufferPool
+from kvtier.stores.disk.files import Folder
 from kvtier.stores.disk.record import PAGE, pages, record_nbytes
-from kvtier.stores.disk.room import Room
+from kvtier.stores.disk.room import NO_ROOM, Room
 from kvtier.stores.disk.space import Place, Space
 from kvtier.stores.disk.transfer import at_once
 
 T = TypeVar("T")
 
+_ANSWERS: Final = {*NO_ROOM, errno.EROFS}  # of a disk that works
 _LEFT: Final = 2  # times what is taken must be free, so that blocks still find room
+
+
+def ask(folder: Folder) -> None:
+    """See `ProbedStore.probe`: by a page of a file of its own."""
+    try:
+        folder.probe()
+    except OSError as error:
+        if error.errno not in _ANSWERS:
+            raise StoreUnavailable(f"disk {folder.path}: {error.strerror}") from error
 
 
 class DiskTrial:
