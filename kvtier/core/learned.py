@@ -10,7 +10,9 @@ So no single measurement sends a prompt away from where it is warm. (Shrinkage: 
 How fast a queue empties (`Rates.drain`) is what a request waited for its turn against what stood
 before it when it was sent, by the tokens that were known to wait and the worker's speed. Whatever
 makes these two differ goes in: work that nobody told of, batches that go faster than one after the
-other, the half of a long prefill that is done already when the next prompt comes.
+other, the half of a long prefill that is done already when the next prompt comes. As this differs
+much from one request to the next, a worker counts as its fleet as far as it does not stand out of
+its own noise (kvtier.core.drain).
 
 What is learned counts for FORGET_S after the last request that taught it. Then the worker's own
 word, or else what is usual, counts again: a worker that was slow once gets no requests that could
@@ -25,6 +27,7 @@ from statistics import median_low
 from typing import Final, NamedTuple
 
 from kvtier.core.drag import Drag
+from kvtier.core.drain import standing_out
 from kvtier.core.score import DEFAULT_RATES, Rates
 from kvtier.core.tiers import Tier
 
@@ -33,7 +36,7 @@ ENOUGH: Final = 8  # requests, from which on only they count
 MOST_DRAIN: Final = 8.0  # times as fast, or as slow, as believed
 LEAST_WAIT_S: Final = 0.05  # of a believed wait: beside a shorter one the way there counts
 _NEWEST: Final = 9  # requests that count
-_NEWEST_WAITS: Final = 17  # they differ more, by what of the first in the queue was done already
+_NEWEST_WAITS: Final = 33  # they differ more, by what of the first in the queue was done already
 _AFRESH_S: Final = 1.0  # so long the other workers' requests may go unnoticed
 _LEAST_TOKENS: Final = 128  # of a prefill: fewer take about as long as one, and teach no speed
 _LEAST_NBYTES: Final = 1 << 20  # of a load, likewise
@@ -81,6 +84,7 @@ class _Worker:
     def __init__(self) -> None:
         self.costs: dict[str, _Costs] = {}
         self.drag = Drag()
+        self.wait = 1.0  # the median of what drain costs
         self.made: _Made | None = None
 
     def teach(self, name: str, amount: float, seconds: float, now: float) -> bool:
@@ -90,6 +94,8 @@ class _Worker:
         most = _NEWEST_WAITS if name == "drain" else _NEWEST
         newest = self.newest(name, now) or deque(maxlen=most)
         newest.append(seconds / amount)
+        if name == "drain":
+            self.wait = median_low(newest)
         self.costs[name] = _Costs(newest, now)
         self.made = None
         return True
@@ -166,6 +172,9 @@ class Learned:
                 continue
             until = min(until, costs.last + FORGET_S)
             found: Collection[float] = newest
+            if name == "drain":
+                rates[name] = 1 / standing_out(newest, self._usual_wait(now), ENOUGH)
+                continue
             if name == "prefill_tokens_per_s":
                 rates["decode_drag"] = share = known.drag.value(told.decode_drag)
                 found = known.drag.alone(share, _NEWEST)
@@ -174,6 +183,21 @@ class Learned:
                 usual = 1 / rates[name] if rates[name] else self._usual(name, now)
             rates[name] = 1 / _shrunk(found, usual)
         return _Made(told, until, replace(told, **rates))
+
+    def _usual_wait(self, now: float) -> float:
+        """Seconds that a believed second takes on the worker in the middle of the fleet."""
+        if now != self._fleet_at:
+            self._fleet.clear()
+            self._fleet_at = now
+        if "drain" not in self._fleet:
+            known = [
+                (each.wait, len(newest))
+                for each in self._workers.values()
+                if (newest := each.newest("drain", now))
+            ]
+            share = min(1.0, sum(count for _, count in known) / ENOUGH)
+            self._fleet["drain"] = median_low(wait for wait, _ in known) ** share
+        return self._fleet["drain"]
 
     def _usual(self, name: str, now: float) -> float:
         """What a unit costs in this fleet; found once for all workers of a ranking."""

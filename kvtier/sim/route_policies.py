@@ -48,19 +48,19 @@ def policy(name: str, setup: Setup, rng: Random) -> Policy:
 
 
 def _ranked(setup: Setup, rng: Random, number: float | None) -> Policy:
-    return _learning(setup, rng, MOST_BEHIND if number is None else number, Learned())
+    return _learning(setup, rng, MOST_BEHIND if number is None else number, learns=True)
 
 
 def _untaught(setup: Setup, rng: Random, number: float | None) -> Policy:
     """As `kvtier`, with the nodes' own word of their speeds, and queues as they are believed."""
-    return _learning(setup, rng, MOST_BEHIND if number is None else number, None)
+    return _learning(setup, rng, MOST_BEHIND if number is None else number, learns=False)
 
 
-def _learning(setup: Setup, rng: Random, most_behind: float, learned: Learned | None) -> Policy:
-    behind = Behind(most_behind)
+def _learning(setup: Setup, rng: Random, most_behind: float, *, learns: bool) -> Policy:
+    behind, learned = Behind(most_behind), Learned()
 
     def choose(nodes: Sequence[Node], request: Request, now: float) -> Node:
-        for node in nodes if learned is not None else ():
+        for node in nodes if learns else ():
             while node.begun:
                 sent = node.begun.popleft()
                 learned.observe(node.name, sent.told, sent.first_token_s)
@@ -69,7 +69,7 @@ def _learning(setup: Setup, rng: Random, most_behind: float, learned: Learned | 
             score.Candidate(
                 name=node.name,
                 warmth=node.warmth(blocks, now),
-                rates=learned.rates(node.name, node.rates, now) if learned else node.rates,
+                rates=learned.rates(node.name, node.rates, now),
                 last_cold=node.last_cold,
                 wait_s=node.wait_s(now),
             )
@@ -162,11 +162,11 @@ def _lowest(nodes: Sequence[Node], cost: Callable[[Node], Cost], rng: Random) ->
 _WEIGHTED: Final = ("kvtier", "kvtier-untaught", "dynamo")
 _POLICIES: Final[dict[str, Callable[[Setup, Random, float | None], Policy]]] = {
     "kvtier": _ranked,
-    "kvtier-untaught": _untaught,
     "dynamo": _dynamo,
     "least-loaded": _least_loaded,
     "round-robin": _round_robin,
     "random": _random,
     "prefix": _prefix,
     "consistent-hash": _consistent_hash,
+    "kvtier-untaught": _untaught,
 }

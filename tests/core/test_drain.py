@@ -61,11 +61,36 @@ def test_a_queue_that_empties_half_as_fast_is_known_after_enough_requests():
     assert ranked(learned, slow=1000)[0].believed_s == pytest.approx(1.0)
 
 
-def test_a_queue_that_changes_its_pace_is_known_within_ten_requests():
+def test_a_queue_that_changes_its_pace_is_known_within_twenty_requests():
     learned = Learned()
-    for times in [1.0] * 40 + [2.0] * 10:
+    for times in [1.0] * 40 + [2.0] * 20:
         learned.observe("w", waited(times), 0.0)
     assert waits(learned, w=1000)["w"] == pytest.approx(2.0)
+
+
+def test_one_request_alone_says_little():
+    learned = Learned()
+    learned.observe("w", waited(1000.0), 0.0)
+    assert waits(learned, w=1000)["w"] < 2.0
+    for _ in range(ENOUGH):
+        learned.observe("w", waited(1.0), 0.0)
+    assert waits(learned, w=1000)["w"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_workers_that_are_alike_count_alike_however_much_chance_there_is(seed: int):
+    """The one before was computed by any part when a request came."""
+    learned, rng = Learned(), Random(seed)
+    names = [f"w{n}" for n in range(8)]
+    for name in names:
+        for _ in range(40):
+            learned.observe(name, waited(rng.uniform(0.0, 1.0)), 0.0)
+    found = waits(learned, **dict.fromkeys(names, 1000))
+    assert max(found.values()) < 1.6 * min(found.values())
+    for _ in range(40):
+        learned.observe("w0", waited(3 * rng.uniform(0.0, 1.0)), 0.0)
+    found = waits(learned, **dict.fromkeys(names, 1000))
+    assert found["w0"] > 1.1 * max(wait for name, wait in found.items() if name != "w0")
 
 
 def serve(rates: dict[str, float], requests: int = 300) -> dict[str, float]:
