@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
+from kvtier.core.drag import WINDOW
 from kvtier.core.learned import ENOUGH, MOST_DRAIN
 from kvtier.wire.pb import router_pb2, worker_pb2
 from tests.router.stub_engine import Script, StubWorker, done, tokens
@@ -52,9 +53,9 @@ async def until_waiting(router, name: str, count: int) -> None:
     await eventually(heard, "the load was told")
 
 
-async def ask(router, times: int = ENOUGH) -> None:
+async def ask(router, times: int = ENOUGH, prompt: str = PROMPT) -> None:
     async def once() -> None:
-        async for _ in router.stub.Generate(generate_request(PROMPT, max_tokens=1)):
+        async for _ in router.stub.Generate(generate_request(prompt, max_tokens=1)):
             pass
 
     await asyncio.gather(*(once() for _ in range(times)))
@@ -116,3 +117,23 @@ async def test_the_ends_of_long_prompts_are_a_longer_wait_than_as_many_short_one
     await until_waiting(router, "late", 9000)
     await until_waiting(router, "early", 5100)
     assert [c.worker_id for c in await router.explain(PROMPT)] == ["early", "late"]
+
+
+async def test_what_decoding_costs_is_learned_and_explained(engines, routers):
+    stub = worker("w", 0)
+    router = await routers(await engines(stub))
+    long = "x" * 200
+    for running, prefill_s in ((0, 0.5), (20, 1.5)):
+        stub.heartbeat.load.running = running
+        stub.script = begins(prefill_s=prefill_s)
+
+        async def heard(count: int = running) -> bool:
+            return (await terms(router, "w"))[1].decoding == count
+
+        await eventually(heard, "the load was told")
+        assert (await terms(router, "w"))[1].drag == 0.02
+        await ask(router, WINDOW // 2, long)
+    _, told = await terms(router, "w")
+    assert told.drag == pytest.approx(0.1, rel=0.2), "1 s of 0.5 over 20 of them"
+    slow = 1 + 20 * told.drag
+    assert told.prefill_tokens_per_s / slow == pytest.approx(200 / 1.5, rel=0.01)
