@@ -251,6 +251,25 @@ def test_a_speed_is_the_one_without_what_is_decoded_beside():
     assert learned.rates("w", DRAG, 0.0).prefill_tokens_per_s == pytest.approx(2000)
 
 
+def test_what_decoding_costs_is_forgotten_with_the_speed():
+    learned = Learned()
+    for decoding in range(WINDOW):
+        prefilled(learned, 0.2, decoding)
+    assert learned.rates("w", DRAG, 0.0).decode_drag > 0.1
+    later = FORGET_S + 1
+    for decoding in range(WINDOW - 1):
+        learned.observe("w", Sample(1000, 0.5, decoding=decoding), later)
+    assert learned.rates("w", DRAG, later).decode_drag == DRAG.decode_drag
+
+
+def test_one_that_says_nothing_is_drawn_to_the_fleet_as_it_is_without_decoding():
+    learned, silent = Learned(), Rates(decode_drag=0.02)
+    for _ in range(3 * ENOUGH):
+        learned.observe("a", Sample(1000, 2.0, decoding=50, drag=0.02), 0.0)
+    learned.observe("new", Sample(1000, 1.0), 0.0)
+    assert learned.rates("new", silent, 0.0).prefill_tokens_per_s == pytest.approx(1000)
+
+
 def test_a_line_from_noise_alone_is_hardly_believed():
     drag, rng = Drag(), Random(1)
     for _ in range(WINDOW):

@@ -22,11 +22,11 @@ SERVED = Served(
 
 
 class Engine:
-    """Gives first tokens when it is let."""
+    """Gives first tokens when it is let, and ends when it is told to."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.let = asyncio.Event()
+        self.let, self.end = asyncio.Event(), asyncio.Event()
 
     async def answer(self, request: Request) -> Answer:
         await self.let.wait()
@@ -36,6 +36,7 @@ class Engine:
             restore_s=0.0, prefill_s=1.0,
         )  # fmt: skip
         yield Tokens((1,))
+        await self.end.wait()
         yield Done(finish_reason=FinishReason.LENGTH, completion_tokens=1, saved_tokens=0)
 
     async def clear(self) -> None: ...
@@ -47,7 +48,7 @@ class Engine:
 
 
 async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
-    """Waiting tokens, plain and as first ones: while these prompts wait, and when they are done."""
+    """Waiting tokens, plain and as first ones: while these wait, and from first tokens on."""
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = Config(worker=WorkerConfig(listen="127.0.0.1:0", node="b"))
     serving = asyncio.create_task(
@@ -70,12 +71,14 @@ async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
                 found.append((load.waiting_tokens, load.waiting_as_first))
                 break
         engine.let.set()
-        await asyncio.gather(*asking)
         async for message in watch:
             load = message.heartbeat.load
             if message.HasField("heartbeat") and not load.waiting_tokens:
+                assert load.running == len(prompts)
                 found.append((load.waiting_tokens, load.waiting_as_first))
                 break
+        engine.end.set()
+        await asyncio.gather(*asking)
         watch.cancel()
     stop.set()
     await serving

@@ -83,6 +83,8 @@ async def test_how_fast_a_queue_empties_is_learned_and_explained(
     assert told.drain == pytest.approx(drain)
     assert choice.wait_s == pytest.approx(waiting / 1000 / drain)
     assert (await terms(other, "w"))[1].drain == 1.0, "a replica learns from what it sent"
+    await ask(router, 40)  # what it has learned is no part of what it learns from
+    assert (await terms(router, "w"))[1].drain == pytest.approx(drain)
 
 
 async def test_a_worker_that_does_not_say_what_it_did_teaches_nothing(engines, routers):
