@@ -23,10 +23,12 @@ class Drag:
 
     def __init__(self) -> None:
         self._newest: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._line: tuple[float, float] | None = None  # how far it is believed, and its share
 
     def add(self, decoding: int, cost: float) -> None:
         """A prefill took `cost` seconds a token while so many requests were in decode."""
         self._newest.append((decoding, cost))
+        self._line = None
 
     def alone(self, share: float, most: int) -> list[float]:
         """The newest costs, at most so many, as with nobody in decode if each adds `share`."""
@@ -38,17 +40,22 @@ class Drag:
 
         `prior` where fewer than WINDOW prefills are known.
         """
+        if self._line is None:
+            self._line = self._draw()
+        believed, share = self._line
+        return believed * share + (1 - believed) * prior
+
+    def _draw(self) -> tuple[float, float]:
         if len(self._newest) < WINDOW:
-            return prior
+            return 0.0, 0.0
         ordered = sorted(self._newest)
         few, many = ordered[: WINDOW // 3], ordered[-(WINDOW // 3) :]
         low, high = (median_low(decoding for decoding, _ in third) for third in (few, many))
         apart = high - low
         if not apart:
-            return prior
+            return 0.0, 0.0
         cheap, dear = (median_low(cost for _, cost in third) for third in (few, many))
         slope = (dear - cheap) / apart
         alone = median_low(cost - slope * decoding for decoding, cost in ordered)
         line = slope / alone if alone > 0 else MOST
-        share = apart * apart / (apart * apart + _HALF * _HALF)
-        return share * min(MOST, max(_LEAST, line)) + (1 - share) * prior
+        return apart * apart / (apart * apart + _HALF * _HALF), min(MOST, max(_LEAST, line))

@@ -10,22 +10,35 @@ idea (Efron and Morris, 1975), in logarithms, with medians in place of means.
 from collections.abc import Collection
 from math import exp, log
 from statistics import median_low
-from typing import Final
+from typing import Final, NamedTuple
 
 _DOUBT: Final = 8.0  # of a difference of nearly three times its error one half is believed
 _ERROR: Final = (1.4826 * 1.2533) ** 2  # of a median, from the median deviation: Huber, 1981
 
 
-def standing_out(factors: Collection[float], usual: float, enough: int) -> float:
-    """The median of some factors, drawn to the `usual` one as far as chance explains it.
+class Factors(NamedTuple):
+    """What is known of a worker's last factors, at least one."""
 
-    Fewer than `enough` of them are drawn to it the more.
-    """
-    logs = [log(each) for each in factors]
-    own, centre = median_low(logs), log(usual)
-    apart = (own - centre) ** 2
-    error = _ERROR * median_low([abs(each - own) for each in logs]) ** 2 / len(logs)
-    share = min(1.0, len(logs) / enough)
-    if error:
-        share *= apart / (apart + _DOUBT * error)
-    return exp(share * own + (1 - share) * centre)
+    middle: float  # the logarithm of their median
+    error: float  # of that, squared
+    count: int
+
+    @classmethod
+    def of(cls, factors: Collection[float]) -> "Factors":
+        """Of these."""
+        logs = [log(each) for each in factors]
+        middle = median_low(logs)
+        deviation = median_low([abs(each - middle) for each in logs])
+        return cls(middle, _ERROR * deviation**2 / len(logs), len(logs))
+
+    def standing_out(self, usual: float, enough: int) -> float:
+        """The median, drawn to the `usual` factor as far as chance explains the difference.
+
+        Fewer than `enough` factors are drawn to it the more.
+        """
+        centre = log(usual)
+        apart = (self.middle - centre) ** 2
+        share = min(1.0, self.count / enough)
+        if self.error:
+            share *= apart / (apart + _DOUBT * self.error)
+        return exp(share * self.middle + (1 - share) * centre)

@@ -21,13 +21,13 @@ show that it is fast now, so its past must not be held against it for ever.
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields
 from math import exp, isfinite, log
 from statistics import median_low
 from typing import Final, NamedTuple
 
 from kvtier.core.drag import Drag
-from kvtier.core.drain import standing_out
+from kvtier.core.drain import Factors
 from kvtier.core.score import DEFAULT_RATES, Rates
 from kvtier.core.tiers import Tier
 
@@ -47,7 +47,7 @@ _OF_TIER: Final = {
     Tier.DISK: "disk_bytes_per_s",
     Tier.SHARED: "shared_bytes_per_s",
 }
-_LEARNED: Final = ("prefill_tokens_per_s", *_OF_TIER.values(), "drain")
+_RATES: Final = tuple(each.name for each in fields(Rates) if each.init)
 
 
 class Sample(NamedTuple):
@@ -84,7 +84,7 @@ class _Worker:
     def __init__(self) -> None:
         self.costs: dict[str, _Costs] = {}
         self.drag = Drag()
-        self.wait = 1.0  # the median of what drain costs
+        self.waits: Factors | None = None  # of what "drain" costs
         self.made: _Made | None = None
 
     def teach(self, name: str, amount: float, seconds: float, now: float) -> bool:
@@ -95,7 +95,7 @@ class _Worker:
         newest = self.newest(name, now) or deque(maxlen=most)
         newest.append(seconds / amount)
         if name == "drain":
-            self.wait = median_low(newest)
+            self.waits = Factors.of(newest)
         self.costs[name] = _Costs(newest, now)
         self.made = None
         return True
@@ -163,7 +163,7 @@ class Learned:
 
     def _make(self, known: _Worker, told: Rates, now: float) -> _Made:
         """Its rates now, and how long they are true; forgets what is past."""
-        rates = {name: getattr(told, name) for name in _LEARNED}
+        rates = {name: getattr(told, name) for name in _RATES}
         until = now + _AFRESH_S
         for name, costs in list(known.costs.items()):
             newest = known.newest(name, now)
@@ -172,8 +172,8 @@ class Learned:
                 continue
             until = min(until, costs.last + FORGET_S)
             found: Collection[float] = newest
-            if name == "drain":
-                rates[name] = 1 / standing_out(newest, self._usual_wait(now), ENOUGH)
+            if name == "drain" and known.waits is not None:
+                rates[name] = 1 / known.waits.standing_out(self._usual_wait(now), ENOUGH)
                 continue
             if name == "prefill_tokens_per_s":
                 rates["decode_drag"] = share = known.drag.value(told.decode_drag)
@@ -182,33 +182,35 @@ class Learned:
             if len(found) < ENOUGH:
                 usual = 1 / rates[name] if rates[name] else self._usual(name, now)
             rates[name] = 1 / _shrunk(found, usual)
-        return _Made(told, until, replace(told, **rates))
+        return _Made(told, until, Rates(**rates))
 
     def _usual_wait(self, now: float) -> float:
         """Seconds that a believed second takes on the worker in the middle of the fleet."""
-        if now != self._fleet_at:
-            self._fleet.clear()
-            self._fleet_at = now
-        if "drain" not in self._fleet:
+        fleet = self._fleet_of(now)
+        if "drain" not in fleet:
             known = [
-                (each.wait, len(newest))
+                each.waits
                 for each in self._workers.values()
-                if (newest := each.newest("drain", now))
+                if each.waits is not None and each.newest("drain", now) is not None
             ]
-            share = min(1.0, sum(count for _, count in known) / ENOUGH)
-            self._fleet["drain"] = median_low(wait for wait, _ in known) ** share
-        return self._fleet["drain"]
+            share = min(1.0, sum(each.count for each in known) / ENOUGH)
+            fleet["drain"] = exp(share * median_low(each.middle for each in known))
+        return fleet["drain"]
 
     def _usual(self, name: str, now: float) -> float:
         """What a unit costs in this fleet; found once for all workers of a ranking."""
+        fleet = self._fleet_of(now)
+        if name not in fleet:
+            workers = (each.newest(name, now) for each in self._workers.values())
+            costs = [cost for newest in workers if newest for cost in newest]
+            fleet[name] = _shrunk(costs, 1 / getattr(DEFAULT_RATES, name))
+        return fleet[name]
+
+    def _fleet_of(self, now: float) -> dict[str, float]:
         if now != self._fleet_at:
             self._fleet.clear()
             self._fleet_at = now
-        if name not in self._fleet:
-            workers = (each.newest(name, now) for each in self._workers.values())
-            costs = [cost for newest in workers if newest for cost in newest]
-            self._fleet[name] = _shrunk(costs, 1 / getattr(DEFAULT_RATES, name))
-        return self._fleet[name]
+        return self._fleet
 
 
 def _shrunk(costs: Collection[float], usual: float) -> float:
