@@ -21,7 +21,7 @@ class Factors(NamedTuple):
 
     middle: float  # the logarithm of their median
     error: float  # of that, squared
-    count: int
+    seen: int
 
     @classmethod
     def of(cls, factors: Collection[float]) -> "Factors":
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
         """
         centre = log(usual)
         apart = (self.middle - centre) ** 2
-        share = min(1.0, self.count / enough)
+        share = min(1.0, self.seen / enough)
         if self.error:
             share *= apart / (apart + _DOUBT * self.error)
         return exp(share * self.middle + (1 - share) * centre)

@@ -193,7 +193,7 @@ class Learned:
                 for each in self._workers.values()
                 if each.waits is not None and each.newest("drain", now) is not None
             ]
-            share = min(1.0, sum(each.count for each in known) / ENOUGH)
+            share = min(1.0, sum(each.seen for each in known) / ENOUGH)
             fleet["drain"] = exp(share * median_low(each.middle for each in known))
         return fleet["drain"]
 
