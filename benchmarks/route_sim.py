@@ -19,11 +19,13 @@ TRACE = Path(__file__).parent.parent.parent / "shared/traces/conversation_trace.
 VRAM = Setup()
 TIERS = Setup(host_blocks=3200, pool_blocks=32_000)
 LIMITS = {8: (0.65, 0.80, 0.65), 16: (0.45, 0.62, 0.45)}  # of w=1, of w=4, of w=1 with tiers
+SLOW_QUEUES = "half the queues empty half as fast as believed"
 DISTURBED = {
     "a node lost": replace(VRAM, lose_at=0.5),
     "a node added": replace(VRAM, join_at=0.5),
     "news 1 s late": replace(VRAM, stale_s=1.0),
     "half the nodes at half speed": replace(VRAM, slow_nodes=0.5),
+    SLOW_QUEUES: replace(VRAM, slow_queues=0.5),
 }
 
 
@@ -40,7 +42,8 @@ def run(*, tiny: bool) -> dict[str, object]:
         "tiers": compare(requests, policies, nodes, (0.95,), TIERS, seeds),
     }
     for name, setup in DISTURBED.items():
-        runs[name] = compare(requests, ("kvtier", "least-loaded"), nodes[:1], (0.7,), setup, seeds)
+        both = ("kvtier", "least-loaded", *(("kvtier-untaught",) if name == SLOW_QUEUES else ()))
+        runs[name] = compare(requests, both, nodes[:1], (0.7,), setup, seeds)
     took = time.perf_counter() - begun
     bars = []
     for count in nodes:
@@ -48,6 +51,9 @@ def run(*, tiny: bool) -> dict[str, object]:
     for name in DISTURBED:
         ours, theirs = _means(runs[name], nodes[0])["kvtier"], _means(runs[name], nodes[0])
         bars.append(Bar(f"{name}: of least-loaded", ours / theirs["least-loaded"], at_most=1.0))
+        if "kvtier-untaught" in theirs:
+            ratio = ours / theirs["kvtier-untaught"]
+            bars.append(Bar(f"{name}: of the same without learning", ratio, at_most=1.0))
     return {
         "trace": str(trace) if real else "made",
         "requests": len(requests),

@@ -26,6 +26,7 @@ _OPTIONS = {
     "decode_s": (0.0, 1e3, "seconds that a generated token takes"),
     "stale_s": (0.0, 3600.0, "so late the router learns what a cache holds"),
     "slow_nodes": (0.0, 1.0, "share of the nodes that work at half speed"),
+    "slow_queues": (0.0, 1.0, "share of the nodes whose queues empty half as fast as is believed"),
     "lose_at": (0.0, 1.0, "share of the trace after which a node is lost"),
     "join_at": (0.0, 1.0, "share of the trace after which a node is added"),
 }

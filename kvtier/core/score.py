@@ -2,9 +2,9 @@
 
     seconds = wait + (1 + behind) * (load + prefill)
 
-`wait` is what stands in the worker's queue, `load` brings the warm blocks to VRAM, `prefill`
-computes the rest. A request also holds up those that come behind it: `behind` of them, on
-average, wait for its load and prefill too (kvtier.core.behind).
+`wait` is what stands in the worker's queue, at the speed at which its queue empties, `load` brings
+the warm blocks to VRAM, `prefill` computes the rest. A request also holds up those that come behind
+it: `behind` of them, on average, wait for its load and prefill too (kvtier.core.behind).
 
 Computing a token takes the longer the more tokens stand before it, and the longer the more
 requests the worker is decoding meanwhile. A prefix that another node could hand over is loaded
@@ -32,8 +32,9 @@ class Rates:
 
     `doubles_at` is the position in a prompt at which a token takes twice as long to compute as
     the first one does, as attention looks at all tokens before it. `decode_drag` is by how much
-    of its own time every request in decode lengthens a prefill. Without a `peer_bytes_per_s`
-    nothing is loaded from other nodes.
+    of its own time every request in decode lengthens a prefill. `drain` is how fast its queue
+    empties, in units of what its waiting tokens and its speed say: at 0.5 they take twice as long
+    as that. Without a `peer_bytes_per_s` nothing is loaded from other nodes.
 
     Raises:
         ValueError: A rate is negative or not finite.
@@ -46,6 +47,7 @@ class Rates:
     peer_bytes_per_s: float = 0.0
     doubles_at: float = 0.0
     decode_drag: float = 0.0
+    drain: float = 0.0
     complete: bool = field(init=False, default=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ _NEEDED = (
     "host_bytes_per_s",
     "disk_bytes_per_s",
     "shared_bytes_per_s",
+    "drain",
 )
 _RATES = tuple(each.name for each in fields(Rates) if each.init)
 
@@ -74,6 +77,7 @@ DEFAULT_RATES = Rates(
     host_bytes_per_s=10e9,
     disk_bytes_per_s=2e9,
     shared_bytes_per_s=1e9,
+    drain=1.0,
 )
 
 
@@ -82,11 +86,11 @@ class Candidate(NamedTuple):
 
     name: str
     warmth: Warmth
-    waiting_tokens: int = 0  # prompt tokens that it has still to compute for others
+    waiting_tokens: int = 0  # that it has still to compute for others, as at a prompt's start
     rates: Rates = DEFAULT_RATES
     last_cold: float = 0.0  # when it was last given a prompt that it had nothing of, in seconds
     draining: bool = False
-    wait_s: float = 0.0  # until its queue is empty, besides the waiting tokens
+    wait_s: float = 0.0  # until its queue is empty, besides the waiting tokens; before `drain`
     decoding: int = 0  # requests
     lends: int = 0  # leading blocks of the prompt that others could load from its node
     loads_all: bool = False  # also what it would compute sooner than it is loaded
@@ -118,6 +122,11 @@ class Choice(NamedTuple):
     waiting_tokens: int = 0
     decoding: int = 0
     used: int = 0  # leading blocks of its own that are not computed again
+
+    @property
+    def believed_s(self) -> float:
+        """`wait_s` by waiting tokens, speed and decoding alone, as if `Rates.drain` were 1."""
+        return self.wait_s * self.rates.drain
 
     @property
     def taken(self) -> Warmth:
@@ -275,7 +284,8 @@ def _terms(candidates: Sequence[Candidate], prompt: _Prompt) -> list[_Terms]:
         blocks = held = vram + host + disk + shared
         own_s = load_s = nbytes * host / rate.host_bytes_per_s if host else 0.0
         slow = 1 + rate.decode_drag * each.decoding
-        wait_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
+        believed_s = (each.waiting_tokens / rate.prefill_tokens_per_s + each.wait_s) * slow
+        wait_s = believed_s / rate.drain
         prefill_s = rate.prefill_s(min(blocks * block_tokens, tokens - 1), tokens) * slow
         if disk or shared:
             own_s += nbytes * (disk / rate.disk_bytes_per_s + shared / rate.shared_bytes_per_s)

@@ -17,6 +17,7 @@ import torch
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import Namespace
+from kvtier.core.breakeven import as_first
 from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier
 from kvtier.engine.beside import Beside, LowerTiers
@@ -41,6 +42,7 @@ class EngineLoad:
     running: int  # requests
     waiting: int  # requests
     waiting_tokens: int  # prompt tokens still to be computed, all requests together
+    waiting_as_first: float  # as so many at the start of a prompt (`breakeven.as_first`)
     prefill_tokens_per_s: float
     bytes_per_s: dict[Tier, float]  # of restores, by tier
 
@@ -184,10 +186,14 @@ class Engine:
         """How busy the engine is now."""
         with self._wake:
             waiting, active = list(self._waiting), list(self._active)
+        uncomputed = [(each.uncomputed, each.prompt_length) for each in (*waiting, *active)]
         return EngineLoad(
             running=len(active),
             waiting=len(waiting),
-            waiting_tokens=sum(sequence.uncomputed for sequence in (*waiting, *active)),
+            waiting_tokens=sum(tokens for tokens, _ in uncomputed),
+            waiting_as_first=sum(
+                as_first(length - tokens, length, self.doubles_at) for tokens, length in uncomputed
+            ),
             prefill_tokens_per_s=self._scheduler.prefill.tokens_per_s,
             bytes_per_s=self._tiers.bytes_per_s() if self._tiers else {},
         )

@@ -175,6 +175,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 running=load.running,
                 waiting=load.waiting,
                 waiting_tokens=load.waiting_tokens,
+                waiting_as_first=load.waiting_as_first,
                 prefill_tokens_per_s=load.prefill_tokens_per_s,
                 host_bytes_per_s=load.bytes_per_s.get(Tier.HOST, 0.0),
                 disk_bytes_per_s=load.bytes_per_s.get(Tier.DISK, 0.0),

@@ -121,6 +121,13 @@ class Link:
         return bytes_per_s > 0
 
     @property
+    def waiting_tokens(self) -> int:
+        """What the worker says that it has still to compute, as at the start of a prompt."""
+        load = self.heartbeat.load
+        said = _rate(load.waiting_as_first)
+        return round(said) if said else load.waiting_tokens
+
+    @property
     def rates(self) -> Rates:
         """What the worker has measured; 0 where it doesn't know yet, or says what cannot be."""
         if self._told is not self.heartbeat:

@@ -13,7 +13,7 @@ from kvtier.core.behind import Behind
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.breakeven import as_first
 from kvtier.core.directory import Directory
-from kvtier.core.learned import Learned
+from kvtier.core.learned import Learned, Sample
 from kvtier.core.sessions import Sessions, Standing, hint
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
@@ -121,7 +121,7 @@ class Ranked:
                 loads=loads, waiting_tokens=choice.waiting_tokens, decoding=choice.decoding,
                 drag=rates.decode_drag, prefill_tokens_per_s=rates.prefill_tokens_per_s,
                 computed_tokens=max(1, choice.prompt_tokens - self.there_tokens),
-                doubles_at=rates.doubles_at, behind=behind,
+                doubles_at=rates.doubles_at, behind=behind, drain=rates.drain,
             )
         )  # fmt: skip
         return told
@@ -219,8 +219,19 @@ class Placement:
         expires = None if followed else now + SPECULATIVE_S
         tokens = as_first(to.there_tokens, len(prompt.ids), to.choice.rates.doubles_at)
         sent = self._load.send(address, round(tokens), expires)
-        sent.teach = lambda sample: self._learned.observe(address, sample, self._clock())
+        sent.teach = lambda sample: self._began(to, sample, now)
         return sent
+
+    def _began(self, to: Ranked, sample: Sample, since: float) -> None:
+        """A prompt that was sent to `to` got its first token; what it took besides was its wait."""
+        now, choice = self._clock(), to.choice
+        sample = sample._replace(
+            decoding=choice.decoding,
+            drag=choice.rates.decode_drag,
+            believed_s=choice.believed_s,
+            waited_s=now - since - sample.load_s - sample.prefill_s,
+        )
+        self._learned.observe(to.link.address, sample, now)
 
     def _rank(
         self, prompt: Prompt, alike: Mapping[str, _Worker], tie: Tie | None, since: float | None,
@@ -243,9 +254,7 @@ class Placement:
             score.Candidate(
                 name=name,
                 warmth=_at_least(warmth[name], self._speculation.blocks(name, keys, now)),
-                waiting_tokens=max(
-                    link.heartbeat.load.waiting_tokens, self._load.waiting(name, now)
-                ),
+                waiting_tokens=max(link.waiting_tokens, self._load.waiting(name, now)),
                 rates=self._learned.rates(name, link.rates, now),
                 last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),

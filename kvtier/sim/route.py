@@ -130,15 +130,18 @@ def _result(name: str, nodes: int, utilization: float, runs: Sequence[Outcome]) 
 
 
 def _undisturbed(setup: Setup) -> Setup:
-    return replace(setup, stale_s=0.0, slow_nodes=0.0, lose_at=1.0, join_at=1.0)
+    return replace(setup, stale_s=0.0, slow_nodes=0.0, slow_queues=0.0, lose_at=1.0, join_at=1.0)
 
 
 class _Cluster:
     def __init__(self, nodes: int, setup: Setup) -> None:
         self._setup = setup
         self._pool = Pool(setup.pool_blocks)
-        slow = round(nodes * setup.slow_nodes)
-        self.nodes = [Node(f"node {i}", setup, self._pool, slow=i < slow) for i in range(nodes)]
+        slow, slow_queues = round(nodes * setup.slow_nodes), round(nodes * setup.slow_queues)
+        self.nodes = [
+            Node(f"node {i}", setup, self._pool, slow=i < slow, slow_queue=i < slow_queues)
+            for i in range(nodes)
+        ]
         self.all_nodes = list(self.nodes)
 
     def join(self) -> None:

@@ -3,7 +3,8 @@
 A node is one FIFO prefill server with an LRU cache of whole blocks. A request's service time is
 the time to load its warm blocks (from the pool where that takes less time than computing them)
 plus that to compute the rest; its first token comes after it, and
-decoding then goes on beside the prefills without slowing them. Caches change when a request is
+decoding then goes on beside the prefills without slowing them. (One with a slow queue does other
+things after each prefill, for as long as that took.) Caches change when a request is
 sent. With a host tier, blocks that fall out of VRAM drop into it, and blocks that are used are
 taken up again (a block is in one of the two); a pool is shared by all nodes and written through.
 """
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from kvtier.core.audience import Warmth
+from kvtier.core.learned import Sample
 from kvtier.core.score import Rates, worth
+from kvtier.core.tiers import Tier
 from kvtier.sim.trace import Request
 
+_UNHEARD = 64
 SPECULATIVE_S = 2.0  # so long a router expects what it sent, see kvtier.router.placement
 
 
@@ -39,6 +43,7 @@ class Setup:
     decode_s: float = 0.02  # a token
     stale_s: float = 0.0  # so late the router learns what is in a cache
     slow_nodes: float = 0.0  # this share of the nodes works at half speed
+    slow_queues: float = 0.0  # of this share of the nodes queues empty half as fast as is believed
     lose_at: float = 1.0  # share of the trace's time after which the first node is lost
     join_at: float = 1.0  # and after which one more comes, with nothing in its caches
 
@@ -80,21 +85,26 @@ class Sent:
     matched: int  # blocks of any tier
     first_token_s: float
     service_s: float
+    told: Sample  # what its first token tells the router
 
 
 class Node:
     """One node with its caches and its queue, and what the router knows of it."""
 
-    def __init__(self, name: str, setup: Setup, pool: Pool, *, slow: bool = False) -> None:
+    def __init__(
+        self, name: str, setup: Setup, pool: Pool, *, slow: bool = False, slow_queue: bool = False
+    ) -> None:
         self.name = name
         self.rates = setup.rates(slow)
         self.free_at = 0.0
         self.busy_s = 0.0
         self.last_cold = 0.0
         self.waiting: deque[Sent] = deque()  # for their first token
+        self.begun: deque[Sent] = deque(maxlen=_UNHEARD)  # got it, and the router did not hear yet
         self.prefill_blocks = 0.0  # of those: blocks to be computed
         self.decode_blocks = 0.0  # of all that are under way: prompt and answer
         self._setup = setup
+        self._pace = 2.0 if slow_queue else 1.0  # seconds of its time that a second of work takes
         self._pool = pool
         self._vram: OrderedDict[int, None] = OrderedDict()
         self._host: OrderedDict[int, None] = OrderedDict()
@@ -104,13 +114,14 @@ class Node:
         self._decoding: list[tuple[float, float]] = []
 
     def wait_s(self, now: float) -> float:
-        """Until its queue is empty."""
-        return max(0.0, self.free_at - now)
+        """Until its queue is empty, by the work that waits in it."""
+        return max(0.0, self.free_at - now) / self._pace
 
     def advance(self, now: float) -> None:
         """Prefills and answers end, and news arrive, up to `now`."""
         while self.waiting and self.waiting[0].first_token_s <= now:
             sent = self.waiting.popleft()
+            self.begun.append(sent)
             self.prefill_blocks -= _blocks(sent)
         while self._decoding and self._decoding[0][0] <= now:
             self.decode_blocks -= heappop(self._decoding)[1]
@@ -145,11 +156,23 @@ class Node:
             warmth, rates, prompt_tokens=max(1, request.input_tokens),
             block_tokens=request.block_tokens, block_nbytes=nbytes,
         )  # fmt: skip
-        service_s = nbytes * warmth.host / rates.host_bytes_per_s + load_s + prefill_s
-        first = max(now, self.free_at) + service_s
-        sent = Sent(number, request, asked_s, used, first, service_s)
-        self.free_at = first
-        self.busy_s += service_s
+        load_s += nbytes * warmth.host / rates.host_bytes_per_s
+        believed_s, waited_s = self.wait_s(now), max(0.0, self.free_at - now)
+        service_s = load_s + prefill_s
+        first = now + waited_s + service_s
+        pooled = max(0, used - warmth.vram - warmth.host)
+        told = Sample(
+            prefill_s * rates.prefill_tokens_per_s, prefill_s,
+            tuple(
+                (tier, nbytes * blocks)
+                for tier, blocks in ((Tier.HOST, warmth.host), (Tier.SHARED, pooled))
+                if blocks
+            ),
+            load_s, believed_s=believed_s, waited_s=waited_s,
+        )  # fmt: skip
+        sent = Sent(number, request, asked_s, used, first, service_s, told)
+        self.free_at = now + waited_s + self._pace * service_s
+        self.busy_s += self._pace * service_s
         if not warmth.blocks:
             self.last_cold = now
         self.waiting.append(sent)

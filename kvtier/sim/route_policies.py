@@ -9,6 +9,7 @@ from zlib import crc32
 from kvtier.config import RouterConfig
 from kvtier.core import score
 from kvtier.core.behind import Behind
+from kvtier.core.learned import Learned
 from kvtier.errors import ConfigError
 from kvtier.sim.route_cluster import Node, Setup
 from kvtier.sim.trace import Request
@@ -25,7 +26,8 @@ Policy = Callable[[Sequence[Node], Request, float], Node]  # the request's node,
 def policy(name: str, setup: Setup, rng: Random) -> Policy:
     """The policy of this name.
 
-    `kvtier` (or `kvtier:L` with a lambda of at most L), `dynamo` (or `dynamo:W`: the cost of NVIDIA
+    `kvtier` (or `kvtier:L` with a lambda of at most L), `kvtier-untaught` (it learns nothing from
+    requests that got their first token), `dynamo` (or `dynamo:W`: the cost of NVIDIA
     Dynamo's KV router as published, with weight W of the prefill term), `least-loaded`,
     `round-robin`, `random`, `prefix` (longest match), `consistent-hash` (of the second block, as
     the first is often the same for all).
@@ -46,15 +48,28 @@ def policy(name: str, setup: Setup, rng: Random) -> Policy:
 
 
 def _ranked(setup: Setup, rng: Random, number: float | None) -> Policy:
-    behind = Behind(MOST_BEHIND if number is None else number)
+    return _learning(setup, rng, MOST_BEHIND if number is None else number, learns=True)
+
+
+def _untaught(setup: Setup, rng: Random, number: float | None) -> Policy:
+    """As `kvtier`, with the nodes' own word of their speeds, and queues as they are believed."""
+    return _learning(setup, rng, MOST_BEHIND if number is None else number, learns=False)
+
+
+def _learning(setup: Setup, rng: Random, most_behind: float, *, learns: bool) -> Policy:
+    behind, learned = Behind(most_behind), Learned()
 
     def choose(nodes: Sequence[Node], request: Request, now: float) -> Node:
+        for node in nodes if learns else ():
+            while node.begun:
+                sent = node.begun.popleft()
+                learned.observe(node.name, sent.told, sent.first_token_s)
         blocks = request.full_blocks
         candidates = [
             score.Candidate(
                 name=node.name,
                 warmth=node.warmth(blocks, now),
-                rates=node.rates,
+                rates=learned.rates(node.name, node.rates, now),
                 last_cold=node.last_cold,
                 wait_s=node.wait_s(now),
             )
@@ -144,7 +159,7 @@ def _lowest(nodes: Sequence[Node], cost: Callable[[Node], Cost], rng: Random) ->
     return equals[0] if len(equals) == 1 else rng.choice(equals)
 
 
-_WEIGHTED: Final = ("kvtier", "dynamo")
+_WEIGHTED: Final = ("kvtier", "kvtier-untaught", "dynamo")
 _POLICIES: Final[dict[str, Callable[[Setup, Random, float | None], Policy]]] = {
     "kvtier": _ranked,
     "dynamo": _dynamo,
@@ -153,4 +168,5 @@ _POLICIES: Final[dict[str, Callable[[Setup, Random, float | None], Policy]]] = {
     "random": _random,
     "prefix": _prefix,
     "consistent-hash": _consistent_hash,
+    "kvtier-untaught": _untaught,
 }

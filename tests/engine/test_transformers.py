@@ -12,6 +12,7 @@ import torch
 
 from kvtier.config import WorkerConfig
 from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.breakeven import as_first
 from kvtier.core.tiers import Tier
 from kvtier.engine.model import LoadedModel
 from kvtier.engine.pool import Changes
@@ -317,6 +318,10 @@ class TestTogether:
                     engine.stream(request(prompt, 5))
                 load = engine.load()
                 assert (load.running, load.waiting, load.waiting_tokens) == (1, 2, 40)
+                assert load.waiting_as_first == pytest.approx(
+                    2 * as_first(0, 20, engine.doubles_at)
+                )
+                assert load.waiting_as_first > 40
             assert [len(collect(list(each)).ids) for each in streams] == [5, 5]
             assert ask(engine, prompt).ids  # there is room again
 
@@ -344,6 +349,7 @@ class TestTogether:
             until(lambda: not engine.load().running)
             load = engine.load()
             assert (load.running, load.waiting, load.waiting_tokens) == (0, 0, 0)
+            assert load.waiting_as_first == 0
             assert load.prefill_tokens_per_s > 0
             assert load.bytes_per_s == {Tier.HOST: 1e9}
 

@@ -379,6 +379,7 @@ class TestFeed:
         await watcher.follow(lambda: watcher.beats[-1].load.running == 4)
         assert watcher.beats[-1].load.waiting == 6
         assert watcher.beats[-1].load.waiting_tokens == 12
+        assert watcher.beats[-1].load.waiting_as_first > 12
         for call in calls:
             call.cancel()
         await watcher.follow(lambda: not watcher.beats[-1].load.running)

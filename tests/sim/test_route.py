@@ -85,8 +85,8 @@ def test_no_load_makes_it_cling_to_warm_nodes(kind, load):
 
 def test_the_same_seed_gives_the_same_and_every_policy_answers_all():
     requests = talks(100)
-    for name in ("kvtier", "kvtier:4", "dynamo", "dynamo:4", "least-loaded", "round-robin",
-                 "random", "prefix", "consistent-hash"):  # fmt: skip
+    for name in ("kvtier", "kvtier:4", "kvtier-untaught", "dynamo", "dynamo:4", "least-loaded",
+                 "round-robin", "random", "prefix", "consistent-hash"):  # fmt: skip
         one, two = once(requests, name, seed=7), once(requests, name, seed=7)
         assert one == two
         assert len(one.ttfts) == 100
@@ -116,6 +116,24 @@ def test_slow_nodes_get_less():
     setup = Setup(prefill_tokens_per_s=1000.0, doubles_at=1e12, slow_nodes=0.5)
     results = compare(talks(), ["kvtier", "round-robin"], [4], [0.6], setup, [1])
     assert results[0].ttft_mean_s < results[1].ttft_mean_s / 2
+
+
+def test_what_first_tokens_teach_of_slow_queues_pays():
+    setup = Setup(prefill_tokens_per_s=1000.0, doubles_at=1e12, slow_queues=0.5)
+    names = ["kvtier", "kvtier-untaught", "least-loaded"]
+    runs = [compare(talks(1000, seed), names, [4], [0.7], setup, [1, 2]) for seed in (1, 2, 3)]
+    learned, untaught, blind = (
+        sum(each.ttft_mean_s for each in of) for of in zip(*runs, strict=True)
+    )
+    assert learned < 0.96 * untaught
+    assert learned < blind / 2
+
+
+def test_queues_that_are_as_believed_are_left_as_they_are():
+    """Waits and speeds are what the nodes say, so there is nothing to learn."""
+    requests = talks(300)
+    taught, untaught = (once(requests, name) for name in ("kvtier", "kvtier-untaught"))
+    assert sum(taught.ttfts) == pytest.approx(sum(untaught.ttfts), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["best", "kvtier:x", "random:1", "dynamo:-1", "kvtier:nan", ""])

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import grpc
 
 from kvtier.config import MAX_NAME, Config, node_name
+from kvtier.core.breakeven import as_first
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
 from kvtier.engine.answers import to_wire
@@ -107,7 +108,7 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self._puller = puller
         self._limit = config.worker.max_running + config.worker.max_waiting
         self._http = http_address(config.worker.url) if config.worker.url else ""
-        self._waiting_tokens = 0
+        self._waiting: dict[object, int] = {}  # for their first token: tokens of their prompts
         served = backend.served
         self._speeds = Speeds(served.kv_bytes_per_token, served.doubles_at)
         self.residency = Residency(
@@ -162,28 +163,25 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WorkerResponse]:
         """See worker.proto."""
-        tokens = len(request.token_ids)
         mark = object()
         try:
             wanted = self._check(request)
             self.running.add(mark)
             self.rested.clear()
-            self._waiting_tokens += tokens
+            self._waiting[mark] = len(request.token_ids)
             brought = await self._bring(wanted)
             async with contextlib.aclosing(self._backend.answer(wanted)) as answer:
                 async for event in answer:
                     if isinstance(event, Started):
-                        self._waiting_tokens -= tokens
-                        tokens = 0
+                        self._waiting.pop(mark, None)
                         self._speeds.measure(event)
                         event = brought.told(event, self._backend.served.block_tokens)
                     yield to_wire(event)
         except RequestError as error:
             await refuse(context, error)
         finally:
-            if mark in self.running:
-                self.running.discard(mark)
-                self._waiting_tokens -= tokens
+            self.running.discard(mark)
+            self._waiting.pop(mark, None)
             if not self.running:
                 self.rested.set()
 
@@ -232,11 +230,13 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         return Brought(came, time.monotonic() - begun)
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:
+        waiting, doubles_at = self._waiting.values(), self._backend.served.doubles_at
         return feed_pb2.Heartbeat(
             draining=self.draining or not self.alive,  # routers take it last
             load=feed_pb2.WorkerLoad(
                 running=len(self.running),
-                waiting_tokens=self._waiting_tokens,
+                waiting_tokens=sum(waiting),
+                waiting_as_first=sum(as_first(0, tokens, doubles_at) for tokens in waiting),
                 prefill_tokens_per_s=self._speeds.prefill,
                 host_bytes_per_s=self._speeds.restore(Tier.HOST),
                 disk_bytes_per_s=self._speeds.restore(Tier.DISK),

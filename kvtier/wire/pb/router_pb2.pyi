@@ -143,7 +143,7 @@ class Choice(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., warm: _Optional[_Iterable[_Union[_worker_pb2.TierTokens, _Mapping]]] = ..., seconds: _Optional[float] = ..., wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., why: _Optional[str] = ..., draining: _Optional[bool] = ..., source: _Optional[str] = ..., source_tokens: _Optional[int] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., hinted: _Optional[bool] = ...) -> None: ...
 
 class Terms(_message.Message):
-    __slots__ = ("loads", "waiting_tokens", "decoding", "drag", "prefill_tokens_per_s", "computed_tokens", "doubles_at", "behind")
+    __slots__ = ("loads", "waiting_tokens", "decoding", "drag", "prefill_tokens_per_s", "computed_tokens", "doubles_at", "behind", "drain")
     LOADS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODING_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Terms(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DOUBLES_AT_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
     loads: _containers.RepeatedCompositeFieldContainer[Load]
     waiting_tokens: int
     decoding: int
@@ -160,7 +161,8 @@ class Terms(_message.Message):
     computed_tokens: int
     doubles_at: float
     behind: float
-    def __init__(self, loads: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., waiting_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., drag: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., doubles_at: _Optional[float] = ..., behind: _Optional[float] = ...) -> None: ...
+    drain: float
+    def __init__(self, loads: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., waiting_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., drag: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ..., doubles_at: _Optional[float] = ..., behind: _Optional[float] = ..., drain: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("tier", "tokens", "bytes_per_s", "seconds")
