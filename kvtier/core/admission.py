@@ -29,7 +29,8 @@ class SecondUse:
     def entered(self, keys: Iterable[BlockKey], request: int | None) -> None:
         """`keys` are in the tier above from now on, brought there by `request`."""
         for key in keys:
-            if not self._ghosts.take([key]):
+            _, found = self._ghosts.take([key])
+            if not found:
                 self._once[key] = request
 
     def used(self, path: Sequence[BlockKey], request: int | None) -> list[BlockKey]:

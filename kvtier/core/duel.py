@@ -116,7 +116,7 @@ class Duel:
         """A use begins, with `here` keys in the cache."""
         if here > self._room:
             self._room = here
-        while self._size > self._room:
+        if self._size > self._room:
             self._forget(self._size - self._room)
         if self._left <= 0:
             self.epoch += 1
@@ -209,14 +209,13 @@ class Duel:
         self._judged_lead, self._judged_asked = self._lead, self._asked
 
     def _forget(self, keys: int) -> None:
-        """LRU gives up `keys` keys, or as many as the oldest epoch has."""
-        oldest = self._uses[0]
-        if keys < oldest or len(self._uses) == 1:
-            self._uses[0] -= keys
-            self._size -= keys
-            return
-        self._size -= oldest
-        self._uses.popleft()
-        self._both -= self._here.popleft()
-        self._first += 1
-        self._merged = self._first
+        """LRU gives up `keys` keys, those of the oldest epochs."""
+        uses, here = self._uses, self._here
+        self._size -= keys
+        while keys >= uses[0] and len(uses) > 1:
+            keys -= uses.popleft()
+            self._both -= here.popleft()
+            self._merged = self._first = self._first + 1
+            if not keys:
+                return
+        uses[0] -= keys

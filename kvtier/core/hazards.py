@@ -9,6 +9,7 @@ unknown length (Gittins, 1979; for caches see "LHD", Beckmann, NSDI '18).
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import mul
 from typing import Final
 
 from kvtier.core.policy import Learned
@@ -44,6 +45,7 @@ _NEAR: Final = [ages for ages in _AGES if ages[1] < 6 * _SPAN]  # bins of few se
 _NEAR_AGES: Final = [(j, slice(start, stop)) for j, start, stop in _NEAR]
 _FAR: Final = _AGES[len(_NEAR) :]
 _WIDTHS: Final = [_FIRST, *(_FIRST * _GROWTH ** (j - 1) * (_GROWTH - 1) for j in range(1, BINS))]
+_WIDTHS_BACK: Final = _WIDTHS[::-1]
 # Nothing is known: uses become rarer in proportion to age, as LRU believes.
 _UNKNOWN: Final = [0.01, *([0.02 * math.log(_GROWTH)] * (BINS - 1))]
 
@@ -54,16 +56,16 @@ def index(hazard: Sequence[float]) -> list[float]:
     `hazard` is by age too: the probability of a use in a bin, if there was none before. The
     answer is the slope, right of each point, of the upper hull of hits over seconds.
     """
-    alive, steps = 1.0, list[tuple[float, float]]()
-    for rate, width in zip(hazard, _WIDTHS, strict=True):
-        steps.append((alive * rate, alive * width * (1 - rate / 2)))
-        alive *= 1 - rate
+    # The probability that there was no use before each bin.
+    alive = [1.0, *accumulate([1.0 - rate for rate in hazard], mul)]
+    alive.pop()
     slopes: list[float] = []
     # The edges of the hull from here on, nearest last: hits, seconds, and the first by the other.
-    hull: list[tuple[float, float, float]] = []
-    for hits, held in reversed(steps):
+    hull = [(0.0, 0.0, -1.0)]
+    for still, rate, width in zip(reversed(alive), reversed(hazard), _WIDTHS_BACK, strict=True):
+        hits, held = still * rate, still * width * (1.0 - 0.5 * rate)
         slope = hits / (held + _EMPTY)
-        while hull and slope <= hull[-1][2]:
+        while slope <= hull[-1][2]:
             more, longer, _ = hull.pop()
             hits += more
             held += longer
@@ -79,7 +81,7 @@ def _smooth(counts: list[float]) -> list[float]:
     first, *rest = counts
     padded = [rest[0], *rest, rest[-1]]
     return [first] + [
-        (a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)
+        0.25 * (a + 2.0 * b + c) for a, b, c in zip(padded, rest, padded[2:], strict=False)
     ]
 
 
@@ -159,7 +161,7 @@ class Hazards:
     def __init__(self, classes: int, apart: frozenset[int] = frozenset()) -> None:
         self._classes = [_Class() for _ in range(classes)]
         self._apart = apart
-        self._pool = _UNKNOWN
+        self._prior = [_PRIOR * unknown for unknown in _UNKNOWN]  # hits
         self._pool_index = index(_UNKNOWN)
         self._sums = [([0.0] * BINS, [0.0] * BINS) for _ in range(classes)]
         self.worth = self._pool_index * classes
@@ -178,20 +180,16 @@ class Hazards:
         place = second % MAX_AGE
         each.open[place] += 1
         each.spans[place // _SPAN] += 1
-        each.seen = True
         each.news += 1
 
     def closed(self, c: int, at: float, now: float) -> None:
         """The run that was used at `at` is used again."""
-        each, second, newest = self._classes[c], int(at), int(now)
-        if newest > each.upto:
-            if newest - each.oldest < MAX_AGE:
-                each.upto = newest
-            else:
-                each.advance(newest)
-        place = second % MAX_AGE
-        if each.open[place] and second > each.upto - MAX_AGE:
-            each.open[place] -= 1
+        each, second = self._classes[c], int(at)
+        if now - each.oldest >= MAX_AGE:
+            each.advance(int(now))
+        place, waiting = second % MAX_AGE, each.open
+        if waiting[place] and second > each.upto - MAX_AGE:
+            waiting[place] -= 1
             each.spans[place // _SPAN] -= 1
             age = int(now - at)
             j = BIN_OF[age] if age < MAX_AGE else BINS - 1
@@ -216,12 +214,14 @@ class Hazards:
         each = self._classes[c]
         each.passed += 1
         if each.news > _NEWS * sum(each.end) or each.passed >= _TURNS or not each.seen:
-            each.news = each.passed = 0
             self.rebuild(c, now)
+            each.passed = 0
 
     def rebuild(self, c: int, now: float) -> None:
         """Learn from what class c has seen; O(BINS + MAX_AGE), most of it in C."""
         each, place = self._classes[c], slice(c * BINS, (c + 1) * BINS)
+        if each.news:
+            each.seen, each.news = True, 0
         if not each.seen:
             self.worth[place] = self._pool_index
             return
@@ -229,8 +229,11 @@ class Hazards:
         later, risk = 0.0, list[float]()
         for ended, waiting in zip(reversed(each.end), reversed(each.open_by_age()), strict=True):
             later += ended
-            risk.append(later + waiting / 2)
-            later += waiting
+            if waiting:
+                risk.append(later + waiting / 2)
+                later += waiting
+            else:
+                risk.append(later)
         risk.reverse()
         hits, risk = _smooth(each.hit), _smooth(risk)
         self._sums[c] = (hits, risk)
@@ -238,8 +241,8 @@ class Hazards:
             self.worth[place] = self._pool_index
             return
         self.worth[place] = index([
-            (hit + _PRIOR * common) / (at_risk + _PRIOR)
-            for hit, at_risk, common in zip(hits, risk, self._pool, strict=True)
+            (hit + common) / (at_risk + _PRIOR)
+            for hit, at_risk, common in zip(hits, risk, self._prior, strict=True)
         ])  # fmt: skip
         each.hit = [_DECAY * x for x in each.hit]
         each.end = [_DECAY * x for x in each.end]
@@ -249,11 +252,12 @@ class Hazards:
         counted = [s for c, s in enumerate(self._sums) if c not in self._apart]
         hits = [sum(column) for column in zip(*(s[0] for s in counted), strict=True)]
         risk = [sum(column) for column in zip(*(s[1] for s in counted), strict=True)]
-        self._pool = [
+        pool = [
             (hit + _PRIOR * unknown) / (at_risk + _PRIOR)
             for hit, at_risk, unknown in zip(hits, risk, _UNKNOWN, strict=True)
         ]
-        self._pool_index = index(self._pool)
+        self._prior = [_PRIOR * common for common in pool]
+        self._pool_index = index(pool)
 
     def save(self) -> Learned:
         """What was learned, for `restore`; what is still open counts as no use until now."""

@@ -21,7 +21,7 @@ from typing import Final
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.duel import Duel
-from kvtier.core.ghosts import NO_CLASS, Ghosts
+from kvtier.core.ghosts import NO_CLASS, Back, Ghosts
 from kvtier.core.hazards import Hazards
 from kvtier.core.policy import NO_USE, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
@@ -41,12 +41,14 @@ class PHD:
     def __init__(self) -> None:
         self._forest = Forest()
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
+        self._shards = self._forest.of.shards
         self._ghosts = Ghosts()
         self._duel = Duel()
         self._victims = Victims(self._forest, self._hazards, self._duel)
         self._requests = 0
         self._last: int | None = None  # the request of the last touch
         self._leaving: Run | None = None  # a run of which blocks left since that,
+        self._blocks: list[BlockKey] = []  # those that it still has,
         self._gone: list[BlockKey] = []  # and those
 
     def __contains__(self, key: object) -> bool:
@@ -100,42 +102,53 @@ class PHD:
             i = end
 
     def _use(self, keys: list[BlockKey], request: int, output: int | None) -> None:
-        runs, i = self._forest.walk(keys, 0, None)
-        new = self._new(keys, runs, i, request)
+        forest, length = self._forest, len(keys)
+        runs, i = forest.walk(keys, 0, None)
+        more, ghosts = self._ghosts.take(islice(keys, i, None), self._shards)
+        new = self._new(keys, runs, i, ghosts, request)
         kind = _kind(new, output)
         above: Run | None = None
         used: list[Run] = []
         while True:
             for run in runs:
-                above = self._use_run(run, above, request, kind, len(keys))
+                above = self._use_run(run, above, request, kind, length)
                 above.new = new
                 used.append(above)
-            if i == len(keys):
+            if i == length:
                 break
-            end = self._unknown_until(keys, i)
-            added = self._append(keys[i:end], above, request, kind)
-            above = added[-1]
+            end = i + more
+            used += self._append(keys[i:end], ghosts, above, request, kind)
+            above = used[-1]
             above.new = new
-            used += added
-            if end == len(keys):
+            if end == length:
                 break
-            runs, i = self._forest.walk(keys, end, above)
+            runs, i = forest.walk(keys, end, above)
+            more, ghosts = self._ghosts.take(islice(keys, i, None), self._shards)
         self._victims.used(used)
 
-    def _new(self, keys: list[BlockKey], runs: list[Run], known: int, request: int) -> int:
-        """How many blocks of this request nobody had asked for, as far as it was told."""
-        before = 0
+    def _new(
+        self, keys: list[BlockKey], runs: list[Run], known: int, ghosts: Back, request: int
+    ) -> int:
+        """How many blocks of this request nobody had asked for, as far as it was told.
+
+        `runs` have keys[:known]; `ghosts` are of those after them.
+        """
+        old = before = 0
+        for i, _ in ghosts:
+            if i != old:
+                break
+            old += 1
+        if old and old == len(ghosts):  # there may be more behind keys that are here
+            for key in islice(keys, known + old, None):
+                if key not in self._ghosts:
+                    break
+                old += 1
         for run in runs:
             if run.request == request:  # what was new then is known no more, but counted
                 before = run.new
             elif run.request is None and run.blocks[0] not in self._ghosts:
                 before += len(run.blocks)
-        ghosts, left = self._ghosts.shards, len(keys) - known
-        for key in islice(keys, known, None):
-            if key not in ghosts[key[-1]]:
-                break
-            left -= 1
-        return before + left
+        return before + len(keys) - known - old
 
     def _use_run(self, run: Run, above: Run | None, request: int, kind: int, length: int) -> Run:
         """A request used all of `run`; the run that its blocks are in now."""
@@ -149,7 +162,8 @@ class PHD:
         victims, duel, size = self._victims, self._duel, len(run.blocks)
         now = victims.now
         if run.request is None:
-            gap = self._gaps(run.blocks, missed=False)[0]
+            _, ghosts = self._ghosts.take(run.blocks)
+            gap = self._stretches(ghosts, size)[0][1]
         else:
             gap = _gap(now - run.t)
             if run.open:
@@ -163,7 +177,8 @@ class PHD:
             run.cls = gap + kind
         duel.found(run.epoch, size)
         run.epoch = duel.epoch
-        run.t, run.seq, run.request, run.open = now, victims.turn, request, False
+        run.seq_before, run.seq = run.seq, victims.turn
+        run.t, run.request, run.open = now, request, False
         run.until = -math.inf
         if (
             above is not None
@@ -178,52 +193,65 @@ class PHD:
         return run
 
     def _append(
-        self, keys: list[BlockKey], above: Run | None, request: int, kind: int
+        self, keys: list[BlockKey], ghosts: Back, above: Run | None, request: int, kind: int
     ) -> list[Run]:
         """New keys below `above`: the runs that they make up, or are put to."""
-        gaps, runs = self._gaps(keys, missed=True), list[Run]()
-        i = 0
-        if (
-            above is not None
-            and above.request == request
-            and above.cls == kind == gaps[0] + kind  # never seen, as these
-            and not above.children
-        ):  # more of what the same request had begun to tell
-            i = _same(gaps, 0)
-            self._forest.extend(above, keys[:i])
-            runs.append(above)
+        runs: list[Run] = []
+        self._duel.missed([epoch for _, (_, _, epoch) in ghosts], len(keys))
         now, turn, epoch = self._victims.now, self._victims.turn, self._duel.epoch
-        while i < len(keys):
-            end = _same(gaps, i)
-            above = self._forest.add(keys[i:end], above)
-            above.cls, above.t, above.seq = gaps[i] + kind, now, turn
-            above.request, above.open, above.epoch = request, True, epoch
-            self._hazards.opened(above.cls, now)
+        start = 0
+        for end, gap in self._stretches(ghosts, len(keys)):
+            blocks, cls = keys[start:end], gap + kind
+            if (
+                not start
+                and above is not None
+                and above.request == request
+                and above.cls == kind == cls  # never seen, as these
+                and not above.children
+            ):  # more of what the same request had begun to tell
+                self._forest.extend(above, blocks)
+            else:
+                above = self._forest.add(blocks, above)
+                above.cls, above.t, above.seq = cls, now, turn
+                above.request, above.open, above.epoch = request, True, epoch
+                self._hazards.opened(cls, now)
             runs.append(above)
-            i = end
+            start = end
         return runs
 
-    def _gaps(self, keys: list[BlockKey], *, missed: bool) -> list[int]:
-        """By key, the part of the class that says when it was last used; they are no ghosts now.
+    def _stretches(self, ghosts: Back, length: int) -> list[tuple[int, int]]:
+        """Where each stretch of keys that were last used as long ago ends, and its gap.
 
-        `missed` says that they are used, and were not here.
+        `ghosts` are those of the keys that were remembered; that they were waited for ends.
         """
-        gaps = [0] * len(keys)
-        ghosts = self._ghosts.take(keys)
-        if ghosts:
-            now, before, gap = self._victims.now, -math.inf, 0
-            for i, at, cls, _ in ghosts:
-                if at != before:  # most of them were used together
-                    before, gap = at, _gap(now - at)
-                gaps[i] = gap
-                if cls >= 0:
-                    self._hazards.closed(cls, at, now)
-        if missed:
-            self._duel.missed([epoch for _, _, _, epoch in ghosts], len(keys))
-        return gaps
+        found: list[tuple[int, int]] = []
+        now, before = self._victims.now, None
+        gap = upto = 0  # of the stretch at hand, and where the ghost before was
+        for i, past in ghosts:
+            if past is before and i == upto:  # most of them were used together
+                upto += 1
+                continue
+            before = past
+            at, cls, _ = past
+            its = _gap(now - at)
+            if gap and i > upto:
+                found.append((upto, gap))
+                gap = 0
+            if its != gap:
+                if i:
+                    found.append((i, gap))
+                gap = its
+            upto = i + 1
+            if cls >= 0:
+                self._hazards.closed(cls, at, now)
+        if gap and length > upto:
+            found.append((upto, gap))
+            gap = 0
+        found.append((length, gap))
+        return found
 
     def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
-        shards, i = self._forest.of.shards, start
+        shards, i = self._shards, start
         for key in islice(keys, start, None):
             if key in shards[key[-1]]:
                 break
@@ -246,12 +274,19 @@ class PHD:
 
     def remove(self, key: BlockKey) -> None:
         """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
-        run = self._forest.remove(key)
+        forest, blocks, gone = self._forest, self._blocks, self._gone
+        # The next block of a run that is leaving, as most are.
+        if len(blocks) > 1 and blocks[-1] == key and len(gone) < TOGETHER:
+            del self._shards[key[-1]][key]
+            gone.append(blocks.pop())
+            forest.size -= 1
+            return
+        run = forest.remove(key)
         if run is None:
             return
-        if run is not self._leaving or len(self._gone) >= TOGETHER:
+        if run is not self._leaving or len(gone) >= TOGETHER:
             self._remember()
-            self._leaving = run
+            self._leaving, self._blocks = run, run.blocks
         self._gone.append(key)
         if not run.blocks:
             self._victims.emptied(run, run.parent)
@@ -261,7 +296,7 @@ class PHD:
         run, keys = self._leaving, self._gone
         if run is None:
             return
-        self._leaving, self._gone = None, []
+        self._leaving, self._blocks, self._gone = None, [], []
         self._duel.left(run.epoch, len(keys))
         if run.request is not None:
             here = self._forest.size
@@ -310,12 +345,3 @@ def _gap(seconds: float) -> int:
 def _kind(new: int, output: int | None) -> int:
     out = EXPECTED_OUTPUT if output is None else output
     return (0 if new <= 3 else 3 if new <= 15 else 6) + (0 if out < 20 else 1 if out < 150 else 2)
-
-
-def _same(gaps: list[int], start: int) -> int:
-    """The end of the stretch of equal gaps that begins at `start`."""
-    gap = gaps[start]
-    for end in range(start + 1, len(gaps)):
-        if gaps[end] != gap:
-            return end
-    return len(gaps)

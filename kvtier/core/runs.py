@@ -28,6 +28,7 @@ class Run:
         "queued",
         "request",
         "seq",
+        "seq_before",
         "slot",
         "t",
         "until",
@@ -43,6 +44,7 @@ class Run:
         self.slot = 0  # of its class and its age since `t`, as long as it is before
         self.until = -math.inf
         self.seq = 0  # of that use: what was used later has a higher one
+        self.seq_before = 0  # and of the use before
         self.epoch = 0  # and of a `Duel`, when that was
         self.request: int | None = None  # the last one; None: it was never asked for
         self.new = 0  # blocks of that request that nobody had asked for before, down to here

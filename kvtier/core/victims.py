@@ -40,9 +40,10 @@ class Victims:
         self._moving = False  # whether the clock has ever moved: without one, LRU's order
         self._poor: list[Run] = []  # of earlier samples, the next to go
         self._compared: tuple[list[Run], list[float]] | None = None  # the last sample, its worths
-        # The last sample of an earlier touch, if `_poor` was not made of it yet; seqs as of then.
-        self._earlier: tuple[list[Run], list[float], list[int]] | None = None
+        # The last sample of an earlier touch, if `_poor` was not made of it yet, and the next turn.
+        self._earlier: tuple[list[Run], list[float], int] | None = None
         self._victim: Run | None = None  # goes on being given up until it is gone, or used
+        self._all = 0  # one more than the bared runs of this search's last sample, if of all leaves
         self._since = 0  # when it was used last
         self._by_lru = False  # whether LRU's order held when it was chosen
         # Runs in the order of their uses: LRU's, as long as little was learned.
@@ -55,8 +56,7 @@ class Victims:
             self.now = now
         self.turn += 1
         if self._compared is not None:
-            runs, worths = self._compared
-            self._earlier, self._compared = (runs, worths, [run.seq for run in runs]), None
+            self._earlier, self._compared = (*self._compared, self.turn), None
 
     def used(self, runs: list[Run]) -> None:
         """Runs of one path were used, or came; those above others count as used after them."""
@@ -90,7 +90,7 @@ class Victims:
         bared: list[Run] = []  # runs of which all children were
         met: list[tuple[list[Run], list[float]]] = []  # samples
         rest: list[tuple[float, int, int, Run]] = []  # a heap of what they had
-        hidden = 0
+        hidden = self._all = 0
         run = self._victim
         by_lru = self._duel.follow_lru
         if run is None or run.place < 0 or run.seq != self._since or by_lru != self._by_lru:
@@ -112,8 +112,8 @@ class Victims:
                             self._victim = None if run is self._victim else self._victim
                         break
                     yield key
-            above = self._forest.parent(run)
-            if whole and above is not None:
+            above = self._forest.parent(run) if whole else None
+            if above is not None:
                 freed[above] = freed.get(above, 0) + 1
                 if freed[above] == above.children:
                     bared.append(above)
@@ -163,6 +163,20 @@ class Victims:
             worst = self._worst(runs, passed)
             if worst is not None:
                 return worst
+        elif self._all and self._compared is not None and len(passed) <= FRESH:
+            # The same as in the sample before, less what was passed since; nothing else changes.
+            runs, worths = ([*each] for each in self._compared)
+            for run in passed:
+                if run in runs:
+                    at = runs.index(run)
+                    del runs[at], worths[at]
+            added = bared[self._all - 1 :]
+            if added:
+                runs += added
+                worths += self._worths(added)
+            self._all += len(added)
+            return self._least(runs, worths)
+        self._all = len(bared) + 1
         return self._worst(leaves + bared, passed)
 
     def _least_recent(self, passed: set[Run], bared: list[Run]) -> Run | None:
@@ -192,9 +206,15 @@ class Victims:
 
     def _worst(self, runs: list[Run], passed: set[Run]) -> Run | None:
         """The first of `runs` to give up; those next to it are compared again later."""
-        if passed and not passed.isdisjoint(runs):
+        if len(passed) > FRESH:
             runs = [run for run in runs if run not in passed]
-        worths = self._worths(runs)
+        else:
+            for run in passed:
+                if run in runs:
+                    runs.remove(run)
+        return self._least(runs, self._worths(runs))
+
+    def _least(self, runs: list[Run], worths: list[float]) -> Run | None:
         self._compared = runs, worths
         if not runs:
             return None
@@ -208,14 +228,16 @@ class Victims:
         return worst
 
 
-def _next_to_go(runs: list[Run], worths: list[float], seqs: list[int]) -> list[Run]:
-    """Those of a sample that are worth least; numbers are sorted faster than tuples."""
+def _next_to_go(runs: list[Run], worths: list[float], turn: int) -> list[Run]:
+    """Those of a sample, made before `turn`, that are worth least."""
     if len(runs) <= POOR:
         return runs
-    limit = sorted(worths)[POOR]
+    limit = sorted(worths)[POOR]  # numbers are sorted faster than tuples
     poor = [i for i, worth in enumerate(worths) if worth <= limit]
-    if len(poor) > POOR + 1:
-        poor = [i for _, _, i in sorted([(worths[i], seqs[i], i) for i in poor])[: POOR + 1]]
+    if len(poor) > POOR + 1:  # of those alike the ones that were used before the others
+        seqs = [run.seq if run.seq < turn else run.seq_before for run in [runs[i] for i in poor]]
+        least = sorted(zip([worths[i] for i in poor], seqs, poor, strict=True))
+        poor = [i for _, _, i in least[: POOR + 1]]
     return [runs[i] for i in poor]
 
 

@@ -1,15 +1,16 @@
 """PHD: what it learns, what it gives up first, and that its books stay right."""
 
 import json
+from itertools import islice
 from random import Random
 
 import pytest
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.hazards import BINS, MAX_AGE, TRUSTED, Hazards, index
+from kvtier.core.hazards import BIN_OF, BINS, MAX_AGE, TRUSTED, Hazards, index
 from kvtier.core.phd import GHOSTS, PHD
 from kvtier.core.policy import LRU, EvictionPolicy, Use
-from kvtier.core.victims import FRESH, HIDDEN
+from kvtier.core.victims import FRESH, HIDDEN, SAMPLE
 from kvtier.testing.policies import PolicyTests, path
 
 
@@ -296,6 +297,40 @@ def test_a_search_that_meets_many_runs_that_cannot_go_takes_few_samples(monkeypa
     looked: list[BlockKey] = []
     assert not [*policy.coldest(lambda key: not looked.append(key))]
     assert len(looked) == HIDDEN < len(policy._forest.leaves)
+
+
+def test_a_search_goes_from_the_run_that_is_worth_least_to_the_next() -> None:
+    """Few leaves are all compared, and from one sample to the next no more than has changed."""
+    policy = PHD()
+    returning_users(policy, capacity=400)
+    victims, hazards, forest = policy._victims, policy._hazards, policy._forest
+    for key in [*islice(policy.coldest(), len(policy) - 100)]:
+        policy.remove(key)
+    for n in range(40):
+        now = 3000.0 + 7 * n
+        policy.touch([*prompt(5_000_000, 3), *prompt(5_000_001 + n % 25, 2)], Use(now, 10**6 + n))
+        assert not policy._duel.follow_lru
+        assert FRESH < len(forest.leaves) < 2 * SAMPLE
+        runs = {run for _, run in forest.of.items()}
+        below = {run: run.children for run in runs}
+        expected: list[BlockKey] = []
+        while below:
+            worst = min(
+                (run for run, children in below.items() if not children),
+                key=lambda run: (hazards.worth[run.cls * BINS + bin_of(now - run.t)], run.seq),
+            )
+            del below[worst]
+            expected += reversed(worst.blocks)
+            above = forest.parent(worst)
+            if above is not None:
+                below[above] -= 1
+        victims._victim = None  # one that was chosen before would be the first
+        assert [*policy.coldest()] == expected
+        policy.remove(expected[0])
+
+
+def bin_of(age: float) -> int:
+    return BIN_OF[int(age)] if age < MAX_AGE else BINS - 1
 
 
 def test_a_whole_order_has_every_key_once_and_no_parent_before_its_child():
