@@ -12,6 +12,7 @@ import pytest
 
 from kvtier.core.blocks import BlockLayout
 from kvtier.engine.vllm.hub import Hub, Identity
+from kvtier.engine.vllm.lookups import MAX_AHEAD
 from kvtier.engine.vllm.namespace import identity, row_layout
 from kvtier.engine.vllm.settings import TierSettings, completed, engine_table
 from kvtier.engine.vllm.transfers import Outcome
@@ -258,6 +259,79 @@ def test_nobody_waits_longer_than_a_lookup_may_last(tmp_path, node):
     finally:
         node.process.send_signal(18)  # SIGCONT
     hub.close()
+
+
+def looked_up(tier: Tier, request: str, names: list[bytes]) -> list[bool | None]:
+    """One step's look-up, as vLLM makes it: it ends at the first miss."""
+    answers: list[bool | None] = []
+    for name in names:
+        answers.append(tier.hub.lookups.lookup(request, name))
+        if answers[-1] is False:
+            break
+    return answers
+
+
+def test_requests_that_come_at_once_are_asked_for_before_they_are_looked_up(tier):
+    some = stored(tier)
+    lookups = tier.hub.lookups
+    names = {"new": keys(4, 100), "known": [*some, *keys(2, 50)], "deeper": keys(8, 200)}
+    for request, each in names.items():
+        lookups.ahead(request, each)
+    assert not any(tier.hub.pending(request) for request in names), "nobody has looked them up"
+    assert looked_up(tier, "deeper", names["deeper"][3:]) == [None] * 5, "vLLM has three of them"
+    wait_for("the answers", lambda: not tier.hub.pending("deeper"))
+    assert looked_up(tier, "new", names["new"]) == [False]
+    assert looked_up(tier, "known", names["known"]) == [*[True] * 8, False]
+    # What lies behind a miss was not asked for.
+    assert looked_up(tier, "deeper", names["deeper"][3:]) == [None] * 5
+    lookups.step_ends()
+    wait_for("an answer", lambda: looked_up(tier, "deeper", names["deeper"][3:]) == [False])
+
+
+def test_what_was_asked_for_in_an_earlier_step_is_asked_for_anew(tier):
+    some = keys(8)
+    tier.hub.lookups.ahead("a", some)
+    tier.hub.lookups.step_ends()  # no place for it in this one
+    stored(tier)
+    assert tier.held(some, "a") == 8
+
+
+def test_a_request_looked_up_while_it_is_asked_for_ahead_waits_for_the_answer(tier, node):
+    some = stored(tier)
+    node.process.send_signal(19)  # SIGSTOP
+    try:
+        tier.hub.lookups.ahead("a", some)
+        assert looked_up(tier, "a", some) == [None] * 8
+        tier.hub.lookups.step_ends()
+        assert tier.hub.pending("a")
+    finally:
+        node.process.send_signal(18)  # SIGCONT
+    wait_for("the answer", lambda: not tier.hub.pending("a"))
+    assert looked_up(tier, "a", some) == [True] * 8
+    tier.hub.lookups.end("a")
+    assert not tier.hub.lookups.waiting
+
+
+def test_no_more_requests_are_asked_for_ahead_than_find_a_place_in_the_step(tier):
+    lookups = tier.hub.lookups
+    assert not lookups.ahead("hybrid", [*keys(2), *keys(2, group=1)])
+    assert not lookups.ahead("none", [])
+
+    def asked(step: int) -> int:
+        """How many are asked for of more than may be; in the first step none has a place."""
+        names = [f"{step} {number}" for number in range(MAX_AHEAD + 1)]
+        count = sum(lookups.ahead(name, keys(1, 100)) for name in names)
+        if step:
+            for name in names:
+                lookups.lookup(name, keys(1, 100)[0])
+        lookups.step_ends()
+        wait_for("the answers", lambda: not any(map(tier.hub.pending, names)))
+        for name in names:
+            lookups.end(name)
+        return count
+
+    assert [asked(step) for step in range(7)] == [MAX_AHEAD, 1, 2, 4, 8, 16, 16]
+    assert not lookups.waiting
 
 
 def test_stores_under_way_leave_room_in_the_region(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtier.engine.vllm.patience import BUSY_S, IDLE_S, PAUSE_S, WAIT_S, Patience
+from kvtier.engine.vllm.patience import BUSY_S, IDLE_S, MAX_PAUSE_S, PAUSE_S, WAIT_S, Patience
 from kvtier.engine.vllm.sightings import Sightings
 
 
@@ -42,13 +42,23 @@ def test_a_step_waits_for_many_quick_answers_but_not_for_long(clock):
         assert patience.limit_s < most / 1000, "this step has waited all it may"
 
 
-def test_an_engine_that_computes_waits_in_vain_once_a_second_at_most(clock):
+def vain(patience: Patience, clock: Clock, seconds: float) -> list[float]:
+    """The waits of so long a time in which no answer comes."""
+    start, found = clock.now, []
+    while clock.now < start + seconds:
+        step(patience, clock, 0.1)
+        if waited := waits(patience, clock, 60.0):
+            found.append(waited)
+    return found
+
+
+def test_an_engine_that_computes_waits_in_vain_less_and_less_often(clock):
     patience = Patience(clock)
-    start, waited = clock.now, 0.0
-    while clock.now < start + 10 * PAUSE_S:
-        step(patience, clock, 0.025)
-        waited += waits(patience, clock, 60.0)
-    assert 0 < waited <= 10 * WAIT_S + 1e-9
+    for _ in range(2):
+        assert vain(patience, clock, 15 * PAUSE_S) == pytest.approx([BUSY_S] * 4)
+        assert len(vain(patience, clock, 20 * MAX_PAUSE_S)) <= 21
+        while not waits(patience, clock, BUSY_S / 10):  # an answer: it is back
+            step(patience, clock, 0.1)
 
 
 def test_an_idle_engine_waits_in_every_step_though_in_vain(clock):
@@ -62,7 +72,7 @@ def test_a_crowd_whose_last_answer_comes_late_costs_no_pause(clock):
     patience = Patience(clock)
     for _ in range(3):
         step(patience, clock, 0.1)
-        assert waits(patience, clock, WAIT_S * 0.9)
+        assert waits(patience, clock, BUSY_S * 0.9)
 
 
 def names(*numbers: int, group: int = 0) -> list[bytes]:

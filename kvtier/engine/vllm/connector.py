@@ -1,5 +1,7 @@
 """`--kv-transfer-config '{"kv_connector": "KvtierConnector", "kv_role": "kv_both"}'` is enough."""
 
+import functools
+
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
@@ -37,6 +39,12 @@ class KvtierConnector(OffloadingConnector):
             tier.step(idle=idle)
         return meta
 
+    def on_new_request(self, request: Request) -> None:
+        """See `KVConnectorBase_V1`; vLLM calls it right before it schedules."""
+        super().on_new_request(request)
+        for tier in self._tiers():
+            tier.expect(request.request_id, functools.partial(self._keys, request))
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
@@ -67,6 +75,14 @@ class KvtierConnector(OffloadingConnector):
         manager = getattr(self.connector_scheduler, "manager", None)
         tiers = getattr(manager, "secondary_tiers", ())
         return [each for each in tiers if isinstance(each, KvtierTier)]
+
+    def _keys(self, request: Request) -> list[bytes]:
+        """The names of a new request's blocks, group by group."""
+        if request.skip_reading_prefix_cache:  # it will not be looked up
+            return []
+        status = self.connector_scheduler._req_status[request.request_id]
+        status.update_offload_keys()
+        return [key for group in status.group_states for key in group.offload_keys]
 
     @classmethod
     def build_prom_metrics(

@@ -76,10 +76,14 @@ class Hub:
 
         False where there is no answer yet, or it has asked nothing.
         """
-        limit_s = self._patience.limit_s
-        if not limit_s or not self.lookups.pending(request):
+        if not self.lookups.open(request):
             return False
         self.lookups.flush()
+        if not self.lookups.pending(request):  # it came while the request was looked up
+            return True
+        limit_s = self._patience.limit_s
+        if not limit_s:
+            return False
         start = self._clock()
         self._news.wait(lambda: not self.lookups.pending(request), limit_s)
         there = not self.lookups.pending(request)

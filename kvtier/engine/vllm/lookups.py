@@ -12,6 +12,7 @@ from kvtier.engine.vllm.line import Attached, Line, News
 
 FIRST_GROUP: Final = bytes(4)  # the end of its blocks' names
 MAX_APART: Final = 256  # blocks of a hybrid model that are asked for one by one
+MAX_AHEAD: Final = 16  # requests of a step that are asked for before they are looked up
 
 Keys = Callable[[Sequence[bytes]], Sequence[BlockKey]]
 
@@ -19,10 +20,11 @@ Keys = Callable[[Sequence[bytes]], Sequence[BlockKey]]
 class _Asked:
     """One request's questions and answers."""
 
-    def __init__(self, request: str, begun: float, deadline: float) -> None:
+    def __init__(self, request: str) -> None:
         self.use = Use(request=number_of(request))
-        self.begun = begun
-        self.deadline = deadline
+        self.begun: float | None = None  # when it was first looked up
+        self.deadline = float("inf")  # until then
+        self.ahead = False  # its first answer is still to come, and was asked for ahead
         self.answers: dict[bytes, bool] = {}
         self.fresh: list[bytes] = []  # to be asked at the end of this step
         self.waiting: set[bytes] = set()
@@ -48,16 +50,21 @@ class Lookups:
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
         self._fresh: list[_Asked] = []  # with questions of this step
-        self._answers: deque[tuple[_Asked, Sequence[bytes], list[bool]]] = deque()
+        self._ahead: list[str] = []  # requests that were asked for ahead in this step,
+        self._most_ahead = MAX_AHEAD  # at most so many: fewer where some had no place in it
+        self._answers: deque[tuple[_Asked, Sequence[bytes], Sequence[bool | None]]] = deque()
         self.late = 0  # blocks that were a miss because the answer was not there
 
     def lookup(self, request: str, key: bytes) -> bool | None:
         """Whether the block is held; None: not known yet, ask again in a later step."""
         asked = self._asked.get(request)
         if asked is None:
-            now = self._clock()
-            asked = self._asked[request] = _Asked(request, now, now + self._lookup_s)
-        self._drain()
+            asked = self._asked[request] = _Asked(request)
+        if asked.begun is None:
+            asked.begun = self._clock()
+            asked.deadline = asked.begun + self._lookup_s
+        if not asked.ahead:  # or the answer, which leaves some open, would come in mid-prompt
+            self._drain()
         answer = asked.answers.get(key)
         if answer is not None:
             return answer
@@ -72,6 +79,23 @@ class Lookups:
             asked.fresh.append(key)
         return None
 
+    def ahead(self, request: str, keys: Sequence[bytes]) -> bool:
+        """A request has come that is likely to be looked up in this step, by some of these blocks.
+
+        So the answers to requests that come at once are on their way together, not each behind
+        the one before. Only of models with one group of layers. False: it was not asked for.
+        """
+        if len(self._ahead) >= self._most_ahead or request in self._asked:
+            return False
+        if not keys or keys[0][-4:] != keys[-1][-4:]:
+            return False
+        asked = self._asked[request] = _Asked(request)
+        asked.ahead = True
+        asked.waiting.update(keys)
+        self._ahead.append(request)
+        self._line.put(_Question(self, asked, keys, ahead=True))
+        return True
+
     def flush(self) -> None:
         """Send off the questions of this step."""
         self._drain()
@@ -79,6 +103,16 @@ class Lookups:
         for asked in some:
             fresh, asked.fresh = asked.fresh, []
             self._line.put(_Question(self, asked, fresh))
+
+    def step_ends(self) -> None:
+        """What was asked ahead and not looked up is asked anew when it is: it could be outdated."""
+        if ahead := self._ahead:
+            self._ahead, self._most_ahead = [], min(2 * self._most_ahead, MAX_AHEAD)
+        for request in ahead:
+            if (unused := self._asked.get(request)) is not None and unused.begun is None:
+                del self._asked[request]
+                self._most_ahead = 1
+        self.flush()
 
     def failed(self, keys: Sequence[bytes]) -> None:
         """A load of these blocks failed: for every request of now they are a miss."""
@@ -100,7 +134,7 @@ class Lookups:
     def restored(self, request: str) -> tuple[dict[Tier, int], float]:
         """Blocks that were loaded for a request, by where they were, and the seconds it took."""
         asked = self._asked.get(request)
-        if asked is None:
+        if asked is None or asked.begun is None:
             return {}, 0.0
         return dict(asked.loaded), self._clock() - asked.begun
 
@@ -113,18 +147,26 @@ class Lookups:
         """Whether any question has no answer yet."""
         return any(asked.waiting for asked in self._asked.values())
 
+    def open(self, request: str) -> bool:
+        """Whether a look-up of this request was told to ask again, and no answer heeded since."""
+        asked = self._asked.get(request)
+        return asked is not None and asked.begun is not None and bool(asked.waiting)
+
     def pending(self, request: str) -> bool:
         """Whether a question of this request has no answer yet, and still has time."""
+        self._drain()
         asked = self._asked.get(request)
-        if asked is None or not asked.waiting or self._answers:
+        if asked is None or not asked.waiting or asked.begun is None:
             return False
         return self._clock() < asked.deadline
 
     def _drain(self) -> None:
         while self._answers:
             asked, keys, held = self._answers.popleft()
+            asked.ahead = False
             for key, answer in zip(keys, held, strict=True):
-                asked.answers.setdefault(key, answer)
+                if answer is not None:
+                    asked.answers.setdefault(key, answer)
                 asked.waiting.discard(key)
 
     # --- on the line's thread ---------------------------------------------------------
@@ -137,6 +179,25 @@ class Lookups:
                 held = self._ask(attached, asked, fresh)
         finally:
             self._answers.append((asked, fresh, held))
+            self._news.tell()
+
+    def answer_ahead(self, attached: Attached | None, asked: _Asked, keys: Sequence[bytes]) -> None:
+        """Ask the daemon as far as that costs no store a question; None is left to ask.
+
+        VRAM may have a part of the prompt that nobody else has: only the first miss is sure to be
+        one for a look-up that begins deeper.
+        """
+        held: list[bool | None] = [None] * len(keys)
+        try:
+            if attached is None:
+                held = [False] * len(keys)
+            else:
+                found = attached.client.match(self._keys(keys)).blocks
+                held[:found] = [True] * found
+                if found < len(keys) and Tier.SHARED not in attached.client.tiers:
+                    held[found] = False
+        finally:
+            self._answers.append((asked, keys, held))
             self._news.tell()
 
     def _ask(self, attached: Attached, asked: _Asked, fresh: Sequence[bytes]) -> list[bool]:
@@ -171,10 +232,12 @@ class Lookups:
 class _Question:
     """One request's new questions, as work for a line."""
 
-    def __init__(self, lookups: Lookups, asked: _Asked, fresh: Sequence[bytes]) -> None:
-        self._lookups = lookups
+    def __init__(
+        self, lookups: Lookups, asked: _Asked, fresh: Sequence[bytes], *, ahead: bool = False
+    ) -> None:
+        self._answer = lookups.answer_ahead if ahead else lookups.answer
         self._asked = asked
         self._fresh = fresh
 
     def __call__(self, attached: Attached | None) -> None:
-        self._lookups.answer(attached, self._asked, self._fresh)
+        self._answer(attached, self._asked, self._fresh)

@@ -1,7 +1,7 @@
 """kvtier as a secondary tier of vLLM's tiering: where any failure of ours becomes a miss."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -44,7 +44,56 @@ logger = init_logger("vllm.kvtier")  # so that vLLM's own handler prints it
 T = TypeVar("T")
 
 
-class KvtierTier(SecondaryTierManager):
+class Told:
+    """What `KvtierConnector` tells a tier and asks it, besides what vLLM's tiering does."""
+
+    _hub: Hub
+    _chunk_tokens: int
+    _owner: Owned | None
+
+    def expect(self, request: str, keys: Callable[[], Sequence[bytes]]) -> None:
+        """See `Lookups.ahead`; `keys` may raise."""
+        self._shielded(False, lambda: self._hub.lookups.ahead(request, keys()))
+
+    def restored(self, request: str, tokens: int) -> None:
+        """So many tokens of a request are given from outside of VRAM: tell who asked for it."""
+        self._shielded(None, lambda: self._tell(request, tokens))
+
+    def pending(self, request: str) -> bool:
+        """See `Hub.pending`."""
+        return self._shielded(False, lambda: self._hub.pending(request))
+
+    def answered(self, request: str) -> bool:
+        """See `Hub.answered`."""
+        return self._shielded(False, lambda: self._hub.answered(request))
+
+    def step(self, *, idle: bool) -> None:
+        """See `Hub.step`."""
+        self._shielded(None, lambda: self._hub.step(idle=idle))
+
+    def _tell(self, request: str, tokens: int) -> None:
+        if self._owner is None:
+            return
+        blocks, seconds = self._hub.lookups.restored(request)
+        found: dict[Tier, int] = {}
+        left = tokens
+        for where, count in sorted(blocks.items()):
+            found[where] = min(left, count * self._chunk_tokens)
+            left -= found[where]
+        # What we did not load for it lay in vLLM's own region of host memory.
+        found[Tier.HOST] = found.get(Tier.HOST, 0) + left
+        self._owner.tell(request, Restored(found, seconds))
+
+    def _shielded(self, miss: T, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except Exception as error:
+            # An exception here would end the whole engine.
+            self._hub.health.failed("bug", error)
+            return miss
+
+
+class KvtierTier(Told, SecondaryTierManager):
     """Hands vLLM's blocks to this host's node daemon, and gets them back.
 
     Everything here runs in vLLM's scheduler, and so only hands work to threads and takes results.
@@ -104,23 +153,7 @@ class KvtierTier(SecondaryTierManager):
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See `SecondaryTierManager`."""
-        self._shielded(None, self._hub.lookups.flush)
-
-    def restored(self, request: str, tokens: int) -> None:
-        """So many tokens of a request are given from outside of VRAM: tell who asked for it."""
-        self._shielded(None, lambda: self._tell(request, tokens))
-
-    def pending(self, request: str) -> bool:
-        """See `Hub.pending`."""
-        return self._shielded(False, lambda: self._hub.pending(request))
-
-    def answered(self, request: str) -> bool:
-        """See `Hub.answered`."""
-        return self._shielded(False, lambda: self._hub.answered(request))
-
-    def step(self, *, idle: bool) -> None:
-        """See `Hub.step`."""
-        self._shielded(None, lambda: self._hub.step(idle=idle))
+        self._shielded(None, self._hub.lookups.step_ends)
 
     def drain_jobs(self) -> None:
         """See `SecondaryTierManager`: ends queued jobs, and waits for copies, not for a daemon."""
@@ -194,27 +227,6 @@ class KvtierTier(SecondaryTierManager):
             transfer_time=outcome.seconds,
             transfer_bytes=outcome.nbytes,
         )
-
-    def _tell(self, request: str, tokens: int) -> None:
-        if self._owner is None:
-            return
-        blocks, seconds = self._hub.lookups.restored(request)
-        found: dict[Tier, int] = {}
-        left = tokens
-        for where, count in sorted(blocks.items()):
-            found[where] = min(left, count * self._chunk_tokens)
-            left -= found[where]
-        # What we did not load for it lay in vLLM's own region of host memory.
-        found[Tier.HOST] = found.get(Tier.HOST, 0) + left
-        self._owner.tell(request, Restored(found, seconds))
-
-    def _shielded(self, miss: T, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except Exception as error:
-            # An exception here would end the whole engine.
-            self._hub.health.failed("bug", error)
-            return miss
 
 
 def _identify(spec: OffloadingSpec, row_nbytes: int, settings: TierSettings) -> Identity | None:
