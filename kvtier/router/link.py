@@ -20,6 +20,7 @@ from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
 from kvtier.router.absence import Absence
+from kvtier.router.asking import Asks, TooOld
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
@@ -84,9 +85,9 @@ _TIERS: Final = {
 class Link:
     """Follows one address: connects, asks a worker who it is, and watches the feed, for ever.
 
-    `info`, `text` and `channel` are those of the present life (`info` stays when it ends, to tell
-    "none is ready" from "nobody serves that"). What the source held leaves the directory as soon
-    as its stream breaks; a mere gap in the stream leaves the worker in use, but cold.
+    `info`, `text`, `channel` and `asks` are those of the present life (`info` stays when it ends,
+    to tell "none is ready" from "nobody serves that"). What the source held leaves the directory
+    as soon as its stream breaks; a mere gap in the stream leaves the worker in use, but cold.
     """
 
     def __init__(self, serves: Serves, address: str, node: str, context: Context) -> None:
@@ -99,6 +100,7 @@ class Link:
         self.roots: dict[tuple[str, str], bytes] = {}  # by adapter and tenant; of `info`
         self.text: Text | None = None
         self.channel: grpc.aio.Channel | None = None
+        self.asks: Asks | None = None  # how a worker is asked, over `channel`
         self.heartbeat = feed_pb2.Heartbeat()
         self.settled = False  # it told all that it holds, or could not be reached
         self._context = context
@@ -111,6 +113,7 @@ class Link:
         self._blamed = ""  # what a person was told to change
         self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._fed = False  # its feed has told what it holds
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -154,6 +157,7 @@ class Link:
                     self.channel = self._context.access.channel(self.address, OPTIONS)
                 if self.serves is Serves.WORKER:
                     await self._describe(self.channel)
+                    await self._begin_asking(self.channel)
                 await self._watch(self.channel)
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
@@ -195,9 +199,12 @@ class Link:
         At the second failure in a row only: somebody who is being started is nobody's mistake.
         """
         refused = isinstance(error, grpc.RpcError) and error.code() is _REFUSED
-        if not refused and tries != 1:
+        if isinstance(error, TooOld):
+            why = str(error)
+        elif not refused and tries != 1:
             return
-        why = await self._context.access.why(self.address, error)
+        else:
+            why = await self._context.access.why(self.address, error)
         if why != self._blamed:
             self._blamed = why
             if why:
@@ -214,6 +221,18 @@ class Link:
         self.info = info
         self.roots = {(each.adapter, each.tenant): each.root for each in info.spaces}
         self.roots["", ""] = info.root
+
+    async def _begin_asking(self, channel: grpc.aio.Channel) -> None:
+        if self.asks is None:
+            name = f"{self.serves} at {self.address}"
+            self.asks = Asks(name, channel, self._context.rng, self._asks_changed)
+        await self.asks.begin()
+
+    def _asks_changed(self) -> None:
+        """Its stream of requests was lost, or is there again, or the worker takes no more."""
+        if self._fed:
+            self._become(State.READY)
+        self._context.changed()
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
         """Reads one stream of the feed to its end; always raises."""
@@ -235,12 +254,14 @@ class Link:
                 if reader.heartbeat is not None:
                     self._beat(reader.heartbeat)
                 if reader.ready:
+                    self._fed = True
                     self._become(State.READY)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
                 raise FeedGap(str(error.details()), replay=reader.ready) from None
             raise
         finally:
+            self._fed = False
             call.cancel()
             reader.close()
 
@@ -290,6 +311,8 @@ class Link:
             self._context.changed()
 
     def _become(self, state: State) -> None:
+        if state is State.READY and self.asks is not None and self.asks.lost:
+            state = State.CONNECTING
         self.settled |= state is State.READY
         if state is State.READY:
             self._say_back()
@@ -299,8 +322,9 @@ class Link:
 
     def _end_life(self, grace_s: float) -> None:
         channel, self.channel = self.channel, None
+        asks, self.asks = self.asks, None
         if channel is not None:
-            closing = asyncio.get_running_loop().create_task(_close(channel, grace_s))
+            closing = asyncio.get_running_loop().create_task(_close(channel, asks, grace_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self.text = None
@@ -310,8 +334,12 @@ class Link:
         self._become(State.CONNECTING)
 
 
-async def _close(channel: grpc.aio.Channel, grace_s: float) -> None:
+async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float) -> None:
+    if asks is not None:
+        asks.retire()
     await channel.close(grace_s or None)
+    if asks is not None:
+        await asks.close()
 
 
 def _check(info: worker_pb2.WorkerInfo) -> None:
