@@ -23,7 +23,7 @@ MAX_LINE: Final = 1000  # characters of an error; what gRPC carries of them is l
 SLACK_S: Final = 1.0  # that a worker gets more than the router, whose words then end the request
 DEFAULT_TOKENS: Final = 128  # of an answer whose request gives no max_tokens, see worker.proto
 
-Write = Callable[[router_pb2.GenerateResponse], Awaitable[object]]
+Write = Callable[[Sequence[router_pb2.GenerateResponse]], Awaitable[object]]  # ready together
 
 # What ends a request whose worker, or the way to it, is gone; anything else is an answer.
 _LOST: Final = frozenset(
@@ -108,7 +108,7 @@ async def generate(
                     choice=best.proto(), others=[each.proto() for each in others],
                     attempt=len(avoided) + 1, resumed_tokens=len(answer.ids),
                 )  # fmt: skip
-                await write(router_pb2.GenerateResponse(routed=routed))
+                await write([router_pb2.GenerateResponse(routed=routed)])
             outcome = await attempt.run(sent)
         finally:
             sent.began()
@@ -120,7 +120,7 @@ async def generate(
             done = worker_pb2.Done(
                 finish_reason=reason, completion_tokens=answer.tokens, saved_tokens=answer.saved
             )
-            await write(router_pb2.GenerateResponse(finished=done))
+            await write([router_pb2.GenerateResponse(finished=done)])
             return
     _give_up(job.prompt.model, avoided, lost, answer.tokens)
 
@@ -198,35 +198,41 @@ class _Attempt:
             if part.started is not None:
                 self._started = part.started  # goes out with the first token
                 sent.told(part.started, self._to.info)
+            ready: list[router_pb2.GenerateResponse] = []
+            done = part.end if isinstance(part.end, worker_pb2.Done) else None
             if part.token_ids:
                 sent.began()
-                await self._send_started()
-                await self._send_tokens(part.token_ids)
-            if isinstance(part.end, worker_pb2.MuxError):
-                return self._judge(_status(part.end.status), part.end.message or part.end.status)
-            if part.end is not None:
-                await self._send_started()
-                done = part.end
+            if part.token_ids or done is not None:
+                ready += self._begin()
+            if part.token_ids:
+                ready.append(self._chunk(part.token_ids))
+            if done is not None:
                 if self._tokens != self._answer.tokens:  # others had a part in it
                     done.completion_tokens = self._answer.tokens
-                await self._write(router_pb2.GenerateResponse(finished=done))
+                ready.append(router_pb2.GenerateResponse(finished=done))
+            if ready:
+                await self._write(ready)
+            if done is not None:
                 return Outcome.ANSWERED
+            if isinstance(part.end, worker_pb2.MuxError):
+                return self._judge(_status(part.end.status), part.end.message or part.end.status)
 
-    async def _send_started(self) -> None:
+    def _begin(self) -> list[router_pb2.GenerateResponse]:
+        """Started, where nothing of the answer was passed on yet."""
         started, self._started = self._started, None
-        if started is not None and not self._answer.started:
-            self._answer.started = True
-            await self._write(router_pb2.GenerateResponse(started=started))
+        if started is None or self._answer.started:
+            return []
+        self._answer.started = True
+        return [router_pb2.GenerateResponse(started=started)]
 
-    async def _send_tokens(self, token_ids: Sequence[int]) -> None:
+    def _chunk(self, token_ids: Sequence[int]) -> router_pb2.GenerateResponse:
         answer = self._answer
         self._tokens += len(token_ids)
         answer.tokens += len(token_ids)
         if self._job.request.resume:
             answer.ids.extend(token_ids)
         text = answer.decoder.push(token_ids) if answer.decoder is not None else ""
-        chunk = router_pb2.Chunk(ids=token_ids, text=text)
-        await self._write(router_pb2.GenerateResponse(chunk=chunk))
+        return router_pb2.GenerateResponse(chunk=router_pb2.Chunk(ids=token_ids, text=text))
 
     def _judge(self, code: grpc.StatusCode, details: str) -> Outcome:
         """What a bad end means; see `run`."""

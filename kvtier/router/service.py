@@ -1,7 +1,7 @@
 """The Router service: kvtier.v1.Router over gRPC."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import grpc
@@ -64,8 +64,16 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> None:
         """See router.proto."""
 
+        async def write(ready: Sequence[router_pb2.GenerateResponse]) -> None:
+            first, *others = ready
+            if request.together:
+                first.then.extend(others)
+                others = []
+            for each in (first, *others):
+                await context.write(each)
+
         async def work(deadline: float) -> None:
-            await self._front.generate(request, deadline, context.write)
+            await self._front.generate(request, deadline, write)
 
         await self._answer(context, work, wait=True)
 

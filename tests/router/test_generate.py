@@ -110,6 +110,23 @@ async def test_an_answer_is_streamed_with_its_text(engines, routers):
     assert messages[1].started.prompt_tokens == len(expected.token_ids)
 
 
+async def test_what_is_ready_together_comes_in_one_message_where_that_is_asked_for(
+    engines, routers
+):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("héllo 😀")
+    router = await routers(worker)
+    for together in (False, True):
+        messages = await collect(router.stub.Generate(generate_request("hi", together=together)))
+        flat = [each for message in messages for each in (message, *message.then)]
+        assert together or len(flat) == len(messages)
+        assert all(not each.then for each in flat if each not in messages)
+        order = [*dict.fromkeys(bodies(flat))]
+        assert order == ["routed", "started", "chunk", "finished"]
+        assert text(flat) == "héllo 😀"
+        assert [i for each in flat for i in each.chunk.ids] == ids("héllo 😀")
+
+
 @pytest.mark.parametrize("script", [
     aborts(Status.UNAVAILABLE, "shutting down"),
     aborts(Status.ABORTED, "no more"),

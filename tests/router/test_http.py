@@ -475,12 +475,12 @@ async def test_a_slow_client_holds_up_its_own_worker_only():
             while True:
                 written += 1
                 chunk = router_pb2.Chunk(ids=[1], text="x")
-                await write(router_pb2.GenerateResponse(chunk=chunk))
+                await write([router_pb2.GenerateResponse(chunk=chunk)])
 
     asked = read({"prompt": "x", "stream": True}, chat=False, request_id="", luck=lambda: 1)
     room, taken = asyncio.Semaphore(1), 0
 
-    async def emit(piece) -> None:
+    async def emit(pieces) -> None:
         nonlocal taken
         await room.acquire()
         taken += 1
