@@ -63,14 +63,19 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """See router.proto."""
+        held: list[router_pb2.GenerateResponse] = []
 
         async def write(ready: Sequence[router_pb2.GenerateResponse]) -> None:
-            first, *others = ready
-            if request.together:
+            if not request.together:
+                for each in ready:
+                    await context.write(each)
+                return
+            held.extend(ready)
+            if held[-1].WhichOneof("body") != "routed":  # it goes with the first token
+                first, *others = held
+                held.clear()
                 first.then.extend(others)
-                others = []
-            for each in (first, *others):
-                await context.write(each)
+                await context.write(first)
 
         async def work(deadline: float) -> None:
             await self._front.generate(request, deadline, write)

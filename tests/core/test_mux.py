@@ -131,7 +131,9 @@ def answering(credit: int = 4) -> Answering[str, str]:
 
 
 def test_no_more_is_sent_than_was_granted_and_the_end_waits_behind_it():
-    mux = answering(credit=2)
+    mux = answering(credit=1)
+    mux.credit(1, 1)
+    assert mux.take() == [], "there is nothing to send"
     mux.start(1, "s")
     mux.tokens(1, [1, 2, 3])
     mux.end(1, "done")
