@@ -230,6 +230,8 @@ class Link:
 
     def _asks_changed(self) -> None:
         """Its stream of requests was lost, or is there again, or the worker takes no more."""
+        if self.asks is not None and self.asks.lost:
+            metrics.MEMBER_FAILURES.labels(self.node).inc()
         if self._fed:
             self._become(State.READY)
         self._context.changed()

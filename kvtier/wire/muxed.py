@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Final
 
@@ -16,6 +16,7 @@ from kvtier.wire.rpc import refuse
 
 MAX_STREAMS: Final = 64  # routers
 MAX_TIMEOUT_S: Final = 86_400.0
+BATCH_NBYTES: Final = 1 << 20  # of one message, unless a single part is longer
 MAX_ERROR: Final = 1000  # characters of an error's line
 
 End = worker_pb2.Done | worker_pb2.MuxError
@@ -131,7 +132,8 @@ class _Stream:
                 raise self._broken
             while parts := self._mux.take():
                 self._wake(parts)
-                await self._context.write(worker_pb2.MuxResponse(parts=map(_to_wire, parts)))
+                for message in _messages(parts):
+                    await self._context.write(message)
             if self._draining and not self._told:
                 self._told = True
                 await self._context.write(worker_pb2.MuxResponse(draining=True))
@@ -238,6 +240,20 @@ class _Stream:
         error = worker_pb2.MuxError(status=status, message=line[:MAX_ERROR], retry_s=retry_s)
         self._mux.end(number, error)
         self._turn.set()
+
+
+def _messages(parts: Sequence[_Part]) -> Iterator[worker_pb2.MuxResponse]:
+    """The parts in as few messages as BATCH_NBYTES allows: a router refuses longer ones."""
+    message, room = worker_pb2.MuxResponse(), BATCH_NBYTES
+    for part in parts:
+        # Only checks ask for logits, which are long; tokens have at most five bytes each.
+        nbytes = 5 * len(part.token_ids) + (len(part.started.first_logits) if part.started else 0)
+        if message.parts and nbytes > room:
+            yield message
+            message, room = worker_pb2.MuxResponse(), BATCH_NBYTES
+        room -= nbytes
+        message.parts.append(_to_wire(part))
+    yield message
 
 
 def _to_wire(part: _Part) -> worker_pb2.MuxPart:

@@ -429,6 +429,26 @@ async def test_a_bug_in_one_answer_is_the_end_of_that_one(engines, caplog):
     assert "a bug of ours" in caplog.text
 
 
+async def test_long_answers_that_are_ready_together_come_in_messages_of_bounded_length(engines):
+    worker, go, count, nbytes = await engines(StubWorker("a")), asyncio.Event(), 80, 1 << 20
+
+    async def script(request):
+        await go.wait()
+        yield worker_pb2.WorkerResponse(started=worker_pb2.Started(first_logits=bytes(nbytes)))
+        yield done(0)
+
+    worker.script = script
+    async with asks_of(worker) as asks, asyncio.timeout(PATIENCE_S):
+        all_ = [asks.ask(worker_pb2.WorkerRequest(), PATIENCE_S) for _ in range(count)]
+        await eventually(lambda: len(worker.requests) == count, "all reach the worker")
+        go.set()  # more than a router takes in one message
+        for ask in all_:
+            part = await ask.read()
+            while part.end is None:
+                part = await ask.read()
+            assert isinstance(part.end, worker_pb2.Done), part.end
+
+
 async def test_the_number_of_streams_is_limited(engines):
     worker = await engines(StubWorker("a"))
     async with contextlib.AsyncExitStack() as stack:
