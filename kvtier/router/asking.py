@@ -93,6 +93,12 @@ class Asks:
             self._stream = stream = await self._opened()
             self._keeping = asyncio.get_running_loop().create_task(self._keep(stream))
 
+    def check(self) -> None:
+        """Raise what ended the keeping of the stream; only a bug of ours does."""
+        task = self._keeping
+        if task is not None and task.done() and not task.cancelled() and task.exception():
+            task.result()
+
     def ask(self, request: worker_pb2.WorkerRequest, timeout_s: float) -> Ask:
         """Ask the worker, which ends the request itself after `timeout_s`.
 

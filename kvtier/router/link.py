@@ -13,14 +13,13 @@ import grpc
 
 from kvtier import metrics
 from kvtier.config import RouterConfig
-from kvtier.core import vllm_keys
-from kvtier.core.blocks import MAX_BLOCK_TOKENS
 from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
 from kvtier.router.absence import Absence
 from kvtier.router.asking import Asks, TooOld
+from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
@@ -31,9 +30,6 @@ DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
-MAX_ROOT: Final = 1024  # bytes
-MAX_SPACES: Final = 4096  # of one worker
-KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
 _REFUSED: Final = grpc.StatusCode.UNAUTHENTICATED
@@ -213,7 +209,7 @@ class Link:
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
         info = await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
-        _check(info)
+        check(info)
         if self.text is None or info != self.info:
             request = worker_pb2.TokenizerRequest()
             files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
@@ -246,6 +242,8 @@ class Link:
         try:
             while True:
                 message = await self._next(call)
+                if self.asks is not None:
+                    self.asks.check()
                 try:
                     steps = reader.take(message)
                 except FeedGap:
@@ -342,50 +340,6 @@ async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float) -
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()
-
-
-def _check(info: worker_pb2.WorkerInfo) -> None:
-    """Refuse a worker that cannot be used.
-
-    Raises:
-        RemoteProtocolError: A field is out of range; the message names it.
-    """
-    for name, low, high in (
-        ("block_tokens", 1, MAX_BLOCK_TOKENS),
-        ("max_tokens", 2, 2**31),
-        ("vocab_size", 1, 2**31),
-    ):
-        value = getattr(info, name)
-        if not low <= value <= high:
-            raise RemoteProtocolError(f"worker info: {name} is {value}, must be {low} to {high}")
-    for name in ("worker_id", "model"):
-        value = getattr(info, name)
-        if not 1 <= len(value) <= 256:
-            raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
-    if info.doubles_at and not 1 <= info.doubles_at < math.inf:
-        raise RemoteProtocolError(
-            f"worker info: doubles_at is {info.doubles_at}, must be 0, or 1 or more"
-        )
-    if info.key_scheme not in KEY_SCHEMES:
-        raise RemoteProtocolError(f"worker info: key_scheme {info.key_scheme[:64]!r} is unknown")
-    if len(info.spaces) > MAX_SPACES:
-        raise RemoteProtocolError(
-            f"worker info: {len(info.spaces)} spaces, which are more than {MAX_SPACES}"
-        )
-    roots = [
-        ("root", info.root),
-        *((f"root of spaces[{i}]", s.root) for i, s in enumerate(info.spaces)),
-    ]
-    for name, root in roots:
-        if not 1 <= len(root) <= MAX_ROOT:
-            raise RemoteProtocolError(
-                f"worker info: {name} has {len(root)} bytes, limit {MAX_ROOT}"
-            )
-        if info.key_scheme == vllm_keys.SCHEME:
-            try:
-                vllm_keys.prompt_keys(root, (), info.block_tokens)
-            except (ValueError, RecursionError):
-                raise RemoteProtocolError(f"worker info: {name} is no root of its scheme") from None
 
 
 def _line(error: BaseException) -> str:
