@@ -9,7 +9,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import grpc
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.wire.muxed import MuxedServicer
 from kvtier.wire.pb import (
     feed_pb2,
     feed_pb2_grpc,
@@ -46,8 +47,9 @@ def keys(ids: list[int]) -> list[BlockKey]:
     return block_keys(ROOT, ids, BLOCK)
 
 
-class Worker(worker_pb2_grpc.WorkerServicer, feed_pb2_grpc.FeedServicer):
+class Worker(MuxedServicer, feed_pb2_grpc.FeedServicer):
     def __init__(self, name: str, rate: float) -> None:
+        super().__init__()
         self._rate = rate
         self.info = worker_pb2.WorkerInfo(
             worker_id=name, node=name, model=MODEL, revision="1", block_tokens=BLOCK,
@@ -60,9 +62,9 @@ class Worker(worker_pb2_grpc.WorkerServicer, feed_pb2_grpc.FeedServicer):
     async def Tokenizer(self, request: object, context: object) -> worker_pb2.TokenizerFiles:
         return worker_pb2.TokenizerFiles(files={"tokenizer.json": tokenizer().encode()})
 
-    async def Generate(
-        self, request: worker_pb2.WorkerRequest, context: object
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def answer(
+        self, request: worker_pb2.WorkerRequest
+    ) -> AsyncGenerator[worker_pb2.WorkerResponse, None]:
         await asyncio.sleep(len(request.token_ids) / self._rate)
         started = worker_pb2.Started(prompt_tokens=len(request.token_ids))
         yield worker_pb2.WorkerResponse(started=started)

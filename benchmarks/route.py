@@ -63,6 +63,7 @@ async def _grpc(address, ends, ways, bars, other, sizes) -> None:
         asked = router_pb2.Prompt(tokens=router_pb2.TokenIds(ids=WARM))
         route = router_pb2.RouteRequest(prompt=asked)
         generate = router_pb2.GenerateRequest(prompt=asked, max_tokens=1)
+        together = router_pb2.GenerateRequest(prompt=asked, max_tokens=1, together=True)
         bare = worker_pb2.WorkerRequest(token_ids=WARM, max_tokens=1)
         stream = stub.RouteStream()
 
@@ -74,12 +75,13 @@ async def _grpc(address, ends, ways, bars, other, sizes) -> None:
             "route": lambda: stub.Route(route),
             "route by stream": by_stream,
             "generate": lambda: _drain(stub.Generate(generate)),
+            "generate together": lambda: _drain(stub.Generate(together)),
             "straight to a worker": lambda: _drain(worker.Generate(bare)),
         }
         ways["gRPC, one at a time"] = found = await _in_turn(asks, sizes[0])
         rates = {
             name: await _rate(asks[name], sizes[1])
-            for name in ("route", "generate", "straight to a worker")
+            for name in ("route", "generate", "generate together", "straight to a worker")
         }
         rates["route by stream"] = await _stream_rate(stub, route, sizes[1])
         stream.cancel()
@@ -90,6 +92,11 @@ async def _grpc(address, ends, ways, bars, other, sizes) -> None:
             "straight to a worker": await _tokens_rate(
                 lambda: _drain(worker.Generate(straight)), sizes[1]
             ),
+        }
+        # The fake worker has all tokens at once: what waits together is passed on together.
+        other["messages_an_answer"] = {
+            "generate": await _drain(stub.Generate(longer)),
+            "straight to a worker": await _drain(worker.Generate(straight)),
         }
     other["requests_per_s"] = rates
     other["generate_added_ms"] = 1e3 * (
@@ -232,9 +239,9 @@ class Pool:
             writer.close()
 
 
-async def _drain(call) -> None:
-    async for _ in call:
-        pass
+async def _drain(call) -> int:
+    """How many messages came."""
+    return sum([1 async for _ in call])
 
 
 async def _times(ask: Ask, count: int) -> list[float]:

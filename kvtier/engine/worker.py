@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
 import grpc
@@ -24,6 +24,7 @@ from kvtier.engine.transformers import STOPPING, Engine, Handle, MakeTiers
 from kvtier.errors import InvalidRequest, RequestError, UnknownModel, WorkerLost
 from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
+from kvtier.wire.muxed import MuxedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
 
@@ -33,7 +34,7 @@ MAX_REQUEST_ID: Final = 128  # characters
 log = logging.getLogger(__name__)
 
 
-class WorkerServicer(worker_pb2_grpc.WorkerServicer):
+class WorkerServicer(MuxedServicer):
     """See worker.proto. Lives on one loop; the engine has a thread of its own.
 
     Args:
@@ -50,6 +51,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         make_tier: MakeTiers,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        super().__init__()
         self.draining = False
         self._pulls = bool(config.worker.socket)  # or there is nobody to ask
         self._loop = loop
@@ -106,24 +108,23 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             await refuse(context, error)
         return worker_pb2.ClearResponse(blocks=dropped)
 
-    async def Generate(  # noqa: N802
-        self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
-        """See worker.proto."""
+    async def answer(
+        self, request: worker_pb2.WorkerRequest
+    ) -> AsyncGenerator[worker_pb2.WorkerResponse, None]:
+        """See `MuxedServicer`."""
         # Started, as many Tokens as the model has room for, and Done: it is never full.
         events: asyncio.Queue[Event] = asyncio.Queue(self._loaded.max_tokens + 2)
+        handle = self._submit(request, events)
         try:
-            handle = self._submit(request, events)
-        except RequestError as error:
-            await refuse(context, error)
-        context.add_done_callback(lambda _: handle.cancel())
-        while True:
-            event = await events.get()
-            if isinstance(event, Failed):
-                await refuse(context, event.error)
-            yield to_wire(event)
-            if isinstance(event, Done):
-                return
+            while True:
+                event = await events.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield to_wire(event)
+                if isinstance(event, Done):
+                    return
+        finally:
+            handle.cancel()
 
     def _submit(self, request: worker_pb2.WorkerRequest, events: asyncio.Queue[Event]) -> Handle:
         if self.draining:
@@ -216,10 +217,12 @@ async def serve(
         await _until(stop, servicer.engine)
     finally:
         servicer.draining = True
+        servicer.drain_streams()
         await server.healthy(False)
         try:
             await asyncio.to_thread(servicer.engine.close, drain_s)
         finally:
+            servicer.close_streams()
             servicer.feed.close()
             await server.stop(1.0)
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from kvtier import metrics
@@ -121,9 +121,9 @@ class Front:
         root = links[0].roots[prompt.space]
         with self.recorder.recorded(prompt, links[0].info, root) as seen:
 
-            async def recorded(response: router_pb2.GenerateResponse) -> None:
-                seen(len(response.chunk.ids))
-                await write(response)
+            async def recorded(ready: Sequence[router_pb2.GenerateResponse]) -> None:
+                seen(sum(len(each.chunk.ids) for each in ready))
+                await write(ready)
 
             await generate(job, self._placement, attempts, self._rng, recorded)
 

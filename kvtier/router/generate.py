@@ -11,26 +11,27 @@ import grpc
 
 from kvtier import metrics
 from kvtier.errors import Overloaded, RequestError, WorkerLost
+from kvtier.router.asking import Ask
 from kvtier.router.link import Link
 from kvtier.router.placement import Placement, Prompt, Ranked
 from kvtier.router.prompts import some
 from kvtier.router.sent import Sent
 from kvtier.router.text import Decoder
-from kvtier.wire.pb import router_pb2, worker_pb2, worker_pb2_grpc
+from kvtier.wire.pb import router_pb2, worker_pb2
 
 MAX_LINE: Final = 1000  # characters of an error; what gRPC carries of them is limited
 SLACK_S: Final = 1.0  # that a worker gets more than the router, whose words then end the request
 DEFAULT_TOKENS: Final = 128  # of an answer whose request gives no max_tokens, see worker.proto
 
-Write = Callable[[router_pb2.GenerateResponse], Awaitable[object]]
+Write = Callable[[Sequence[router_pb2.GenerateResponse]], Awaitable[object]]  # ready together
 
-# What a call ends with when its worker, or the way to it, is gone; anything else is an answer.
+# What ends a request whose worker, or the way to it, is gone; anything else is an answer.
 _LOST: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.ABORTED,
         grpc.StatusCode.CANCELLED,  # by the worker as it stops: we never cancel and go on
-        grpc.StatusCode.INTERNAL,  # a broken HTTP/2 stream
+        grpc.StatusCode.INTERNAL,
         grpc.StatusCode.UNKNOWN,  # a handler that crashed
     }
 )
@@ -107,7 +108,7 @@ async def generate(
                     choice=best.proto(), others=[each.proto() for each in others],
                     attempt=len(avoided) + 1, resumed_tokens=len(answer.ids),
                 )  # fmt: skip
-                await write(router_pb2.GenerateResponse(routed=routed))
+                await write([router_pb2.GenerateResponse(routed=routed)])
             outcome = await attempt.run(sent)
         finally:
             sent.began()
@@ -119,7 +120,7 @@ async def generate(
             done = worker_pb2.Done(
                 finish_reason=reason, completion_tokens=answer.tokens, saved_tokens=answer.saved
             )
-            await write(router_pb2.GenerateResponse(finished=done))
+            await write([router_pb2.GenerateResponse(finished=done)])
             return
     _give_up(job.prompt.model, avoided, lost, answer.tokens)
 
@@ -150,8 +151,12 @@ def _give_up(model: str, avoided: dict[str, Outcome], lost: int, tokens: int) ->
     raise WorkerLost(f"no worker of {model!r} could {did}: {told or 'none is ready'}"[:MAX_LINE])
 
 
+def _status(name: str) -> grpc.StatusCode:
+    return grpc.StatusCode.__members__.get(name, grpc.StatusCode.UNKNOWN)
+
+
 class _Attempt:
-    """One call of one worker."""
+    """One request to one worker."""
 
     def __init__(self, job: Job, prompt: Prompt, answer: _Answer, to: Ranked, write: Write) -> None:
         self._job = job
@@ -172,64 +177,65 @@ class _Attempt:
             WorkerLost: After the first token, and the request is not to be resumed.
             Relayed: The worker refused.
         """
-        channel = self._to.link.channel
-        if channel is None:  # lost since it was ranked
+        asks = self._to.link.asks
+        if asks is None:  # lost since it was ranked
             return Outcome.LOST
         left_s = self._job.deadline - asyncio.get_running_loop().time()
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        call = stub.Generate(self._request(), timeout=left_s + SLACK_S)
         try:
-            return await self._pass_on(call, sent)
-        except grpc.aio.AioRpcError as error:
-            return self._judge(error.code(), error.details() or error.code().name)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Not we were cancelled but the call, with the channel of a worker that fell silent.
-            return self._judge(grpc.StatusCode.CANCELLED, "it fell silent")
+            ask = asks.ask(self._request(), max(0.0, left_s) + SLACK_S)
+        except WorkerLost:
+            return Outcome.LOST
+        except Overloaded:
+            return Outcome.FULL
+        try:
+            return await self._pass_on(ask, sent)
         finally:
-            call.cancel()
+            ask.cancel()
 
-    async def _pass_on(self, call: grpc.aio.UnaryStreamCall, sent: Sent) -> Outcome:
+    async def _pass_on(self, ask: Ask, sent: Sent) -> Outcome:
         while True:
-            message = await call.read()
-            if message is grpc.aio.EOF:
-                return self._judge(grpc.StatusCode.UNAVAILABLE, "its answer has no end")
-            body = message.WhichOneof("body")
-            if body == "started":
-                self._started = message.started  # goes out with the first token
-                sent.told(message.started, self._to.info)
-            elif body == "tokens":
+            part = await ask.read()
+            if part.started is not None:
+                self._started = part.started  # goes out with the first token
+                sent.told(part.started, self._to.info)
+            ready: list[router_pb2.GenerateResponse] = []
+            done = part.end if isinstance(part.end, worker_pb2.Done) else None
+            if part.token_ids:
                 sent.began()
-                await self._send_started()
-                await self._send_tokens(message.tokens)
-            elif body == "done":
-                await self._send_started()
-                done = message.done
+            if part.token_ids or done is not None:
+                ready += self._begin()
+            if part.token_ids:
+                ready.append(self._chunk(part.token_ids))
+            if done is not None:
                 if self._tokens != self._answer.tokens:  # others had a part in it
                     done.completion_tokens = self._answer.tokens
-                await self._write(router_pb2.GenerateResponse(finished=done))
+                ready.append(router_pb2.GenerateResponse(finished=done))
+            if ready:
+                await self._write(ready)
+            if done is not None:
                 return Outcome.ANSWERED
+            if isinstance(part.end, worker_pb2.MuxError):
+                return self._judge(_status(part.end.status), part.end.message or part.end.status)
 
-    async def _send_started(self) -> None:
+    def _begin(self) -> list[router_pb2.GenerateResponse]:
+        """Started, where nothing of the answer was passed on yet."""
         started, self._started = self._started, None
-        if started is not None and not self._answer.started:
-            self._answer.started = True
-            await self._write(router_pb2.GenerateResponse(started=started))
+        if started is None or self._answer.started:
+            return []
+        self._answer.started = True
+        return [router_pb2.GenerateResponse(started=started)]
 
-    async def _send_tokens(self, tokens: worker_pb2.Tokens) -> None:
+    def _chunk(self, token_ids: Sequence[int]) -> router_pb2.GenerateResponse:
         answer = self._answer
-        self._tokens += len(tokens.ids)
-        answer.tokens += len(tokens.ids)
+        self._tokens += len(token_ids)
+        answer.tokens += len(token_ids)
         if self._job.request.resume:
-            answer.ids.extend(tokens.ids)
-        text = answer.decoder.push(tokens.ids) if answer.decoder is not None else ""
-        chunk = router_pb2.Chunk(ids=tokens.ids, text=text)
-        await self._write(router_pb2.GenerateResponse(chunk=chunk))
+            answer.ids.extend(token_ids)
+        text = answer.decoder.push(token_ids) if answer.decoder is not None else ""
+        return router_pb2.GenerateResponse(chunk=router_pb2.Chunk(ids=token_ids, text=text))
 
     def _judge(self, code: grpc.StatusCode, details: str) -> Outcome:
-        """What the call's bad end means; see `run`."""
+        """What a bad end means; see `run`."""
         if code in _LOST and self._tokens and not self._job.request.resume:
             name = self._to.info.worker_id
             line = f"worker {name} was lost after {self._tokens} tokens: {details}"

@@ -13,13 +13,13 @@ import grpc
 
 from kvtier import metrics
 from kvtier.config import RouterConfig
-from kvtier.core import vllm_keys
-from kvtier.core.blocks import MAX_BLOCK_TOKENS
 from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
 from kvtier.router.absence import Absence
+from kvtier.router.asking import Asks, TooOld
+from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
@@ -30,9 +30,6 @@ DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
-MAX_ROOT: Final = 1024  # bytes
-MAX_SPACES: Final = 4096  # of one worker
-KEY_SCHEMES: Final = ("", vllm_keys.SCHEME)
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
 _REFUSED: Final = grpc.StatusCode.UNAUTHENTICATED
@@ -84,9 +81,9 @@ _TIERS: Final = {
 class Link:
     """Follows one address: connects, asks a worker who it is, and watches the feed, for ever.
 
-    `info`, `text` and `channel` are those of the present life (`info` stays when it ends, to tell
-    "none is ready" from "nobody serves that"). What the source held leaves the directory as soon
-    as its stream breaks; a mere gap in the stream leaves the worker in use, but cold.
+    `info`, `text`, `channel` and `asks` are those of the present life (`info` stays when it ends,
+    to tell "none is ready" from "nobody serves that"). What the source held leaves the directory
+    as soon as its stream breaks; a mere gap in the stream leaves the worker in use, but cold.
     """
 
     def __init__(self, serves: Serves, address: str, node: str, context: Context) -> None:
@@ -99,6 +96,7 @@ class Link:
         self.roots: dict[tuple[str, str], bytes] = {}  # by adapter and tenant; of `info`
         self.text: Text | None = None
         self.channel: grpc.aio.Channel | None = None
+        self.asks: Asks | None = None  # how a worker is asked, over `channel`
         self.heartbeat = feed_pb2.Heartbeat()
         self.settled = False  # it told all that it holds, or could not be reached
         self._context = context
@@ -111,6 +109,7 @@ class Link:
         self._blamed = ""  # what a person was told to change
         self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._fed = False  # its feed has told what it holds
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -161,6 +160,7 @@ class Link:
                     self.channel = self._context.access.channel(self.address, OPTIONS)
                 if self.serves is Serves.WORKER:
                     await self._describe(self.channel)
+                    await self._begin_asking(self.channel)
                 await self._watch(self.channel)
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
@@ -202,9 +202,12 @@ class Link:
         At the second failure in a row only: somebody who is being started is nobody's mistake.
         """
         refused = isinstance(error, grpc.RpcError) and error.code() is _REFUSED
-        if not refused and tries != 1:
+        if isinstance(error, TooOld):
+            why = str(error)
+        elif not refused and tries != 1:
             return
-        why = await self._context.access.why(self.address, error)
+        else:
+            why = await self._context.access.why(self.address, error)
         if why != self._blamed:
             self._blamed = why
             if why:
@@ -213,7 +216,7 @@ class Link:
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
         info = await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
-        _check(info)
+        check(info)
         if self.text is None or info != self.info:
             request = worker_pb2.TokenizerRequest()
             files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
@@ -221,6 +224,20 @@ class Link:
         self.info = info
         self.roots = {(each.adapter, each.tenant): each.root for each in info.spaces}
         self.roots["", ""] = info.root
+
+    async def _begin_asking(self, channel: grpc.aio.Channel) -> None:
+        if self.asks is None:
+            name = f"{self.serves} at {self.address}"
+            self.asks = Asks(name, channel, self._context.rng, self._asks_changed)
+        await self.asks.begin()
+
+    def _asks_changed(self) -> None:
+        """Its stream of requests was lost, or is there again, or the worker takes no more."""
+        if self.asks is not None and self.asks.lost:
+            metrics.MEMBER_FAILURES.labels(self.node).inc()
+        if self._fed:
+            self._become(State.READY)
+        self._context.changed()
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
         """Reads one stream of the feed to its end; always raises."""
@@ -232,6 +249,8 @@ class Link:
         try:
             while True:
                 message = await self._next(call)
+                if self.asks is not None:
+                    self.asks.check()
                 try:
                     steps = reader.take(message)
                 except FeedGap:
@@ -242,12 +261,14 @@ class Link:
                 if reader.heartbeat is not None:
                     self._beat(reader.heartbeat)
                 if reader.ready:
+                    self._fed = True
                     self._become(State.READY)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
                 raise FeedGap(str(error.details()), replay=reader.ready) from None
             raise
         finally:
+            self._fed = False
             call.cancel()
             reader.close()
 
@@ -297,6 +318,8 @@ class Link:
             self._context.changed()
 
     def _become(self, state: State) -> None:
+        if state is State.READY and self.asks is not None and self.asks.lost:
+            state = State.CONNECTING
         self.settled |= state is State.READY
         if state is State.READY:
             self._say_back()
@@ -306,8 +329,9 @@ class Link:
 
     def _end_life(self, grace_s: float) -> None:
         channel, self.channel = self.channel, None
+        asks, self.asks = self.asks, None
         if channel is not None:
-            closing = asyncio.get_running_loop().create_task(_close(channel, grace_s))
+            closing = asyncio.get_running_loop().create_task(_close(channel, asks, grace_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self.text = None
@@ -317,52 +341,12 @@ class Link:
         self._become(State.CONNECTING)
 
 
-async def _close(channel: grpc.aio.Channel, grace_s: float) -> None:
+async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float) -> None:
+    if asks is not None:
+        asks.retire()
     await channel.close(grace_s or None)
-
-
-def _check(info: worker_pb2.WorkerInfo) -> None:
-    """Refuse a worker that cannot be used.
-
-    Raises:
-        RemoteProtocolError: A field is out of range; the message names it.
-    """
-    for name, low, high in (
-        ("block_tokens", 1, MAX_BLOCK_TOKENS),
-        ("max_tokens", 2, 2**31),
-        ("vocab_size", 1, 2**31),
-    ):
-        value = getattr(info, name)
-        if not low <= value <= high:
-            raise RemoteProtocolError(f"worker info: {name} is {value}, must be {low} to {high}")
-    for name in ("worker_id", "model"):
-        value = getattr(info, name)
-        if not 1 <= len(value) <= 256:
-            raise RemoteProtocolError(f"worker info: {name} has {len(value)} characters")
-    if info.doubles_at and not 1 <= info.doubles_at < math.inf:
-        raise RemoteProtocolError(
-            f"worker info: doubles_at is {info.doubles_at}, must be 0, or 1 or more"
-        )
-    if info.key_scheme not in KEY_SCHEMES:
-        raise RemoteProtocolError(f"worker info: key_scheme {info.key_scheme[:64]!r} is unknown")
-    if len(info.spaces) > MAX_SPACES:
-        raise RemoteProtocolError(
-            f"worker info: {len(info.spaces)} spaces, which are more than {MAX_SPACES}"
-        )
-    roots = [
-        ("root", info.root),
-        *((f"root of spaces[{i}]", s.root) for i, s in enumerate(info.spaces)),
-    ]
-    for name, root in roots:
-        if not 1 <= len(root) <= MAX_ROOT:
-            raise RemoteProtocolError(
-                f"worker info: {name} has {len(root)} bytes, limit {MAX_ROOT}"
-            )
-        if info.key_scheme == vllm_keys.SCHEME:
-            try:
-                vllm_keys.prompt_keys(root, (), info.block_tokens)
-            except (ValueError, RecursionError):
-                raise RemoteProtocolError(f"worker info: {name} is no root of its scheme") from None
+    if asks is not None:
+        await asks.close()
 
 
 def _line(error: BaseException) -> str:

@@ -118,6 +118,7 @@ class Members:
         """Whether somebody wants no new requests on this worker, or nothing new on its node."""
         return (
             worker.heartbeat.draining
+            or (worker.asks is not None and worker.asks.draining)
             or worker.address in self._unwanted
             or any(link.heartbeat.draining for link in self._daemons.get(worker.node, ()))
         )

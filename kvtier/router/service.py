@@ -1,7 +1,7 @@
 """The Router service: kvtier.v1.Router over gRPC."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Final, TypeVar
 
@@ -65,9 +65,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """See router.proto."""
+        held: list[router_pb2.GenerateResponse] = []
+
+        async def write(ready: Sequence[router_pb2.GenerateResponse]) -> None:
+            if not request.together:
+                for each in ready:
+                    await context.write(each)
+                return
+            held.extend(ready)
+            if held[-1].WhichOneof("body") != "routed":  # it goes with the first token
+                first, *others = held
+                held.clear()
+                first.then.extend(others)
+                await context.write(first)
 
         async def work(deadline: float) -> None:
-            await self._front.generate(request, deadline, context.write)
+            await self._front.generate(request, deadline, write)
 
         await self._answer(context, work, wait=True)
 

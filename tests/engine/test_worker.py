@@ -326,6 +326,65 @@ class TestGenerate:
                 torch.testing.assert_close(got, logits, rtol=0, atol=1e-3)
 
 
+class TestStream:
+    """Multiplex, as routers ask."""
+
+    async def test_many_over_one_stream_answer_as_calls_of_their_own_do(
+        self, tiny_worker: Worker
+    ) -> None:
+        prompts = [prompt_of(30 + i, 50 + i, VOCAB) for i in range(8)]
+        expected = [(await answer(tiny_worker, ask(p, 10)))[1] for p in prompts]
+        call = tiny_worker.stub.Multiplex()
+        opens = [
+            worker_pb2.MuxOpen(id=i, request=ask(p, 10), timeout_s=WAIT_S, credit=1000)
+            for i, p in enumerate([*prompts, [VOCAB]], 1)  # the last is none of the model's
+        ]
+        answers: dict[int, list[int]] = {each.id: [] for each in opens}
+        ends: dict[int, worker_pb2.MuxPart] = {}
+        async with asyncio.timeout(WAIT_S):
+            assert (await call.read()).HasField("hello")
+            await call.write(worker_pb2.MuxRequest(opens=opens))
+            while len(ends) < len(opens):
+                for part in (await call.read()).parts:
+                    answers[part.id] += part.token_ids
+                    if part.WhichOneof("end"):
+                        ends[part.id] = part
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+        for i, ids in enumerate(expected, 1):
+            assert answers[i] == ids
+            assert ends[i].done.completion_tokens == 10
+        assert ends[9].error.status == "INVALID_ARGUMENT"
+
+    async def test_one_that_is_cancelled_is_not_computed_and_one_at_the_end_is_finished(
+        self, tiny_worker: Worker
+    ) -> None:
+        call = tiny_worker.stub.Multiplex()
+        opens = [
+            worker_pb2.MuxOpen(id=i, request=ask([5, i], 480), timeout_s=WAIT_S, credit=1000)
+            for i in (1, 2)
+        ]
+        async with asyncio.timeout(WAIT_S):
+            with held_up(tiny_worker):
+                await call.write(worker_pb2.MuxRequest(opens=opens))
+                while not (await call.read()).parts:
+                    pass
+                # What is refused tells that the cancel before it was read.
+                bad = worker_pb2.MuxOpen(id=3, request=ask([VOCAB]), timeout_s=WAIT_S)
+                await call.write(worker_pb2.MuxRequest(cancels=[1], opens=[bad]))
+                while all(part.id != 3 for part in (await call.read()).parts):
+                    pass
+                tiny_worker.stop.set()
+                while not (await call.read()).draining:
+                    pass
+            parts = []
+            while (message := await call.read()) is not grpc.aio.EOF:
+                parts += message.parts
+        assert {part.id for part in parts} <= {2}
+        assert parts[-1].done.completion_tokens == 480
+        await asyncio.wait_for(asyncio.shield(tiny_worker.task), WAIT_S)
+
+
 class TestFeed:
     async def test_a_snapshot_and_its_deltas_are_what_the_pool_holds(
         self, tiny_worker: Worker, tiny: LoadedModel

@@ -31,7 +31,7 @@ async def main(name: str, port: int) -> None:
     worker = StubWorker(name)
     held: list[list[bytes]] = []
 
-    async def script(request, context):
+    async def script(request):
         ids = list(request.token_ids)
         yield started(request)
         for _ in range(request.max_tokens):

@@ -6,14 +6,16 @@ Run as a program it is one worker in a process of its own, which prints its addr
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 
 import grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvtier.core.blocks import BlockKey, block_keys
 from kvtier.core.tiers import Tier
+from kvtier.errors import RequestError
 from kvtier.wire.chains import TO_WIRE
+from kvtier.wire.muxed import MuxedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 BLOCK = 4  # tokens
@@ -26,9 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-Script = Callable[
-    [worker_pb2.WorkerRequest, grpc.aio.ServicerContext], AsyncIterator[worker_pb2.WorkerResponse]
-]
+Script = Callable[[worker_pb2.WorkerRequest], AsyncIterator[worker_pb2.WorkerResponse]]
 
 
 def tokenizer() -> Tokenizer:
@@ -159,7 +159,15 @@ class StubSource(feed_pb2_grpc.FeedServicer):
         ]
 
 
-class StubWorker(StubSource, worker_pb2_grpc.WorkerServicer):
+class Ends(RequestError):
+    """A script's own end."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.grpc_status = code.name
+
+
+class StubWorker(StubSource, MuxedServicer):
     """A worker with scripted answers; its feed is a `StubSource`."""
 
     def __init__(
@@ -173,7 +181,8 @@ class StubWorker(StubSource, worker_pb2_grpc.WorkerServicer):
         max_tokens: int = MAX_TOKENS,
         vocab: int = VOCAB,
     ) -> None:
-        super().__init__({Tier.VRAM: held})
+        StubSource.__init__(self, {Tier.VRAM: held})
+        MuxedServicer.__init__(self)
         self.name = name
         self.info = worker_pb2.WorkerInfo(
             worker_id=name, node=name, model=model, revision="1", block_tokens=block,
@@ -203,14 +212,14 @@ class StubWorker(StubSource, worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.TokenizerFiles:
         return worker_pb2.TokenizerFiles(files=self.files)
 
-    async def Generate(
-        self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def answer(
+        self, request: worker_pb2.WorkerRequest
+    ) -> AsyncGenerator[worker_pb2.WorkerResponse, None]:
         self.requests.append(request)
         try:
-            async for message in self.script(request, context):
+            async for message in self.script(request):
                 yield message
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
 
@@ -235,9 +244,7 @@ def done(count: int) -> worker_pb2.WorkerResponse:
 def says(text: str) -> Script:
     """Answers with this text, one token a message."""
 
-    async def script(
-        request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def script(request: worker_pb2.WorkerRequest) -> AsyncIterator[worker_pb2.WorkerResponse]:
         yield started(request)
         answer = ids(text)
         for token in answer:
@@ -250,9 +257,7 @@ def says(text: str) -> Script:
 def hangs(after: int = 0) -> Script:
     """Says so many tokens and then nothing any more."""
 
-    async def script(
-        request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def script(request: worker_pb2.WorkerRequest) -> AsyncIterator[worker_pb2.WorkerResponse]:
         if after:
             yield started(request)
         for _ in range(after):
@@ -265,14 +270,12 @@ def hangs(after: int = 0) -> Script:
 def aborts(code: grpc.StatusCode, details: str, after: int = 0) -> Script:
     """Ends with this status after so many tokens."""
 
-    async def script(
-        request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def script(request: worker_pb2.WorkerRequest) -> AsyncIterator[worker_pb2.WorkerResponse]:
         if after:
             yield started(request)
         for _ in range(after):
             yield tokens(*ids("x"))
-        await context.abort(code, details)
+        raise Ends(code, details)
 
     return script
 

@@ -9,6 +9,7 @@ import pytest
 from kvtier import metrics
 from kvtier.wire.pb import router_pb2, worker_pb2
 from tests.router.stub_engine import (
+    Ends,
     StubWorker,
     aborts,
     done,
@@ -72,15 +73,27 @@ class Process:
 
 
 async def test_an_answer_is_streamed_with_its_text(engines, routers):
-    worker = await engines(StubWorker("a"))
-    worker.script = says("héllo 😀")
+    worker, answer, read = await engines(StubWorker("a")), ids("héllo 😀"), asyncio.Semaphore(0)
+
+    async def script(request):
+        yield started(request)
+        for token in answer:
+            yield tokens(token)
+            await read.acquire()  # or it may come with the next
+        yield done(len(answer))
+
+    worker.script = script
     router = await routers(worker)
     asked = generate_request(
         [("user", "hi")], request_id="r1", max_tokens=9, temperature=0.5, seed=7,
         ignore_eos=True, return_first_logits=True,
     )  # fmt: skip
-    messages = await collect(router.stub.Generate(asked))
-    answer = ids("héllo 😀")
+    messages = []
+    async with asyncio.timeout(PATIENCE_S):
+        async for message in router.stub.Generate(asked):
+            messages.append(message)
+            if message.WhichOneof("body") == "chunk":
+                read.release()
     assert bodies(messages) == ["routed", "started", *["chunk"] * len(answer), "finished"]
     assert messages[0].routed.choice.worker_id == "a"
     assert (messages[0].routed.attempt, list(messages[0].routed.others)) == (1, [])
@@ -95,6 +108,23 @@ async def test_an_answer_is_streamed_with_its_text(engines, routers):
     )  # fmt: skip
     assert worker.requests == [expected]
     assert messages[1].started.prompt_tokens == len(expected.token_ids)
+
+
+async def test_what_is_ready_together_comes_in_one_message_where_that_is_asked_for(
+    engines, routers
+):
+    worker = await engines(StubWorker("a"))
+    worker.script = says("héllo 😀")
+    router = await routers(worker)
+    for together in (False, True):
+        messages = await collect(router.stub.Generate(generate_request("hi", together=together)))
+        flat = [each for message in messages for each in (message, *message.then)]
+        assert together or len(flat) == len(messages)
+        assert all(not each.then for each in flat if each not in messages)
+        order = [*dict.fromkeys(bodies(flat))]
+        assert order == ["routed", "started", "chunk", "finished"]
+        assert text(flat) == "héllo 😀"
+        assert [i for each in flat for i in each.chunk.ids] == ids("héllo 😀")
 
 
 @pytest.mark.parametrize("script", [
@@ -119,9 +149,9 @@ async def test_a_worker_lost_before_its_first_token_is_replaced(engines, routers
 async def test_started_without_a_token_is_not_a_beginning(engines, routers):
     warm, cold = await engines(StubWorker("warm", KEYS)), await engines(StubWorker("cold"))
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
-        await context.abort(Status.UNAVAILABLE, "gone")
+        raise Ends(Status.UNAVAILABLE, "gone")
 
     warm.script = script
     router = await routers(warm, cold)
@@ -142,7 +172,7 @@ async def test_a_worker_lost_in_mid_answer_ends_the_request(engines, routers):
 async def test_an_answer_without_an_end_is_a_lost_worker(engines, routers):
     worker = await engines(StubWorker("a"))
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         yield tokens(1, 2)
 
@@ -187,8 +217,9 @@ async def test_kill_9_after_the_first_token_ends_in_one_clear_line(routers):
     async with Process("w", 2, PROMPT) as worker:
         router = await routers(worker.address)
         call = router.stub.Generate(generate_request(PROMPT))
-        for _ in range(4):  # Routed, Started, two Chunks
-            await call.read()
+        seen = 0
+        while seen < 2:  # tokens, in one chunk or in two
+            seen += len((await call.read()).chunk.ids)
         worker.send(signal.SIGKILL)
         async with refused(Status.UNAVAILABLE, "worker w was lost after 2 tokens"):
             await collect_rest(call)
@@ -295,7 +326,7 @@ async def test_without_a_deadline_the_routers_own_holds(engines, routers, after)
 async def test_a_member_that_is_taken_out_finishes_what_it_began(engines, routers):
     worker, go = await engines(StubWorker("a")), asyncio.Event()
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         yield tokens(*ids("x"))
         await go.wait()
@@ -330,7 +361,7 @@ async def test_a_prompt_follows_the_one_before_it(engines, routers):
 async def test_what_was_sent_counts_as_load_until_its_first_token(engines, routers):
     worker, go = await engines(StubWorker("a")), asyncio.Event()
 
-    async def script(request, context):
+    async def script(request):
         await go.wait()
         yield started(request)
         yield tokens(*ids("x"))

@@ -82,7 +82,7 @@ async def test_a_chat_is_answered_with_its_usage(engines, fronts):
 async def test_a_chat_streams(engines, fronts):
     worker = await engines(StubWorker("a"))
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         yield tokens(*ids("héllo 😀"))
         stop = worker_pb2.FINISH_REASON_STOP
@@ -132,7 +132,7 @@ async def test_a_chat_without_a_limit_may_take_all_the_room(engines, fronts):
 async def test_several_prompts_and_choices_are_answered_in_order(engines, fronts):
     worker = await engines(StubWorker("a"))
 
-    async def echo(request, context):
+    async def echo(request):
         yield started(request)
         yield tokens(*request.token_ids)
         yield done(len(request.token_ids))
@@ -150,7 +150,7 @@ async def test_several_prompts_and_choices_are_answered_in_order(engines, fronts
 async def test_a_stop_ends_the_answer_and_the_worker(engines, fronts, stream):
     worker = await engines(StubWorker("a"))
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         for token in ids("one, two END"):
             yield tokens(token)
@@ -396,7 +396,7 @@ async def test_a_client_that_hangs_up_with_another_request_behind_the_first_canc
 ):
     worker, ended = await engines(StubWorker("a")), asyncio.Event()
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         try:
             while True:
@@ -439,11 +439,11 @@ async def test_one_choice_that_fails_ends_them_all(engines, fronts, stream):
     client, _ = await fronts(worker)
     asked = 0
 
-    async def script(request, context):
+    async def script(request):
         nonlocal asked
         asked += 1
         how = hangs() if asked == 1 else aborts(Status.RESOURCE_EXHAUSTED, "64 requests wait")
-        async for message in how(request, context):
+        async for message in how(request):
             yield message
 
     worker.script = script
@@ -475,12 +475,12 @@ async def test_a_slow_client_holds_up_its_own_worker_only():
             while True:
                 written += 1
                 chunk = router_pb2.Chunk(ids=[1], text="x")
-                await write(router_pb2.GenerateResponse(chunk=chunk))
+                await write([router_pb2.GenerateResponse(chunk=chunk)])
 
     asked = read({"prompt": "x", "stream": True}, chat=False, request_id="", luck=lambda: 1)
     room, taken = asyncio.Semaphore(1), 0
 
-    async def emit(piece) -> None:
+    async def emit(pieces) -> None:
         nonlocal taken
         await room.acquire()
         taken += 1
@@ -508,7 +508,7 @@ async def test_a_taken_http_port_is_named(engines, routers):
 async def test_stopping_lets_running_requests_end(engines, routers):
     worker, go = await engines(StubWorker("a")), asyncio.Event()
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         yield tokens(*ids("x"))
         await go.wait()

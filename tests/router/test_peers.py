@@ -64,7 +64,7 @@ async def test_what_is_pulled_is_no_work_that_waits(engines, routers):
     pair = Pair()
     pair.lender.held = {Tier.HOST: KEYS[:-1]}
 
-    async def never(request, context):
+    async def never(request):
         await asyncio.Event().wait()
         yield started(request)
 
@@ -151,7 +151,7 @@ async def test_nobody_is_named_where_the_router_is_told_not_to(engines, routers)
 async def test_pulled_tokens_teach_no_speed_of_a_tier(engines, routers):
     pair = Pair()
 
-    async def script(request, context):
+    async def script(request):
         first = started(request)
         first.started.pulled_tokens = len(KEYS) * 4
         first.started.restored.add(tier=2, tokens=len(KEYS) * 4)

@@ -24,10 +24,10 @@ class Remembering(StubWorker):
         answer = says("hi")
 
         async def script(
-            request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
+            request: worker_pb2.WorkerRequest,
         ) -> AsyncIterator[worker_pb2.WorkerResponse]:
             self.tell({Tier.VRAM: list(keys(list(request.token_ids)))})
-            async for message in answer(request, context):
+            async for message in answer(request):
                 yield message
 
         self.script = script

@@ -86,7 +86,7 @@ async def test_a_bad_member_in_the_config_is_named(worker):
 async def test_stopping_lets_running_requests_end(engines, routers):
     worker, go = await engines(StubWorker("a")), asyncio.Event()
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         yield tokens(*ids("x"))
         await go.wait()

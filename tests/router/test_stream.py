@@ -11,6 +11,7 @@ from kvtier.wire.pb import router_pb2, worker_pb2
 from tests.router.stub_engine import (
     BLOCK,
     SPECIAL,
+    Ends,
     StubWorker,
     aborts,
     done,
@@ -135,11 +136,11 @@ def dies(text: str):
 
 
 def aborting(answer, code):
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         for token in answer:
             yield tokens(token)
-        await context.abort(code, "gone")
+        raise Ends(code, "gone")
 
     return script
 
@@ -155,7 +156,7 @@ async def test_a_resumed_answer_has_no_seam(engines, routers):
     whole = ids("one 😀 two")
     first, rest = whole[:6], whole[6:]
 
-    async def script(request, context):
+    async def script(request):
         yield started(request)
         for token in rest:
             yield tokens(token)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ from kvtier.errors import (
 )
 from kvtier.wire.access import Access
 from kvtier.wire.feed import FeedServicer
+from kvtier.wire.muxed import MuxedServicer
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import Server, refuse
 
@@ -95,10 +96,11 @@ class Backend(Protocol):
         ...
 
 
-class GatewayServicer(worker_pb2_grpc.WorkerServicer):
+class GatewayServicer(MuxedServicer):
     """See worker.proto. Lives on one loop."""
 
     def __init__(self, config: Config, backend: Backend, puller: Puller | None = None) -> None:
+        super().__init__()
         self.draining = False
         self.alive = True  # the engine, as last seen
         self.running: set[object] = set()
@@ -159,10 +161,10 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
         self.changed(gone)
         return worker_pb2.ClearResponse(blocks=len(gone))
 
-    async def Generate(  # noqa: N802
-        self, request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
-        """See worker.proto."""
+    async def answer(
+        self, request: worker_pb2.WorkerRequest
+    ) -> AsyncGenerator[worker_pb2.WorkerResponse, None]:
+        """See `MuxedServicer`."""
         mark = object()
         try:
             wanted = self._check(request)
@@ -177,8 +179,6 @@ class GatewayServicer(worker_pb2_grpc.WorkerServicer):
                         self._speeds.measure(event)
                         event = brought.told(event, self._backend.served.block_tokens)
                     yield to_wire(event)
-        except RequestError as error:
-            await refuse(context, error)
         finally:
             self.running.discard(mark)
             self._waiting.pop(mark, None)
@@ -304,6 +304,7 @@ async def _stop(
     tasks: "list[asyncio.Future[object]]", backend: Backend,
 ) -> None:  # fmt: skip
     servicer.draining = True
+    servicer.drain_streams()
     await server.healthy(False)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_S):
@@ -313,6 +314,7 @@ async def _stop(
     await asyncio.gather(*tasks, return_exceptions=True)
     if subscriber is not None:
         subscriber.close()
+    servicer.close_streams()
     servicer.feed.close()
     await server.stop(1.0)
     await backend.close()

@@ -1,7 +1,7 @@
 """One request's answer: its choices side by side, as pieces or as a whole."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from kvtier.router.front import Front
 from kvtier.router.http.openai import Asked, Stops, Writer, finish_reason
 from kvtier.wire.pb import router_pb2
 
-Emit = Callable[[dict[str, object]], Awaitable[None]]
+Emit = Callable[[Sequence[dict[str, object]]], Awaitable[None]]  # chunks that are ready together
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Answer:
         """
         await self._run_all(emit)
         if self._asked.include_usage:
-            await emit(self._writer.usage(self._usage()))
+            await emit([self._writer.usage(self._usage())])
 
     async def _run_all(self, emit: Emit | None) -> None:
         if len(self._choices) == 1:  # as nearly always: it needs no task of its own
@@ -78,10 +78,13 @@ class Answer:
             raise failed.exceptions[0] from None
 
     async def _run(self, index: int, emit: Emit | None) -> None:
-        async def write(message: router_pb2.GenerateResponse) -> None:
-            for piece in self._take(index, message):
-                if emit is not None:
-                    await emit(piece)
+        async def write(ready: Sequence[router_pb2.GenerateResponse]) -> None:
+            pieces: list[dict[str, object]] = []
+            for message in ready:
+                if not self._choices[index].stops.met:
+                    pieces += self._take(index, message)
+            if pieces and emit is not None:
+                await emit(pieces)
             if self._choices[index].stops.met:
                 raise _Stopped
 

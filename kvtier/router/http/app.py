@@ -4,8 +4,7 @@ import asyncio
 import json
 import random
 import time
-import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Final, TypeVar, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -99,6 +98,10 @@ class _Paths:
     async def metrics(self, _request: Request) -> Response:
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
+    def _name(self) -> str:
+        """As long as a UUID and as seldom the same, in a tenth of the time."""
+        return f"{self._rng.getrandbits(128):032x}"
+
     def _model(self, name: str, parent: str = "") -> dict[str, object]:
         model: dict[str, object] = {
             "id": name, "object": "model", "created": self._started, "owned_by": "kvtier",
@@ -106,7 +109,7 @@ class _Paths:
         return {**model, "parent": parent} if parent else model
 
     async def _generate(self, request: Request, *, chat: bool) -> Response:
-        request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or uuid.uuid4().hex
+        request_id = request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or self._name()
         headers = {"x-request-id": request_id}
         try:
             body = await self._bodies.read(request, _limit_s(request))
@@ -117,7 +120,7 @@ class _Paths:
                 session=session_of(request.headers.getlist(SESSION_HEADER)),
             )  # fmt: skip
             model = self._front.prompts.space(asked.model, tenant=tenant).name
-            answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+            answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{self._name()}"
             writer = Writer(asked, answer_id, model, int(time.time()))
             answer = Answer(self._front, asked, writer, _limit_s(request))
             if not asked.stream:
@@ -152,8 +155,8 @@ class _Events(StreamingResponse):
                 await send(start)
             await send({"type": "http.response.body", "body": text, "more_body": more})
 
-        async def emit(piece: dict[str, object]) -> None:
-            await body(_event(piece), more=True)
+        async def emit(pieces: Sequence[dict[str, object]]) -> None:
+            await body(b"".join(map(_event, pieces)), more=True)
 
         try:
             await _unless_gone(receive, self._answer.stream(emit))

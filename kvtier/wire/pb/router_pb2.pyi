@@ -177,7 +177,7 @@ class Load(_message.Message):
     def __init__(self, tier: _Optional[_Union[_feed_pb2.Tier, str]] = ..., tokens: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "resume", "adapter", "tenant", "session")
+    __slots__ = ("request_id", "model", "prompt", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "resume", "adapter", "tenant", "session", "together")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +190,7 @@ class GenerateRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    TOGETHER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: Prompt
@@ -202,19 +203,22 @@ class GenerateRequest(_message.Message):
     adapter: str
     tenant: str
     session: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., resume: _Optional[bool] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
+    together: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., resume: _Optional[bool] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., session: _Optional[str] = ..., together: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("routed", "started", "chunk", "finished")
+    __slots__ = ("routed", "started", "chunk", "finished", "then")
     ROUTED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    THEN_FIELD_NUMBER: _ClassVar[int]
     routed: Routed
     started: _worker_pb2.Started
     chunk: Chunk
     finished: _worker_pb2.Done
-    def __init__(self, routed: _Optional[_Union[Routed, _Mapping]] = ..., started: _Optional[_Union[_worker_pb2.Started, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., finished: _Optional[_Union[_worker_pb2.Done, _Mapping]] = ...) -> None: ...
+    then: _containers.RepeatedCompositeFieldContainer[GenerateResponse]
+    def __init__(self, routed: _Optional[_Union[Routed, _Mapping]] = ..., started: _Optional[_Union[_worker_pb2.Started, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., finished: _Optional[_Union[_worker_pb2.Done, _Mapping]] = ..., then: _Optional[_Iterable[_Union[GenerateResponse, _Mapping]]] = ...) -> None: ...
 
 class Routed(_message.Message):
     __slots__ = ("choice", "others", "attempt", "resumed_tokens")

@@ -166,6 +166,76 @@ class Done(_message.Message):
     saved_tokens: int
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., completion_tokens: _Optional[int] = ..., saved_tokens: _Optional[int] = ...) -> None: ...
 
+class MuxRequest(_message.Message):
+    __slots__ = ("opens", "credits", "cancels")
+    OPENS_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_FIELD_NUMBER: _ClassVar[int]
+    opens: _containers.RepeatedCompositeFieldContainer[MuxOpen]
+    credits: _containers.RepeatedCompositeFieldContainer[MuxCredit]
+    cancels: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, opens: _Optional[_Iterable[_Union[MuxOpen, _Mapping]]] = ..., credits: _Optional[_Iterable[_Union[MuxCredit, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class MuxOpen(_message.Message):
+    __slots__ = ("id", "request", "timeout_s", "credit")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request: WorkerRequest
+    timeout_s: float
+    credit: int
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[WorkerRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ..., credit: _Optional[int] = ...) -> None: ...
+
+class MuxCredit(_message.Message):
+    __slots__ = ("id", "tokens")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    tokens: int
+    def __init__(self, id: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class MuxResponse(_message.Message):
+    __slots__ = ("hello", "parts", "draining")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    hello: MuxHello
+    parts: _containers.RepeatedCompositeFieldContainer[MuxPart]
+    draining: bool
+    def __init__(self, hello: _Optional[_Union[MuxHello, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[MuxPart, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class MuxHello(_message.Message):
+    __slots__ = ("max_open",)
+    MAX_OPEN_FIELD_NUMBER: _ClassVar[int]
+    max_open: int
+    def __init__(self, max_open: _Optional[int] = ...) -> None: ...
+
+class MuxPart(_message.Message):
+    __slots__ = ("id", "started", "token_ids", "done", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    started: Started
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    done: Done
+    error: MuxError
+    def __init__(self, id: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., error: _Optional[_Union[MuxError, _Mapping]] = ...) -> None: ...
+
+class MuxError(_message.Message):
+    __slots__ = ("status", "message", "retry_s")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_S_FIELD_NUMBER: _ClassVar[int]
+    status: str
+    message: str
+    retry_s: float
+    def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., retry_s: _Optional[float] = ...) -> None: ...
+
 class ClearRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -45,6 +45,11 @@ class WorkerStub:
                 request_serializer=kvtier_dot_v1_dot_worker__pb2.WorkerRequest.SerializeToString,
                 response_deserializer=kvtier_dot_v1_dot_worker__pb2.WorkerResponse.FromString,
                 _registered_method=True)
+        self.Multiplex = channel.stream_stream(
+                '/kvtier.v1.Worker/Multiplex',
+                request_serializer=kvtier_dot_v1_dot_worker__pb2.MuxRequest.SerializeToString,
+                response_deserializer=kvtier_dot_v1_dot_worker__pb2.MuxResponse.FromString,
+                _registered_method=True)
         self.Tokenizer = channel.unary_unary(
                 '/kvtier.v1.Worker/Tokenizer',
                 request_serializer=kvtier_dot_v1_dot_worker__pb2.TokenizerRequest.SerializeToString,
@@ -70,6 +75,14 @@ class WorkerServicer:
 
     def Generate(self, request, context):
         """Started, then Tokens as they come, then Done. Cancelling frees the request's blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Multiplex(self, request_iterator, context):
+        """The same for many requests over one call, as routers ask: each is opened, answered in parts,
+        and ended or cancelled by itself. The first message says hello.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +114,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kvtier_dot_v1_dot_worker__pb2.WorkerRequest.FromString,
                     response_serializer=kvtier_dot_v1_dot_worker__pb2.WorkerResponse.SerializeToString,
+            ),
+            'Multiplex': grpc.stream_stream_rpc_method_handler(
+                    servicer.Multiplex,
+                    request_deserializer=kvtier_dot_v1_dot_worker__pb2.MuxRequest.FromString,
+                    response_serializer=kvtier_dot_v1_dot_worker__pb2.MuxResponse.SerializeToString,
             ),
             'Tokenizer': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenizer,
@@ -168,6 +186,33 @@ class Worker:
             '/kvtier.v1.Worker/Generate',
             kvtier_dot_v1_dot_worker__pb2.WorkerRequest.SerializeToString,
             kvtier_dot_v1_dot_worker__pb2.WorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Multiplex(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvtier.v1.Worker/Multiplex',
+            kvtier_dot_v1_dot_worker__pb2.MuxRequest.SerializeToString,
+            kvtier_dot_v1_dot_worker__pb2.MuxResponse.FromString,
             options,
             channel_credentials,
             insecure,
