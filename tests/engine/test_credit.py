@@ -28,7 +28,11 @@ class Engine:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
         self.tier = EngineTier(
-            f"{folder}/node.sock", NAMESPACE, BlockTensor(LAYOUT, self.pool), batch=BATCH
+            f"{folder}/node.sock",
+            NAMESPACE,
+            BlockTensor(LAYOUT, self.pool),
+            wait_s=60.0,
+            batch=BATCH,
         )
         self.asked = 0
         real = TierClient._writing

@@ -67,7 +67,7 @@ def nothing_stays(tmp_path: Path) -> Iterator[None]:
     """Whatever a test starts has ended by its end; if not, it does here, and the test fails."""
     yield
     try:
-        wait_for("every process to be gone", lambda: not processes_in(tmp_path), 10)
+        wait_for("every process to be gone", lambda: not processes_in(tmp_path))
     finally:
         for pid in processes_in(tmp_path):
             os.kill(pid, signal.SIGKILL)
