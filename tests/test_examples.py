@@ -10,8 +10,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.launching import Process, wait_for
-from tests.processes.conftest import fixed_ports
+from tests.launching import Process, fixed_ports, wait_for
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"

@@ -31,8 +31,8 @@ from kvtier.wire.pb import (
     router_pb2_grpc,
     worker_pb2,
 )
-from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
-from tests.processes.conftest import VOCAB, fixed_ports
+from tests.launching import Process, disk_toml, fixed_ports, node_toml, redis_toml, wait_for
+from tests.processes.conftest import VOCAB
 
 CLIENTS = 4
 PROMPTS = 20
