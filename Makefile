@@ -35,13 +35,18 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py all
 
-# Each target for FUZZ_S seconds; what is found new is kept in .fuzz.
+# Each target for FUZZ_S seconds; what is found new is kept in .fuzz. Then what the tests draw, drawn
+# anew: examples, and what goes wrong around a router and when.
 FUZZ_S ?= 120
+FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(VENV)/.dev
 	@for name in wire frame sealed_frame record sealed_record redis_reply; do \
 	  mkdir -p .fuzz/$$name && echo "== $$name" && \
 	  $(BIN)/python -m tests.fuzz.run $$name .fuzz/$$name -max_total_time=$(FUZZ_S) || exit 1; \
 	done
+	$(BIN)/python -m pytest --hypothesis-profile=new $$(grep -rl '^from hypothesis' tests)
+	KVTIER_CHAOS_S=$(FUZZ_S) KVTIER_CHAOS_SEED=$(FUZZ_SEED) \
+	  $(BIN)/python -m pytest -s tests/router/test_chaos.py
 
 proto: $(VENV)/.dev
 	$(BIN)/python -m kvtier.wire.generate

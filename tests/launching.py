@@ -1,7 +1,9 @@
 """Real kvtier processes for tests: started by the command line, killed as a user would."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,27 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = DEA
     while not condition():
         assert time.monotonic() < end, f"waited {deadline_s:g} s in vain for: {what}"
         time.sleep(0.02)
+
+
+def fixed_ports(count: int) -> list[int]:
+    """Free ports for servers that are to come back at the same place.
+
+    They lie below those that the kernel gives to outgoing connections: while such a server is
+    dead, nobody's connection can take its port by chance.
+    """
+    text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    lowest = int(text.split()[0])
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(lowest // 2, lowest), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"no {count} free ports below {lowest}")
 
 
 class Process:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -118,9 +119,10 @@ def test_who_has_read_enough_may_close_the_pipe(
     monkeypatch.chdir(tmp_path)
     Path("t").write_text('{"timestamp": 0, "input_length": 512, "hash_ids": [1]}\n')
     command = [sys.executable, "-m", "kvtier.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.close()
+    read, write = os.pipe()
+    os.close(read)  # before there is anybody to write
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
     assert process.stderr is not None
     with process.stderr as file:
         assert file.read() == ""

@@ -1,7 +1,6 @@
 """Every example runs as it stands, prints what it says, and is short."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.launching import Process, wait_for
+from tests.launching import Process, fixed_ports, wait_for
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
@@ -47,9 +46,7 @@ def test_plain_tensors_come_back_equal() -> None:
 
 
 def test_an_openai_client_is_answered(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        http = f"127.0.0.1:{probe.getsockname()[1]}"
+    http = f"127.0.0.1:{fixed_ports(1)[0]}"
     command = [sys.executable, "-m", "tests.router.chaos_worker", "w", "0"]
     worker = subprocess.Popen(command, cwd=EXAMPLES.parent, stdout=subprocess.PIPE, text=True)
     try:

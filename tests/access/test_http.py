@@ -9,8 +9,7 @@ from contextlib import closing
 import pytest
 
 from tests.access.conftest import OTHER, TOKEN, Keys
-from tests.launching import Process, node_toml
-from tests.processes.conftest import fixed_ports
+from tests.launching import Process, fixed_ports, node_toml
 
 
 class Front:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE_S = 60.0  # generous: only a hang lasts so long
+DEADLINE_S = 120.0  # generous: only a hang lasts so long
 RAY = [
     pytest.mark.cluster,
     # Ray leaves sockets and files of its own to the garbage collector.

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -17,18 +18,18 @@ from kvtier.config import (
     PeersConfig,
     parse_peers,
 )
+from tests.cluster.support import DEADLINE_S
 
 ROOMS = "tests.cluster.rooms"
 
 
 def until(agent: Agent, true: Callable[[Report], bool]) -> Report:
     """The first report for which it is true."""
-    for _ in range(600):
-        report = agent.report()
-        if true(report):
-            return report
+    give_up_at = time.monotonic() + DEADLINE_S
+    while not true(report := agent.report()):
+        assert time.monotonic() < give_up_at, f"never so: {report}"
         threading.Event().wait(0.05)
-    raise AssertionError(f"never so: {report}")
+    return report
 
 
 def test_a_room_runs_until_it_is_asked_to_stop(tmp_path):
@@ -36,14 +37,13 @@ def test_a_room_runs_until_it_is_asked_to_stop(tmp_path):
         node=NodeConfig(name="alpha", listen="127.0.0.1:0"), disk=DiskConfig(path=str(tmp_path))
     )
     agent = Agent(f"{ROOMS}:serve", config, "digest")
-    report = until(agent, lambda r: bool(r.address))
+    report = until(agent, lambda r: bool(r.address) and r.answering)
     assert report.address.startswith("127.0.0.1:")
     assert not report.address.endswith(":0")
     assert report.lends == f"alpha.invalid:{report.address.rpartition(':')[2]}"
     assert report.digest == "digest"
-    assert report.answering
     assert not report.stopped
-    assert agent.stop(30)
+    assert agent.stop(DEADLINE_S)
     assert (tmp_path / "stopped").read_text() == "alpha"
     after = agent.report()
     assert after.stopped
@@ -61,7 +61,7 @@ def test_who_lends_is_written_down_where_the_settings_say(tmp_path):
         peers = PeersConfig(file=file and str(tmp_path / file))
         agent = Agent(f"{ROOMS}:serve", dataclasses.replace(config, peers=peers), "digest")
         assert agent.peers(members) is written
-        assert agent.stop(30)
+        assert agent.stop(DEADLINE_S)
     assert parse_peers((tmp_path / "peers").read_bytes(), "") == members
 
 
@@ -74,7 +74,7 @@ agent = Agent("{room}", Config(), "d", pause_s=2.0)
 {then}
 """
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,11 @@ def test_a_stuck_room_is_told_from_a_healthy_one_and_does_not_hold_up_stop():
     then = """
 while not agent.report().address:
     pass
-print(agent.report().answering, agent.stop(0.1), flush=True)
+while agent.report().answering is not {answering}:
+    pass
+print(agent.stop(0.1), flush=True)
 import os; os._exit(7)
 """
-    stuck = in_a_process(f"{ROOMS}:stuck", then)
-    assert (stuck.stdout, stuck.returncode) == ("False False\n", 7)
-    deaf = in_a_process(f"{ROOMS}:deaf", then)
-    assert (deaf.stdout, deaf.returncode) == ("True False\n", 7)
+    for room, answering in (("stuck", False), ("deaf", True)):
+        done = in_a_process(f"{ROOMS}:{room}", then.format(answering=answering))
+        assert (done.stdout, done.returncode) == ("False\n", 7), room

@@ -18,7 +18,7 @@ def submit(url: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [ray, "job", "submit", "--address", url, "--", sys.executable]
     return subprocess.run(
         [*command, "-m", "kvtier.cluster.job", *arguments],
-        capture_output=True, text=True, timeout=3 * DEADLINE_S, check=False,
+        capture_output=True, text=True, timeout=2 * DEADLINE_S, check=False,
     )  # fmt: skip
 
 

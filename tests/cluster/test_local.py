@@ -12,6 +12,7 @@ from kvtier.engine.client import TierClient
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
 from tests.cluster.support import DEADLINE_S, RAY, nothing_left
 from tests.node.conftest import LAYOUT, new_keys, restore, save
+from tests.node.nodes import WAIT_S
 
 DAEMONS = ClusterSettings(workers=False)
 
@@ -66,7 +67,7 @@ class TestUp:
                 )
                 keys = new_keys(4)
                 assert save(one, keys) == 4
-                pulled.append(two.pull(keys, 0, "node-1", wait_s=DEADLINE_S))
+                pulled.append(two.pull(keys, 0, "node-1", wait_s=WAIT_S))
                 assert len(restore(two, keys)) == 4
 
         config = from_dict(

@@ -94,6 +94,8 @@ def test_a_child_that_does_not_end_is_killed_at_the_second_signal(scratch):
         "import subprocess, sys, time\n"
         "subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
         "print('up', flush=True)\n"
+        "sys.stdin.read()\n"
+        "print('asked', flush=True)\n"
         "while True: time.sleep(100)\n"
     )
     supervisor = (
@@ -104,6 +106,7 @@ def test_a_child_that_does_not_end_is_killed_at_the_second_signal(scratch):
     with nothing_left(), started(scratch, "-c", supervisor) as process:
         read_until(process, "up")
         process.send_signal(signal.SIGTERM)
+        read_until(process, "asked")  # or both would be on their way, in any order
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=END_S)
     assert out == f"stopped by SIGTERM{TOLD}\n"

@@ -1,5 +1,6 @@
 """The Kubernetes manifests are valid, agree with each other, and say what the code does."""
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -392,12 +393,17 @@ def test_the_redis_script_starts_a_server_that_only_the_secret_opens(tmp_path):
         script = script.replace(inside, here)
     process = subprocess.Popen([*container["command"], script], stdout=subprocess.DEVNULL)
     try:
-        wait_for("the server", socket.exists)
         url = config.redis_url(
             config.RedisConfig(url=f"unix://{socket}?db=0", password_file=str(secret))
         )
         with redis.Redis.from_url(url) as client:
-            assert client.ping()
+
+            def answers() -> bool:
+                with contextlib.suppress(redis.ConnectionError):  # its file is there before it is
+                    return client.ping()
+                return False
+
+            wait_for("the server", answers)
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "allkeys-lru"}
         with (
             redis.Redis.from_url(f"unix://{socket}?db=0") as stranger,

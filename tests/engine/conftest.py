@@ -9,8 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvtier.config import WorkerConfig
 from kvtier.engine.model import LoadedModel, load
 from tests.engine.support import BLOCK
+from tests.launching import DEADLINE_S
 
 VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that takes an engine in slowly, on a busy machine, costs these tests no call."""
+    monkeypatch.setattr("kvtier.engine.tier.ATTACH_S", DEADLINE_S)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ class Engine:
         self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
         self.paged = Seen(self.pool)
         self.tier = EngineTier(
-            f"{folder}/node.sock", NAMESPACE, self.paged, wait_s=10.0, batch=BATCH, credit=False
+            f"{folder}/node.sock", NAMESPACE, self.paged, wait_s=60.0, batch=BATCH, credit=False
         )
         wait_for("the daemon to take it in", self._attached)
 

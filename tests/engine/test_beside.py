@@ -69,13 +69,17 @@ class GatedTier(DictTier):
 
 @dataclass
 class Told:
-    """Passed as `deliver`."""
+    """Passed as `deliver`; with the event number `stop_at` the engine goes on after `go`."""
 
+    stop_at: int = 0
     events: list[Event] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
+        if len(self.events) == self.stop_at:
+            assert self.go.wait(60)
         if isinstance(event, Done | Failed):
             self.ended.set()
 
@@ -105,8 +109,10 @@ class Gated:
         self.tiers[-1].blocks = self.tier.blocks
         return self.tiers[-1]
 
-    def submit(self, prompt: list[int], max_tokens: int = 8) -> tuple[Handle, Told]:
-        told = Told()
+    def submit(
+        self, prompt: list[int], max_tokens: int = 8, stop_at: int = 0
+    ) -> tuple[Handle, Told]:
+        told = Told(stop_at)
         request = Request(
             token_ids=prompt, max_tokens=max_tokens, ignore_eos=True, return_first_logits=True
         )
@@ -152,12 +158,12 @@ def test_others_are_answered_while_a_restore_waits(tiny: LoadedModel) -> None:
 def test_one_that_decodes_already_goes_on(tiny: LoadedModel) -> None:
     with gated(tiny) as each:
         each.tier.restores.clear()
-        _, first = each.submit([5, 6, 7], 400)
-        until(lambda: len(first.events) > 2)
+        _, first = each.submit([5, 6, 7], 400, stop_at=3)
+        until(lambda: len(first.events) == 3)
         _, slow = each.submit(each.prompt)
+        first.go.set()
         each.tier.next_asked("restore")
-        before = len(first.events)
-        until(lambda: len(first.events) > before + 20)
+        until(lambda: len(first.events) == 401)
         assert not slow.events
 
 
@@ -323,11 +329,12 @@ def test_blocks_that_are_being_saved_stay_when_their_request_is_cancelled(
 ) -> None:
     with gated(tiny) as each:
         each.tier.saves.clear()
-        handle, told = each.submit(prompt_of(60, 76, tiny.vocab_size), 400)
+        handle, told = each.submit(prompt_of(60, 76, tiny.vocab_size), 400, stop_at=21)
         each.tier.next_asked("restore")
         saving = each.tier.next_asked("save")
-        until(lambda: len(told.events) > 20)
+        until(lambda: len(told.events) == 21)
         handle.cancel()
+        told.go.set()
         until(lambda: not each.engine.load().running)
         each.engine.clear().result(60)
         assert len(each.engine.pool) == len(saving) == 3

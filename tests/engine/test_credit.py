@@ -31,7 +31,12 @@ class Engine:
     ) -> None:
         self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
         self.tier = EngineTier(
-            f"{folder}/node.sock", NAMESPACE, BlockTensor(LAYOUT, self.pool), batch=BATCH, met=met
+            f"{folder}/node.sock",
+            NAMESPACE,
+            BlockTensor(LAYOUT, self.pool),
+            wait_s=60.0,
+            batch=BATCH,
+            met=met,
         )
         self.asked = 0
         real = TierClient._writing

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.engine import smollm2
 from kvtier.engine.model import LoadedModel, load
 from kvtier.errors import ConfigError
+from tests.launching import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -171,24 +173,48 @@ class TestRefusals:
         assert "worker.device is cuda" in self.refused(folder, device="cuda")
 
 
+# With a conversion that ends when told; tests of the real model use what the real one made.
 ASK = """
+import shutil
 import sys
+import time
 from pathlib import Path
-from kvtier.engine.smollm2 import folder
-print(folder(Path(sys.argv[1]), lambda line: print(line.split()[0])))
+from kvtier.engine import smollm2
+
+class Tiny:
+    @staticmethod
+    def from_pretrained(*_, **__):
+        return Tiny()
+
+    def save_pretrained(self, folder):
+        while not Path(sys.argv[1], "go").exists():
+            time.sleep(0.01)
+        shutil.copytree(sys.argv[2], folder, dirs_exist_ok=True)
+
+smollm2.AutoModelForCausalLM = smollm2.AutoTokenizer = Tiny
+print(smollm2.folder(Path(sys.argv[1]), lambda line: print(line.split()[0])))
 """
 
 
 @pytest.mark.model
-def test_two_workers_that_start_at_once_convert_once(tmp_path: Path) -> None:
+def test_two_workers_that_start_at_once_convert_once(tmp_path: Path, tiny_folder: Path) -> None:
     cache = tmp_path / "models"
     killed_earlier = cache / f".{smollm2.NAME}.tmp-abc"
     killed_earlier.mkdir(parents=True)
-    both = [
-        subprocess.Popen([sys.executable, "-c", ASK, str(cache)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", ASK, str(cache), str(tiny_folder)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lock = str(cache / f".{smollm2.NAME}.lock")
+
+    def at_the_lock(pid: int) -> bool:
+        for each in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if str(each.readlink()) == lock:
+                    return True
+        return False
+
     try:
+        wait_for("both to be there", lambda: all(at_the_lock(each.pid) for each in both))
+        (cache / "go").touch()
         told = [each.communicate(timeout=240)[0].split() for each in both]
         path = cache / smollm2.NAME
         assert [lines[-1] for lines in told] == [str(path)] * 2
@@ -201,4 +227,3 @@ def test_two_workers_that_start_at_once_convert_once(tmp_path: Path) -> None:
     finally:
         for each in both:
             each.kill()
-        shutil.rmtree(cache)  # half a gigabyte

@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, folder: Path, namespace: Namespace = NAMESPACE) -> None:
         self.pool = torch.zeros(POOL, LAYOUT.nbytes, dtype=torch.uint8)
         paged = BlockTensor(LAYOUT, self.pool)
-        self.tier = EngineTier(f"{folder}/node.sock", namespace, paged, wait_s=10.0)
+        self.tier = EngineTier(f"{folder}/node.sock", namespace, paged, wait_s=60.0)
 
     def fill(self, tokens: Sequence[int]) -> int:
         """Compute a prompt, so to speak: block i holds numbers made from the tokens up to it."""
@@ -71,7 +71,7 @@ def prompt(seed: int, blocks: int) -> list[int]:
 def clear_host(node: Process) -> None:
     with grpc.insecure_channel(node.address) as channel:
         request = node_pb2.NodeClearRequest(tiers=[TO_WIRE[Tier.HOST]])
-        node_pb2_grpc.NodeStub(channel).Clear(request, timeout=10)
+        node_pb2_grpc.NodeStub(channel).Clear(request, timeout=60)
 
 
 _engines: list[Engine] = []
@@ -248,17 +248,21 @@ def test_a_daemon_that_is_killed_during_a_lease_costs_no_wrong_byte(tmp_path: Pa
         assert engine.restore(tokens) == []
 
 
-def test_a_daemon_that_hangs_costs_one_bounded_wait(tmp_path: Path) -> None:
+def test_a_daemon_that_hangs_costs_one_bounded_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Process("node", node_toml(tmp_path), tmp_path) as node:
         engine = attach(tmp_path)
         tokens = prompt(8, 4)
         engine.save(tokens)
+        monkeypatch.setattr("kvtier.engine.client.ANSWER_S", 1.0)
         os.kill(node.pid, signal.SIGSTOP)
         try:
             assert engine.tier.match(engine.tier.keys(tokens)) == 0
             assert engine.tier._client is None, "no second wait: the next calls miss at once"
         finally:
             os.kill(node.pid, signal.SIGCONT)
+        monkeypatch.undo()
         wait_for("the engine to attach again", lambda: engine.restore(tokens) == [Tier.HOST] * 4)
 
 

@@ -380,11 +380,12 @@ def request(prompt: list[int], max_tokens: int) -> Request:
 class TestEnding:
     def test_cancelling_frees_all_and_tells_nothing_more(self, tiny: LoadedModel) -> None:
         told: list[Event] = []
-        begun = threading.Event()
+        begun, go = threading.Event(), threading.Event()
 
         def deliver(event: Event) -> None:
             told.append(event)
             begun.set()
+            assert go.wait(60)
 
         with running(Engine(tiny, small(tiny), Tiers())) as engine:
             prompt = prompt_of(100, 50, tiny.vocab_size)
@@ -392,6 +393,7 @@ class TestEnding:
             assert begun.wait(60)
             handle.cancel()
             handle.cancel()
+            go.set()
             until(lambda: not engine.load().running)
             count = len(told)
             assert count < 400
@@ -440,10 +442,30 @@ class TestEnding:
 
     def test_what_does_not_end_in_time_fails(self, tiny: LoadedModel) -> None:
         engine = Engine(tiny, small(tiny, max_running=1))
-        streams = [engine.stream(request([5, i], 500)) for i in range(2)]
-        engine.close(0)
-        for stream in streams:
-            last = list(stream)[-1]
+        told: list[Event] = []
+        begun, go = threading.Event(), threading.Event()
+
+        def deliver(event: Event) -> None:
+            told.append(event)
+            begun.set()
+            assert go.wait(60)
+
+        def stopping() -> bool:
+            try:
+                engine.submit(request([5], 1), lambda _: None).cancel()
+            except WorkerLost:
+                return True
+            return False
+
+        engine.submit(request([5, 0], 500), deliver)
+        assert begun.wait(60)
+        waiting = engine.stream(request([5, 1], 500))
+        closing = threading.Thread(target=engine.close, args=(0,))
+        closing.start()
+        until(stopping)
+        go.set()
+        closing.join(60)
+        for last in (told[-1], list(waiting)[-1]):
             assert isinstance(last, Failed)
             assert isinstance(last.error, WorkerLost)
         engine.pool.check()

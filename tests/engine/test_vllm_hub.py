@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,15 +338,19 @@ def test_no_more_requests_are_asked_for_ahead_than_find_a_place_in_the_step(tier
 def test_stores_under_way_leave_room_in_the_region(tmp_path):
     tier = Tier(tmp_path / "node.sock")
     tier.hub.transfers.drain()
+    go_on = threading.Event()
     gate = Tier.__new__(Tier)  # a line that never gets on: its layout is never known
     gate.region, gate.numbers = np.zeros((ROWS, ROW), np.int8), itertools.count()
-    gate.hub = Hub(memoryview(gate.region), lambda: time.sleep(2), TierSettings(socket="/none"))  # type: ignore[arg-type, return-value]
+    gate.hub = Hub(
+        memoryview(gate.region), lambda: go_on.wait(60) and None, TierSettings(socket="/none")
+    )  # type: ignore[arg-type, return-value]
     first = gate.submit(keys(20), list(range(20)), storing=True)
     second = gate.submit(keys(12, 20), list(range(20, 32)), storing=True)
     assert gate.finished(second).done == 0
     assert gate.hub.transfers.dropped == 12
     gate.hub.transfers.drain()
     assert gate.finished(first).done == 0
+    go_on.set()
     gate.hub.close()
     tier.hub.close()
 

@@ -118,7 +118,7 @@ async def rest_of(call: AsyncCall) -> list[worker_pb2.WorkerResponse]:
 
 @contextmanager
 def held_up(each: Worker) -> Iterator[None]:
-    """The engine's thread stops at its next save, and goes on at the end."""
+    """No answer whose blocks are saved ends before the end."""
     go = threading.Event()
 
     def wait() -> None:
@@ -306,12 +306,13 @@ class TestGenerate:
     ) -> None:
         monkeypatch.setenv("KVTIER_CACHE", str(tmp_path))
         async with worker(settings(tiny_folder, max_running=1, max_waiting=0)) as each:
-            first = each.stub.Generate(ask([5], 500))
-            await first.read()
-            code, details = await refused(answer(each, ask([6])))
-            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "worker.max_waiting 0" in details
-            first.cancel()
+            with held_up(each):
+                first = each.stub.Generate(ask([5], 500))
+                await first.read()
+                code, details = await refused(answer(each, ask([6])))
+                assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "worker.max_waiting 0" in details
+                first.cancel()
 
     @pytest.mark.model
     async def test_smollm2_over_the_wire(self, smollm2: LoadedModel) -> None:
@@ -432,15 +433,17 @@ class TestFeed:
         idle = watcher.beats[0]
         assert (idle.draining, idle.load.running, idle.load.waiting) == (False, 0, 0)
         assert idle.load.host_bytes_per_s == 1e9
-        calls = [tiny_worker.stub.Generate(ask([5, i], 500)) for i in range(10)]
-        for call in calls[:4]:
-            await call.read()
-        await watcher.follow(lambda: watcher.beats[-1].load.running == 4)
-        assert watcher.beats[-1].load.waiting == 6
-        assert watcher.beats[-1].load.waiting_tokens == 12
-        assert watcher.beats[-1].load.waiting_as_first > 12
-        for call in calls:
-            call.cancel()
+        with held_up(tiny_worker):  # an answer that waits for its save is under way, too
+            calls = [tiny_worker.stub.Generate(ask([5, i], 500)) for i in range(10)]
+            for call in calls[:4]:
+                await call.read()
+            await watcher.follow(
+                lambda: (watcher.beats[-1].load.running, watcher.beats[-1].load.waiting) == (4, 6)
+            )
+            assert watcher.beats[-1].load.waiting_tokens == 12
+            assert watcher.beats[-1].load.waiting_as_first > 12
+            for call in calls:
+                call.cancel()
         await watcher.follow(lambda: not watcher.beats[-1].load.running)
         watcher.call.cancel()
 

@@ -11,7 +11,7 @@ from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.pb import node_pb2, node_pb2_grpc
-from tests.launching import Process, wait_for
+from tests.launching import DEADLINE_S, Process, wait_for
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 4, 2, 64),), 16, "float16")
 BLOCK = LAYOUT.nbytes  # 32 KiB
@@ -34,7 +34,7 @@ def save(client: TierClient, keys: Sequence[BlockKey]) -> int:
     return lease.filled
 
 
-def restore(client: TierClient, keys: Sequence[BlockKey], wait_s: float = 10.0) -> list[Tier]:
+def restore(client: TierClient, keys: Sequence[BlockKey], wait_s: float = 60.0) -> list[Tier]:
     """Read what is held and check every byte of it."""
     with client.read(keys, wait_s=wait_s) as lease:
         for key, slot in zip(keys, lease.slots, strict=False):
@@ -45,7 +45,7 @@ def restore(client: TierClient, keys: Sequence[BlockKey], wait_s: float = 10.0) 
 def status(node: Process) -> node_pb2.NodeStatus:
     with grpc.insecure_channel(node.address) as channel:
         stub = node_pb2_grpc.NodeStub(channel)
-        return stub.Status(node_pb2.NodeStatusRequest(), timeout=10)
+        return stub.Status(node_pb2.NodeStatusRequest(), timeout=DEADLINE_S)
 
 
 def lends_at(node: Process) -> str:

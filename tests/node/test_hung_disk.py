@@ -18,7 +18,7 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
-from kvtier.errors import StoreUnavailable
+from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.node.manager import TierManager
 from kvtier.node.movers import LowerTier
 from kvtier.node.reading import Reading
@@ -56,6 +56,19 @@ sys.exit(main(["node", "--config", {config!r}]))
 """
 
 
+def attached(folder: Path) -> TierClient:
+    """An engine's connection, as soon as the daemon listens: a socket's file is there before."""
+    found: list[TierClient] = []
+
+    def tried() -> bool:
+        with suppress(ConfigError):
+            found.append(TierClient(f"{folder}/node.sock", LAYOUT, "test"))
+        return bool(found)
+
+    wait_for("a daemon that listens", tried)
+    return found[0]
+
+
 @pytest.mark.parametrize("where", ["start", "probe", "save"])
 def test_a_daemon_whose_disk_hangs_ends_when_it_is_told_to(tmp_path: Path, where: str) -> None:
     config, log, program = (tmp_path / name for name in ("kvtier.toml", "log", "program.py"))
@@ -72,8 +85,7 @@ def test_a_daemon_whose_disk_hangs_ends_when_it_is_told_to(tmp_path: Path, where
         )
     try:
         if where != "start":
-            wait_for("a socket", (tmp_path / "node.sock").exists)
-            with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+            with closing(attached(tmp_path)) as client:
                 assert save(client, new_keys(4)) == 4
         wait_for("a call that hangs", lambda: "hanging" in log.read_text())
         process.terminate()
@@ -94,8 +106,7 @@ def test_one_that_cannot_even_say_so_ends_as_well(tmp_path: Path) -> None:
         [sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=write
     )
     try:
-        wait_for("a socket", (tmp_path / "node.sock").exists)
-        with closing(TierClient(f"{tmp_path}/node.sock", LAYOUT, "test")) as client:
+        with closing(attached(tmp_path)) as client:
             assert save(client, new_keys(4)) == 4
         said = b""
         while b"hanging" not in said:

@@ -74,7 +74,7 @@ def test_a_look_up_that_hangs_holds_up_no_engine_and_no_last_copies(tmp_path: Pa
             return tiers[Tier.DISK]
 
         assert client.pull(new_keys(2), 0, "a", wait_s=0.1) == 0
-        assert "hanging" in (tmp_path / "log").read_text()
+        wait_for("the look-up", lambda: "hanging" in (tmp_path / "log").read_text())
         assert save(client, new_keys(4)) == 4
         assert on_disk() == 0
         process.terminate()

@@ -26,7 +26,7 @@ from kvtier.stores.redis.trial import TTL_S
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import node_pb2
-from tests.launching import Process, disk_toml, node_toml, wait_for
+from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 from tests.node.conftest import blocks, new_keys, status
 
 MIB = 1 << 20
@@ -238,7 +238,8 @@ def test_on_shared_servers_a_trial_goes_by_itself(valkey: ValkeyServer, admin: r
 def test_a_daemon_shows_what_it_measured_before_any_block(
     tmp_path: Path, valkey: ValkeyServer
 ) -> None:
-    more = disk_toml(tmp_path) + f'codec = "auto"\n[redis]\nurl = "{valkey.url}"\ncodec = "auto"\n'
+    more = disk_toml(tmp_path) + 'codec = "auto"\n' + redis_toml(valkey.url, 60.0)
+    more += 'codec = "auto"\n'
     with Process("node", node_toml(tmp_path, host="16MiB", more=more), tmp_path) as node:
         with _client(tmp_path):
             wait_for("both to be measured", _both(node, "probe"))

@@ -1,9 +1,7 @@
 """What the tests with whole processes share: ports that last, servers, a tiny model, leftovers."""
 
 import os
-import random
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,30 +13,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtier.testing.valkey import ValkeyServer
-from tests.launching import wait_for
+from tests.launching import fixed_ports, wait_for
 
 VOCAB = 300
-
-
-def fixed_ports(count: int) -> list[int]:
-    """Free ports for servers that are to come back at the same place.
-
-    They lie below those that the kernel gives to outgoing connections: while such a server is
-    dead, nobody's connection can take its port by chance.
-    """
-    text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
-    lowest = int(text.split()[0])
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(lowest // 2, lowest), 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"no {count} free ports below {lowest}")
 
 
 def processes_in(folder: Path) -> dict[int, str]:
@@ -67,7 +44,7 @@ def nothing_stays(tmp_path: Path) -> Iterator[None]:
     """Whatever a test starts has ended by its end; if not, it does here, and the test fails."""
     yield
     try:
-        wait_for("every process to be gone", lambda: not processes_in(tmp_path), 10)
+        wait_for("every process to be gone", lambda: not processes_in(tmp_path))
     finally:
         for pid in processes_in(tmp_path):
             os.kill(pid, signal.SIGKILL)

@@ -20,6 +20,7 @@ import torch
 
 from kvtier import metrics
 from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Namespace
+from kvtier.engine import client
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
 from kvtier.engine.tier import EngineTier
@@ -156,5 +157,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    client.ANSWER_S = 60.0  # only a hang lasts so long
     torch.set_num_threads(1)
     raise SystemExit(main())

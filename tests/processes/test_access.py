@@ -11,8 +11,7 @@ from kvtier import config
 from kvtier.wire.access import Access
 from kvtier.wire.pb import router_pb2, router_pb2_grpc
 from tests.access.conftest import OTHER, TOKEN, Keys
-from tests.launching import DEADLINE_S, Process, node_toml, wait_for
-from tests.processes.conftest import fixed_ports
+from tests.launching import DEADLINE_S, Process, fixed_ports, node_toml, wait_for
 
 
 @pytest.fixture

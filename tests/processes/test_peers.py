@@ -70,12 +70,16 @@ class Fleet:
         enter = stack.enter_context
         self.nodes = {"a": enter(node(folder, "a", "[peers]\n"))}
         self.nodes["b"] = enter(node(folder, "b", peers(a=self.nodes["a"].lends_at())))
-        self.workers = {name: enter(worker(folder, name, model)) for name in "ab"}
+        with ThreadPoolExecutor() as at_once:
+            starting = [at_once.submit(worker, folder, name, model) for name in "ab"]
+            loaded = load(WorkerConfig(model=str(model), device="cpu", block_tokens=BLOCK))
+        self.workers = {
+            name: enter(each.result()) for name, each in zip("ab", starting, strict=True)
+        }
         # So that pulling is named whatever this machine computes in a second.
         toml = '[router]\nlisten = "127.0.0.1:0"\npeer_bytes_per_s = "1000TB"\nstale_s = 60.0\n'
         router = enter(Process("router", toml, folder))
         self.stub = router_pb2_grpc.RouterStub(enter(grpc.insecure_channel(router.address)))
-        loaded = load(WorkerConfig(model=str(model), device="cpu", block_tokens=BLOCK))
         self.reference = Reference(loaded.model, MODEL_PREFILL)
 
     def only(self, wanted: str) -> None:

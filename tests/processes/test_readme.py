@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtier import config
-from tests.launching import Process, wait_for
-from tests.processes.conftest import fixed_ports
+from tests.launching import Process, fixed_ports, wait_for
 
 README = Path(__file__).parents[2] / "README.md"
 SECTION = README.read_text().partition("## Each part by hand")[2].partition("\n## ")[0]

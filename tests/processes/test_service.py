@@ -31,8 +31,8 @@ from kvtier.wire.pb import (
     router_pb2_grpc,
     worker_pb2,
 )
-from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
-from tests.processes.conftest import VOCAB, fixed_ports
+from tests.launching import Process, disk_toml, fixed_ports, node_toml, redis_toml, wait_for
+from tests.processes.conftest import VOCAB
 
 CLIENTS = 4
 PROMPTS = 20
@@ -58,6 +58,7 @@ class Log:
     answers: Counter[str] = field(default_factory=Counter)  # by the worker's address
     answered: Counter[int] = field(default_factory=Counter)  # the same by the client
     tokens: Counter[Tier] = field(default_factory=Counter)  # of prompts, by the tier they came from
+    asked: Counter[int] = field(default_factory=Counter)  # requests begun, by the client
     errors: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -123,6 +124,7 @@ class Client:
         )
         address, ids = "", list[int]()
         started: worker_pb2.Started | None = None
+        self._log.asked[self._number] += 1
         try:
             for part in stub.Generate(request, timeout=REQUEST_S):
                 body = part.WhichOneof("body")
@@ -201,6 +203,11 @@ class Service:
     def kill_worker(self, which: int) -> None:
         worker, other = self.workers[which], self.workers[1 - which]
         worker.kill()
+        asked = self.log.asked.copy()
+        self.wait_for(
+            "the requests that were cut off to end",
+            lambda: all(self.log.asked[c] > asked[c] for c in range(CLIENTS)),
+        )
         self.wait_for_answers([other], 20)
         with self.unnoticed():
             worker.restart()

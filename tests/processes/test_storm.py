@@ -32,7 +32,7 @@ SEED = 20
 FD_SLACK = 8  # descriptors that come and go: connections to Valkey, of gRPC, files being read
 # What an engine may say of kvtier: that a daemon died, at whatever moment, and that it is back.
 EXPECTED = re.compile(
-    r"kvtier is back|kvtier is away \(\w+: (the node daemon hung up|no node daemon at|"
+    r"kvtier is back|kvtier is away \(\w+: (the node daemon (hung up|is gone: )|no node daemon at|"
     r"the node daemon gives no answer to \w+: \[Errno \d+\] (Connection reset|Broken pipe))"
 )
 

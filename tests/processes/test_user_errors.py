@@ -11,8 +11,16 @@ import grpc
 import pytest
 
 from kvtier.wire.pb import router_pb2, router_pb2_grpc
-from tests.launching import DEADLINE_S, Process, disk_toml, node_toml, redis_toml, wait_for
-from tests.processes.conftest import VOCAB, fixed_ports, processes_in
+from tests.launching import (
+    DEADLINE_S,
+    Process,
+    disk_toml,
+    fixed_ports,
+    node_toml,
+    redis_toml,
+    wait_for,
+)
+from tests.processes.conftest import VOCAB, processes_in
 
 GRPC = [("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0)]
 

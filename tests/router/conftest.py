@@ -22,6 +22,13 @@ async def engines():
 
 
 @pytest.fixture
+def expecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent is expected for longer than any test lasts."""
+    for module in ("sent", "placement"):
+        monkeypatch.setattr(f"kvtier.router.{module}.SPECULATIVE_S", 600.0)
+
+
+@pytest.fixture
 async def routers(engines):
     """Starts routers: `await routers(worker, (worker, daemon), "host:port", max_attempts=2)`."""
     running: list[RunningRouter] = []

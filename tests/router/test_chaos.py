@@ -29,8 +29,9 @@ from tests.router.chaos_worker import TOKENS, expected
 from tests.router.stub_engine import BLOCK, keys
 from tests.router.support import GRPC, generate_request, route_request
 
-SECONDS = float(os.environ.get("KVTIER_CHAOS_S", "8"))
-SEED = int(os.environ.get("KVTIER_CHAOS_SEED", str(random.randrange(10**6))))
+# `make fuzz` asks for more, from seeds of its own; see docs/decisions/0048.
+SECONDS = float(os.environ.get("KVTIER_CHAOS_S", "0"))
+SEED = int(os.environ.get("KVTIER_CHAOS_SEED", "1"))
 NODES, ROUTERS, CLIENTS, PROMPTS = 2, 2, 6, 6
 KINDS = ["worker", "daemon", "router", "freeze", "two"]
 TIMEOUT_S = 5.0  # of a request, by the router: its callers here set no deadline

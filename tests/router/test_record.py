@@ -13,7 +13,7 @@ from kvtier.cli.trace_record import in_order
 from kvtier.sim.record import Numbering
 from kvtier.sim.trace import Request, read_trace
 from tests.router.stub_engine import StubWorker
-from tests.router.support import RunningRouter, generate_request, route_request
+from tests.router.support import RunningRouter, eventually, generate_request, route_request
 
 COMMAND = [sys.executable, "-m", "kvtier.cli", "trace", "record"]
 
@@ -40,6 +40,25 @@ async def recording():
         if process.returncode is None:
             process.kill()
             await process.communicate()
+
+
+async def has_read(process: asyncio.subprocess.Process) -> None:
+    """It has taken in what it was sent: again and again, each of its threads only waits.
+
+    One that is behind because it finds no core is ready to run, and does not wait.
+    """
+    seen = 0
+
+    def waits() -> bool:
+        nonlocal seen
+        states = []
+        for each in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # a thread that has ended
+                states.append(each.read_text().rpartition(")")[2].split()[0])
+        seen = seen + 1 if set(states) == {"S"} else 0
+        return seen > 10
+
+    await eventually(waits, "it has read all that it was sent")
 
 
 async def generate(router: RunningRouter, ids: list[int]) -> None:
@@ -89,6 +108,7 @@ async def test_what_was_recorded_is_kept_when_it_is_told_to_stop(
     await generate(router, [4])
     async with asyncio.timeout(60):
         await second.communicate()  # so the first has been told of three as well
+    await has_read(process)
     process.send_signal(number)
     async with asyncio.timeout(60):
         await process.communicate()
@@ -99,7 +119,7 @@ async def test_what_was_recorded_is_kept_when_it_is_told_to_stop(
 async def test_no_number_of_signals_loses_what_was_recorded(engines, routers, recording, tmp_path):
     """Requests are held back to be sorted; a signal while they are written leaves them all there.
 
-    A second reader has been told of each request when the signals begin: so, nearly, has this one.
+    A second reader has been told of each request when the signals begin: so has this one.
     """
     router = await routers(await engines(StubWorker("a")))
     out, count = tmp_path / "trace.jsonl", 200
@@ -109,6 +129,7 @@ async def test_no_number_of_signals_loses_what_was_recorded(engines, routers, re
         await generate(router, [1, 2, 3])
     async with asyncio.timeout(60):
         await second.communicate()
+    await has_read(process)
     ended = asyncio.create_task(process.communicate())
     async with asyncio.timeout(60):
         while not ended.done():

@@ -11,6 +11,7 @@ from kvtier.config import Config, MemberConfig, RouterConfig
 from kvtier.errors import ConfigError
 from kvtier.router.server import serve
 from kvtier.wire.pb import router_pb2
+from tests.launching import fixed_ports
 from tests.router.stub_engine import StubSource, StubWorker, done, hangs, ids, started, tokens
 from tests.router.support import PATIENCE_S, RunningRouter, eventually, generate_request, refused
 
@@ -172,9 +173,7 @@ async def test_an_address_for_metrics_that_is_not_ours_is_named(free_port):
 
 @pytest.fixture
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return fixed_ports(1)[0]
 
 
 async def test_healthy_waits_for_a_snapshot_of_everybody_who_lives(engines, routers):

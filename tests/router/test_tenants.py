@@ -62,7 +62,9 @@ async def test_tenants_are_scored_by_their_own_keys(two, routers):
         assert response.choice.worker_id == worker
 
 
-async def test_what_was_just_sent_for_one_tenant_is_not_expected_for_another(engines, routers):
+async def test_what_was_just_sent_for_one_tenant_is_not_expected_for_another(
+    engines, routers, expecting
+):
     worker = await engines(serving("w", ("", "red"), ("", "blue")))
     router = await routers(worker)
     await router.stub.Route(request(tenant="red"))

@@ -280,8 +280,9 @@ def test_kill_9_in_mid_use(own_server: ValkeyServer) -> None:
 
 def test_a_server_that_hangs(own_server: ValkeyServer) -> None:
     """An answer to a question from before is never taken for one to a later question."""
+    with closing(store_at(own_server.url)) as patient:
+        patient.write(frames(["a", "b"], 100_000))
     with closing(store_at(own_server.url, timeout_s=0.3)) as store:
-        store.write(frames(["a", "b"], 100_000))
         for _ in range(3):
             own_server.pause()
             with pytest.raises(StoreUnavailable):
@@ -298,7 +299,9 @@ def test_a_server_that_hangs(own_server: ValkeyServer) -> None:
         finally:
             own_server.resume()
         wait_until(lambda: answers(store))
-        assert store.read([key("b"), key("a")]) == [content("b", 100_000), content("a", 100_000)]
+    with closing(store_at(own_server.url)) as patient:
+        both = patient.read([key("b"), key("a")])
+        assert both == [content("b", 100_000), content("a", 100_000)]
 
 
 def test_a_server_that_never_was() -> None:

@@ -102,34 +102,44 @@ def test_a_slot_that_moves_loses_nothing(empty: ValkeyCluster) -> None:
 
 
 def test_a_replica_takes_over() -> None:
-    with ValkeyCluster(replicas=3) as cluster, closing(store_at(cluster.url)) as store:
+    with (
+        ValkeyCluster(replicas=3, node_timeout_ms=1000) as cluster,
+        closing(store_at(cluster.url)) as store,
+    ):
         names = [*range(30)]
         store.write(frames(names))
         # What a replica has not got yet would be lost.
         wait_until(lambda: sum(each.call("DBSIZE") for each in cluster.servers) == 60)
         cluster.servers[1].kill()
         wait_until(lambda: all(takes(store, ("new", n)) for n in range(30)))
+        wait_until(lambda: answers(store))
         assert store.read([key(n) for n in names]) == [content(n, 1000) for n in names]
 
 
 def test_a_cluster_without_one_of_its_shares_gives_no_answer_and_comes_back() -> None:
-    with ValkeyCluster() as cluster, closing(store_at(cluster.url, timeout_s=0.3)) as store:
-        store.write(frames(range(30)))
+    with ValkeyCluster() as cluster, closing(store_at(cluster.url)) as patient:
+        patient.write(frames(range(30)))
         cluster.servers[0].pause()
-        with pytest.raises(StoreUnavailable):
+        with (
+            closing(store_at(cluster.url, timeout_s=0.3)) as store,
+            pytest.raises(StoreUnavailable),
+        ):
             store.read([key(n) for n in range(30)])
         cluster.servers[0].resume()
-        wait_until(lambda: all(takes(store, n) for n in range(30)))
-        assert store.count([key(n) for n in range(30)]) == 30
+        wait_until(lambda: all(takes(patient, n) for n in range(30)))
+        assert patient.count([key(n) for n in range(30)]) == 30
 
 
 # Sentinels
 
 
-def sentinels_of(primary: ValkeyServer, stack: ExitStack, folder: Path, password: str) -> str:
+def sentinels_of(
+    primary: ValkeyServer, stack: ExitStack, folder: Path, password: str
+) -> tuple[ValkeyServer, str]:
+    """A Sentinel that is slow to give the primary up, and the URL of the service."""
     settings = (
         f"sentinel monitor blocks 127.0.0.1 {primary.port} 1\n"
-        "sentinel down-after-milliseconds blocks 500\n"
+        "sentinel down-after-milliseconds blocks 60000\n"  # a slow one is not down
         "sentinel failover-timeout blocks 2000\n"
     )
     sentinel = ValkeyServer(folder=folder, settings=settings, sentinel=True, password=password)
@@ -137,7 +147,7 @@ def sentinels_of(primary: ValkeyServer, stack: ExitStack, folder: Path, password
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         dead = free.getsockname()[1]
-    return f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{sentinel.port}/blocks"
+    return sentinel, f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{sentinel.port}/blocks"
 
 
 def test_the_sentinels_name_a_new_primary(tmp_path: Path) -> None:
@@ -147,7 +157,7 @@ def test_the_sentinels_name_a_new_primary(tmp_path: Path) -> None:
         follow = f"replicaof 127.0.0.1 {primary.port}\nrepl-diskless-sync-delay 0"
         replica = stack.enter_context(ValkeyServer(settings=follow))
         wait_until(lambda: b"master_link_status:up" in replica.call("INFO", "replication"))
-        url = sentinels_of(primary, stack, tmp_path / "sentinel", "s3cret")
+        sentinel, url = sentinels_of(primary, stack, tmp_path / "sentinel", "s3cret")
         with closing(store_at(url)) as stranger:
             all_fail(stranger, "NOAUTH")
         secret = str(tmp_path / "password")
@@ -155,6 +165,8 @@ def test_the_sentinels_name_a_new_primary(tmp_path: Path) -> None:
         assert store.write(frames(["a", "b"], 5 * MIB)) == [True, True]
         wait_until(lambda: replica.call("DBSIZE") == 6)
         primary.kill()
+        told = sentinel.call("SENTINEL", "SET", "blocks", "down-after-milliseconds", 500)
+        assert told == b"OK"
         wait_until(lambda: takes(store, "new"))
         assert store.read([key("a"), key("b")]) == [content("a", 5 * MIB), content("b", 5 * MIB)]
         assert replica.call("GET", name_of("new"))
@@ -199,7 +211,8 @@ def test_a_primary_that_became_a_replica_is_left_for_the_new_one() -> None:
 def test_sentinels_that_know_no_such_service(tmp_path: Path) -> None:
     with ExitStack() as stack:
         primary = stack.enter_context(ValkeyServer())
-        url = sentinels_of(primary, stack, tmp_path, "").replace("/blocks", "/other")
+        _, url = sentinels_of(primary, stack, tmp_path, "")
+        url = url.replace("/blocks", "/other")
         all_fail(stack.enter_context(closing(store_at(url))), "names no server")
 
 

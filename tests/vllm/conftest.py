@@ -13,7 +13,7 @@ import pytest
 from kvtier.config import cache_dir
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.pb import feed_pb2, node_pb2, node_pb2_grpc
-from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
+from tests.launching import Process, disk_toml, fixed_ports, node_toml, redis_toml, wait_for
 
 collect_ignore = ["engine_main.py"]
 
@@ -127,8 +127,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def node(folder: Path) -> Iterator[Node]:
-    from tests.processes.conftest import fixed_ports
-
     (port,) = fixed_ports(1)
     with ValkeyServer(port, folder / "valkey") as valkey:
         node = start_node(folder, valkey)

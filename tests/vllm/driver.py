@@ -105,10 +105,10 @@ class Engine:
 
     def forget(self, *, all_of_vllm: bool = True) -> None:
         """Empty VRAM and, if asked, vLLM's own CPU region too."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + READY_S
         while True:
             self._send(["reset", all_of_vllm])
-            if self._answer(60):
+            if self._answer(READY_S):
                 return
             assert time.monotonic() < deadline, "vLLM does not forget"
 
@@ -116,7 +116,7 @@ class Engine:
         """vLLM's counters of KV transfers; labels joined to the name."""
         self._send(["metrics"])
         found: dict[str, float] = {}
-        for name, labels, value in self._answer(60):
+        for name, labels, value in self._answer(READY_S):
             words = [v for k, v in sorted(labels.items()) if k not in ("engine", "model_name")]
             found[" ".join([name, *words])] = value
         return found

@@ -112,7 +112,7 @@ def test_from_disk_after_a_restart_of_engine_and_daemon(third, prompts, expected
 
 def test_from_redis_on_a_node_that_has_nothing(third, node, prompts, expected):
     third.forget()
-    node.replace(redis_toml(node.valkey.url))
+    node.replace(redis_toml(node.valkey.url, 60.0))
     # The engine finds the new daemon at its next try.
     wait_for("the new daemon", lambda: third.answers(prompts[:1])[0][1] or third.forget())
     third.forget()

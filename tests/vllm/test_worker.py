@@ -15,8 +15,7 @@ import grpc
 import pytest
 
 from kvtier.wire.pb import feed_pb2, worker_pb2
-from tests.launching import wait_for
-from tests.processes.conftest import fixed_ports
+from tests.launching import fixed_ports, wait_for
 from tests.vllm.driver import BLOCK, ROOT, ROW, transfer
 from tests.vllm.service import Service, worker_toml
 
