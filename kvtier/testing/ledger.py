@@ -133,8 +133,6 @@ class _Node(SeenWorld, HangingWorld):
         self.now = 0.0
         self.failing = rng.choice([0.0, 0.1, 0.5])  # share of moves that fail
 
-    # --- events -----------------------------------------------------------------------
-
     def step(self) -> None:
         """One random event."""
         lower = len(self.specs) > 1
@@ -143,10 +141,10 @@ class _Node(SeenWorld, HangingWorld):
             (5, lambda: self.look(self.path())), (5, lambda: self.copied(self._use())),
             (26, self._end_lease), (3, self._settle),
             (3, self._die), (30, self._end_move), (1, self._clear), (1, self._be_quiet),
-            (3 * lower, self._find), (4 * lower, self._rot), (2 * lower, self._lose),
+            (3 * lower, self._find), (3 * lower, self._rot), (2 * lower, self._lose),
             (1 * lower, self._pause), (3 * lower, self._resume),
             (20 * lower * self.hangs, self.hang), (4 * bool(self.abandoned), self.come_late),
-            (20 * (len(self.specs) > 2), self._read_what_moves),
+            (14 * (len(self.specs) > 2), self._read_what_moves),
             (10 * lower, self._read_past_a_load),
         ]  # fmt: skip
         weights = [weight for weight, _ in events]
@@ -226,6 +224,10 @@ class _Node(SeenWorld, HangingWorld):
             if self.rng.random() < 0.3:
                 self.ledger.lost(source, [key])  # too late: it is being read
             self._read_path([BlockKey(key[: n + 1]) for n in range(len(key))], len(key) - 1)
+            loads = [each for each in self.moves if each.key == key and each.target == HOST]
+            if loads and self.rng.random() < 0.3:  # it ends before the copy does
+                self.moves.remove(loads[0])
+                self.end(loads[0], failed=False)
 
     def _read_past_a_load(self) -> None:
         """A load outlives the readers that wanted it; then its block and more are asked for."""
@@ -349,8 +351,6 @@ class _Node(SeenWorld, HangingWorld):
             self.announced[tier] &= {move.key for move in self.moves}
         self.carry_out()
         self.clearing = False
-
-    # --- rest -------------------------------------------------------------------------
 
     def _be_quiet(self) -> None:
         """Everything answers, and all that was started ends: then nothing waits."""
