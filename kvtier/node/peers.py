@@ -157,11 +157,17 @@ class Peers:
     def _wanted(
         self, manager: TierManager, asked: Reading, known: Known
     ) -> list[tuple[str, BlockKey]]:
-        """What is to be pulled: up to the first block that is on its way for another request."""
+        """What is to be pulled: up to the first block that is on its way for another request.
+
+        Or for this one, where an engine names a block twice.
+        """
         first, layout = self._missing(manager, asked), manager.layout.id
-        end = first + _worth(manager, asked, known, first)
-        names = [(layout, key) for key in asked.keys[first:end]]
-        return names[: next((n for n, name in enumerate(names) if name in self._coming), None)]
+        wanted: dict[tuple[str, BlockKey], None] = {}
+        for key in asked.keys[first : first + _worth(manager, asked, known, first)]:
+            if (layout, key) in self._coming or (layout, key) in wanted:
+                break
+            wanted[layout, key] = None
+        return [*wanted]
 
     def _begin(self, manager: TierManager, asked: Reading, count: int) -> _Begun | None:
         """Reserve slots for `count` blocks at most; None: there are none. Not to be waited in."""

@@ -68,6 +68,20 @@ def test_only_what_is_missing_comes_and_only_as_far_as_there_is_no_gap(
     nothing_leased(a, b)
 
 
+def test_a_prompt_that_names_a_block_twice_harms_no_later_one(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    a = stack.enter_context(started(tmp_path, "a", "[peers]"))
+    b = stack.enter_context(started(tmp_path, "b", members(a=lends_at(a))))
+    at_a, at_b = (stack.enter_context(engine(tmp_path, name)) for name in "ab")
+    keys = new_keys(6)
+    assert save(at_a, keys) == 6
+    assert at_b.pull([*keys[:3], keys[0], *keys[3:]], 0, "a", wait_s=WAIT_S) == 3
+    assert at_b.pull(keys, 0, "a", wait_s=WAIT_S) == 3, "and not waited for as on its way"
+    assert restore(at_b, keys) == [Tier.HOST] * 6
+    nothing_leased(a, b)
+
+
 def test_blocks_come_from_the_others_disk_too(tmp_path: Path, stack: ExitStack) -> None:
     more = "[peers]\n" + disk_toml(tmp_path / "a")
     a = stack.enter_context(started(tmp_path, "a", more, host="1MiB"))
