@@ -11,6 +11,7 @@ from typing import Final
 
 Buffer = bytes | bytearray | memoryview
 _IOV_MAX: Final = 1024  # buffers that one sendmsg takes
+_TLS_NBYTES: Final = 256 << 10  # that one call sends: OpenSSL sends all, or its time is over
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
@@ -55,7 +56,7 @@ class Stream:
                 rest = memoryview(each).cast("B")
                 while rest:
                     self._socket.settimeout(min(_left(deadline), stall_s))
-                    rest = rest[self._socket.send(rest) :]
+                    rest = rest[self._socket.send(rest[:_TLS_NBYTES]) :]
             return
         # The kernel's own timeout bounds a transfer, so that it takes one call, however large.
         self._socket.settimeout(None)

@@ -409,24 +409,46 @@ def test_a_flood_of_strangers_takes_the_places_of_its_own(tmp_path: Path, stack:
     assert any(welcome() for _ in range(5)), "a good peer is kept out"
 
 
+def over_tls(keys: Keys) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+    """The two ends of a connection."""
+    ours, theirs = socket.socketpair()
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(keys.path("server.pem"), keys.path("server.key"))
+    asking = ssl.create_default_context(cafile=str(keys.path("ca.pem")))
+    with futures.ThreadPoolExecutor(1) as beside:
+        other = beside.submit(serving.wrap_socket, theirs, server_side=True)
+        return asking.wrap_socket(ours, server_hostname="localhost"), other.result(WAIT_S)
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_who_takes_nothing_of_what_it_is_sent_is_given_up(tmp_path: Path, *, secure: bool) -> None:
-    keys = Keys(tmp_path)
-    ours, theirs = socket.socketpair()
-    with ExitStack() as ends:
-        if secure:
-            serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            serving.load_cert_chain(keys.path("server.pem"), keys.path("server.key"))
-            asking = ssl.create_default_context(cafile=str(keys.path("ca.pem")))
-            with futures.ThreadPoolExecutor(1) as beside:
-                other = beside.submit(serving.wrap_socket, theirs, server_side=True)
-                ours = asking.wrap_socket(ours, server_hostname="localhost")
-                theirs = other.result(WAIT_S)
-        ends.enter_context(ours)
-        ends.enter_context(theirs)
+    ours, theirs = over_tls(Keys(tmp_path)) if secure else socket.socketpair()
+    with ours, theirs:
         stream, far = Stream(ours), time.monotonic() + 3600
         with pytest.raises(TimeoutError):  # and not only after an hour
             stream.send([bytes(64 << 20)], far, 0.2)
+
+
+def test_who_takes_a_large_block_slowly_over_tls_has_its_time_for_each_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    send = ssl.SSLSocket.send
+
+    def noted(sock: ssl.SSLSocket, data: memoryview) -> int:
+        given.append(len(data))
+        return send(sock, data)  # it returns when all is sent, or its time is over
+
+    ours, theirs = over_tls(Keys(tmp_path))
+    monkeypatch.setattr(ssl.SSLSocket, "send", noted)
+    block, got = bytes(range(256)) * (16 << 10), bytearray(4 << 20)
+    with ours, theirs, futures.ThreadPoolExecutor(1) as beside:
+        far = time.monotonic() + 3600
+        reading = beside.submit(Stream(theirs).receive, got, far)
+        Stream(ours).send([block], far, 60.0)
+        reading.result(WAIT_S)
+    assert got == block
+    assert max(given) <= 1 << 20
 
 
 def test_a_port_that_is_taken_is_refused_or_replaced(tmp_path: Path, stack: ExitStack) -> None:
