@@ -170,11 +170,12 @@ class Victims:
                 if run in runs:
                     at = runs.index(run)
                     del runs[at], worths[at]
-            added = bared[self._all - 1 :]
+            # Some of these may have been passed already, as the least recent.
+            added = [run for run in bared[self._all - 1 :] if run not in passed]
             if added:
                 runs += added
                 worths += self._worths(added)
-            self._all += len(added)
+            self._all = len(bared) + 1
             return self._least(runs, worths)
         self._all = len(bared) + 1
         return self._worst(leaves + bared, passed)

@@ -1,7 +1,7 @@
 """PHD: what it learns, what it gives up first, and that its books stay right."""
 
 import json
-from itertools import islice
+from itertools import count, islice
 from random import Random
 
 import pytest
@@ -327,6 +327,23 @@ def test_a_search_goes_from_the_run_that_is_worth_least_to_the_next() -> None:
         victims._victim = None  # one that was chosen before would be the first
         assert [*policy.coldest()] == expected
         policy.remove(expected[0])
+
+
+def test_a_search_names_a_run_once_that_was_the_least_recent_between_two_samples() -> None:
+    policy, requests = PHD(), count()
+    gone, above, below, other, late = ([BlockKey(bytes([n]) * 16)] for n in range(5))
+
+    def used(keys: list[BlockKey], times: int = 1) -> None:
+        for _ in range(times):
+            policy.touch(keys, Use(0.0, next(requests)))
+
+    used(gone, 128)  # one look for the least recent passes over 64 such uses, and one more sees 64
+    policy.remove(*gone)
+    used(above)
+    used(above + below)
+    used(other)
+    used(late, 70)
+    assert [*policy.coldest()] == below + above + other + late
 
 
 def bin_of(age: float) -> int:
