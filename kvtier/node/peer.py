@@ -113,8 +113,8 @@ class Peer:
     def fetch(self, order: Order, timeout_s: float, stream: Stream | None = None) -> Fetched:
         """Ask for the blocks and wait for them, at most `timeout_s`. Raises nothing.
 
-        Without a `stream` it takes or makes one. One that was kept and that broke before anything
-        of an answer had come says nothing of the peer as it is now, which may have lost its power
+        Without a `stream` it takes or makes one. One that was kept and that broke before a block of
+        the answer was whole says nothing of the peer as it is now, which may have lost its power
         and come back since: it is asked once more, on a new one.
         """
         fetched, deadline = Fetched(), time.monotonic() + timeout_s
