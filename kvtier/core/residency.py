@@ -264,7 +264,8 @@ class Residency:
         undrained = move is None and bool(tiers) and tiers[-1] < len(self._tiers) - 1
         if tiers == [HOST] and self.admission is not None and key in self.admission:
             undrained = False
-            assert move is None, "a block is copied that is not worth it"
+            # It goes on where a tier between, of which it was made, has lost the block since.
+            assert move is None or move.target > 1, "a block is copied that is not worth it"
         assert block.undrained_in == (tiers[-1] if undrained else None)
         for tier, copies in enumerate(self._tiers):
             assert (key in copies.undrained) == (block.undrained_in == tier)

@@ -17,7 +17,7 @@ class Seen:
         keys: The path.
         slots: Those of its leading blocks, packed; not more than `keys`.
         turn: As in the answer to MATCH.
-        epoch: That of the daemon: this is good for every connection to the same one.
+        epoch: That of the arena: this is good for every connection to the same one.
     """
 
     __slots__ = ("_keys", "_slots", "epoch", "turn")

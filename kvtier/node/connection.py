@@ -43,7 +43,6 @@ class Node(Protocol):
     """What a connection needs of the daemon."""
 
     name: str
-    epoch: int
     recorder: Recorder
     peers: Peers
 
@@ -243,7 +242,7 @@ class Connection(asyncio.Protocol):
         self.manager = manager
         self._hello_due.cancel()
         reply = local.encode(
-            True, self._node.name, self._node.epoch, layout.nbytes, manager.arena.slots,
+            True, self._node.name, manager.epoch, layout.nbytes, manager.arena.slots,
             [int(spec.tier) for spec in manager.specs],
         )  # fmt: skip
         # The first bytes on a new connection: they fit, so this neither waits nor splits.

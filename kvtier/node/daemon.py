@@ -276,8 +276,10 @@ class NodeDaemon:
         if left := await self.drain(drain_s):
             log.warning("%d blocks had no time to be saved", left)
         await closing
-        await self.local.close()
+        # An engine does not hear at once that its leases have ended, and goes on copying: by then
+        # nobody may ask for anything that is loaded into its slots.
         await self.lender.close()
+        await self.local.close()
         for manager in [*self.layouts.values()]:
             await self._close(manager)
 

@@ -11,6 +11,7 @@ Everything here runs on the daemon's one loop, so there is no lock. Only `Movers
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -60,6 +61,7 @@ class TierManager:
         assert len(specs) == len(lower) + 1
         self.layout = layout
         self.arena = arena
+        self.epoch = secrets.randbits(63) | 1  # of this arena: a layout may get another one
         self.specs = specs
         self.lower = lower
         self._ledger = Ledger(layout.nbytes, specs, arena.turns)

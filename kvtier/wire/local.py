@@ -46,6 +46,7 @@ Value = int | str | bytes | bool | list[int]
 class Op(IntEnum):
     """What an engine can ask; arguments -> values."""
 
+    # `epoch` is the arena's: a later one of the same layout, or of the next daemon, has another.
     HELLO = 1  # version, layout, engine's name -> node, epoch, slot_nbytes, slots, tiers
     # `slots`: where the leading ones of the host tier lie, MAX_SEEN at most; `turn`: since when
     # they must not have left these, for a copy that is made from there without a lease. USED says

@@ -155,3 +155,19 @@ def test_it_decides_as_a_plain_count_of_requests_does() -> None:
                     before == 1 and len(above[key]) == 2
                 )
             assert set(admission) == {key for key, who in above.items() if len(who) == 1}
+
+
+def test_a_copy_that_the_tier_between_was_worth_goes_on_without_it() -> None:
+    """The disk turns out to have the block, and loses it while it is copied to what is shared."""
+    disk = dataclasses.replace(spec(Tier.DISK, 4), admission=lambda: SecondUse(100))
+    one = Node(spec(Tier.HOST, 4), disk, spec(Tier.SHARED, 100, drain_at=100))
+    (key,) = prompt("a")
+    save(one, [key], request=1)
+    one.ledger.found(DISK, [(key, 100)])
+    one.effects()
+    assert [(move.key, move.target) for move in one.moves] == [(key, DISK + 1)]
+    one.ledger.lost(DISK, [key])
+    one.effects()
+    one.end_moves(ok=False)
+    assert not one.moves, "alone again, it is not worth it"
+    assert one.held([key]) == (1, 0, 0)

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from kvtier import metrics
+from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
 from kvtier.engine.tier import EngineTier
+from kvtier.errors import ConfigError
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import blocks, status
@@ -20,6 +23,8 @@ BATCH = 8
 POOL = 160
 COUNT = 5 * BATCH  # blocks of a prompt
 SLOTS = 128  # three such prompts, and not four
+
+OTHER = BlockLayout((LayerGroup(Attention.FULL, 4, 2, 32),), 16, "float16")
 
 Hook = Callable[[], None]
 
@@ -243,6 +248,32 @@ def test_what_one_daemon_said_is_nothing_to_the_next(
     node.restart()
     wait_for("the engine to attach again", lambda: two.save(prompt(3, 1)) == 1)
     assert two.restore(1) == []
+
+
+def test_what_was_said_of_a_layout_is_nothing_to_the_next_arena_of_it(
+    node: Process, engines: tuple[Engine, Engine], tmp_path: Path
+) -> None:
+    """The same daemon gave another layout the room meanwhile, and began anew with this one."""
+    one, two = engines
+    clear_host(node)
+    one.save(prompt(1, COUNT))
+    assert two.match(1) == COUNT
+    one.tier.close()
+    with two.tier._turn:  # it is away until it may attach again
+        two.tier._hang_up()
+
+        def has_the_room() -> bool:
+            try:
+                TierClient(f"{tmp_path}/node.sock", OTHER).close()
+            except ConfigError:  # they are still attached
+                return False
+            return True
+
+        wait_for("room for another layout", has_the_room)
+    wait_for("the engine to attach again", lambda: two.save(prompt(2, COUNT)) == COUNT)
+    assert two.restore(1) == []
+    assert two.match(2) == COUNT
+    assert two.restore(2) == HELD
 
 
 def test_a_use_without_a_lease_keeps_blocks_as_one_with_it(
