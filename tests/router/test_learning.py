@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 
-import grpc
 import pytest
 
 from kvtier.core.drag import WINDOW
@@ -19,9 +18,7 @@ PROMPT = "abcd"
 def begins(after_s: float = 0.0, prefill_s: float = 0.001) -> Script:
     """Says after so long that its prefill took `prefill_s`."""
 
-    async def script(
-        request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def script(request: worker_pb2.WorkerRequest) -> AsyncIterator[worker_pb2.WorkerResponse]:
         await asyncio.sleep(after_s)
         count = len(request.token_ids)
         begun = worker_pb2.Started(prompt_tokens=count, computed_tokens=count, prefill_s=prefill_s)
