@@ -31,6 +31,7 @@ TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
+MOST_WAITING: Final = float(1 << 63)  # tokens; `Terms` has 64 bits for them
 
 _REFUSED: Final = grpc.StatusCode.UNAUTHENTICATED
 OPTIONS: Final = (
@@ -123,8 +124,8 @@ class Link:
     def waiting_tokens(self) -> int:
         """What the worker says that it has still to compute, as at the start of a prompt."""
         load = self.heartbeat.load
-        said = _rate(load.waiting_as_first)
-        return round(said) if said else load.waiting_tokens
+        said = load.waiting_as_first
+        return round(said) if 0 < said < MOST_WAITING else load.waiting_tokens
 
     @property
     def rates(self) -> Rates:

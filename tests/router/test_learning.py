@@ -94,7 +94,8 @@ async def test_a_worker_that_does_not_say_what_it_did_teaches_nothing(engines, r
 
 
 @pytest.mark.parametrize(
-    ("said", "counts"), [(800.4, 800), (0.0, 500), (-1.0, 500), (math.nan, 500), (math.inf, 500)]
+    ("said", "counts"),
+    [(800.4, 800), (0.0, 500), (-1.0, 500), (math.nan, 500), (math.inf, 500), (1e30, 500)],
 )
 async def test_tokens_that_wait_count_by_where_they_stand_in_their_prompts(
     engines, routers, said, counts
