@@ -12,7 +12,7 @@ import grpc
 from kvtier.core.mux import WINDOW, Asking, Part
 from kvtier.errors import InvalidRequest, RemoteProtocolError, WorkerLost
 from kvtier.wire.pb import worker_pb2, worker_pb2_grpc
-from kvtier.wire.rpc import MAX_MESSAGE
+from kvtier.wire.rpc import MAX_MESSAGE, parsed
 
 HELLO_S: Final = 5.0
 PAUSE_S: Final = (0.05, 1.0)  # before a first and before every later try to open it anew
@@ -182,7 +182,7 @@ class _Stream:
 
     async def hello(self) -> None:
         """Wait for the other side's first message."""
-        message = await self._call.read()
+        message = parsed(await self._call.read())
         if message is grpc.aio.EOF:
             raise RemoteProtocolError("the stream ended before it began")
         self.mux.hello(message.hello.max_open)
@@ -227,7 +227,7 @@ class _Stream:
         why = "the router stops"
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                if self._take(message):
+                if self._take(parsed(message)):
                     changed()
             why = "the worker ended its stream of requests"
         except grpc.aio.AioRpcError as error:

@@ -25,6 +25,7 @@ from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvtier.wire.rpc import parsed
 
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
@@ -216,11 +217,11 @@ class Link:
 
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
-        info = await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
+        info = parsed(await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S))
         check(info)
         if self.text is None or info != self.info:
             request = worker_pb2.TokenizerRequest()
-            files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
+            files = parsed(await stub.Tokenizer(request, timeout=TOKENIZER_S))
             self.text = await self._context.texts.load(dict(files.files))
         self.info = info
         self.roots = {(each.adapter, each.tenant): each.root for each in info.spaces}
@@ -295,7 +296,7 @@ class Link:
         finally:
             if not read.done():
                 read.cancel()
-        message = read.result()
+        message = parsed(read.result())
         if message is grpc.aio.EOF:
             raise RemoteProtocolError("the feed ended")
         assert isinstance(message, feed_pb2.FeedMessage)
