@@ -67,6 +67,7 @@ class Asks:
         self._stream: _Stream | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._retired = False
+        self._why = ""
 
     @property
     def open(self) -> bool:
@@ -111,11 +112,15 @@ class Asks:
             raise WorkerLost("not connected")
         return Ask(self._stream, self._stream.ask(request, timeout_s))
 
-    def retire(self) -> None:
-        """Ask nothing more; what is open goes on, and then the stream ends. Idempotent."""
-        self._retired = True
+    def retire(self, why: str = "the router stops") -> None:
+        """Ask nothing more; what is open goes on, and then the stream ends. Idempotent.
+
+        What is open when the channel is closed, or this, ends with the first `why`.
+        """
+        if not self._retired:
+            self._retired, self._why = True, why
         if self._stream is not None:
-            self._stream.retire()
+            self._stream.retire(self._why)
 
     async def close(self) -> None:
         """End at once."""
@@ -165,7 +170,7 @@ class Asks:
                 ) from None
             raise
         if self._retired:
-            stream.retire()
+            stream.retire(self._why)
         return stream
 
 
@@ -179,6 +184,7 @@ class _Stream:
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._turn = asyncio.Event()  # there may be something to write
         self._retired = False
+        self._retired_for = "nothing can be sent to it"
 
     async def hello(self) -> None:
         """Wait for the other side's first message."""
@@ -213,8 +219,8 @@ class _Stream:
         if self.mux.cancel(number, sent=sent):
             self._turn.set()
 
-    def retire(self) -> None:
-        self._retired = True
+    def retire(self, why: str) -> None:
+        self._retired, self._retired_for = True, why
         self._turn.set()
 
     async def run(self, changed: Callable[[], None]) -> str:
@@ -224,7 +230,7 @@ class _Stream:
         writing.add_done_callback(
             lambda task: task.cancelled() or task.exception() is None or self._call.cancel()
         )
-        why = "the router stops"
+        why = ""
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
                 if self._take(parsed(message)):
@@ -237,9 +243,9 @@ class _Stream:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
-                raise
-            why = "it fell silent"  # not we were cancelled but the call, with its channel
+                raise  # or not we were cancelled but the call, with its channel
         finally:
+            why = why or self._retired_for
             self._break(why)
             self._call.cancel()
             writing.cancel()
