@@ -1,7 +1,6 @@
 """A worker as the router asks it: one stream that carries all its requests, kept open."""
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -140,7 +139,7 @@ class Asks:
 
     async def _opened_anew(self, why: str) -> "_Stream | None":
         """A new stream, however often it takes; None once retired."""
-        tries = 0
+        tries, said = 0, ""
         while not self._retired:
             if not tries:
                 log.info("%s: its stream of requests is lost: %s", self._name, why)
@@ -149,8 +148,13 @@ class Asks:
             pause = min(last, first * 2**tries)
             tries = min(tries + 1, 16)
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
-            with contextlib.suppress(grpc.RpcError, RemoteProtocolError):
+            try:
                 return await self._opened()
+            except (grpc.RpcError, RemoteProtocolError) as error:
+                # Whose feed is there still is `connecting` for a reason that nobody else tells.
+                if tries > 1 and (line := _line(error)) != said:
+                    said = line
+                    log.warning("%s: its stream of requests cannot be opened: %s", self._name, line)
         return None
 
     async def _opened(self) -> "_Stream":
@@ -236,10 +240,8 @@ class _Stream:
                 if self._take(parsed(message)):
                     changed()
             why = "the worker ended its stream of requests"
-        except grpc.aio.AioRpcError as error:
-            why = f"{error.code().name}: {error.details()}"
-        except RemoteProtocolError as error:
-            why = str(error)
+        except (grpc.aio.AioRpcError, RemoteProtocolError) as error:
+            why = _line(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -298,3 +300,9 @@ class _Stream:
             return None
         granted = [worker_pb2.MuxCredit(id=n, tokens=tokens) for n, tokens in more.items()]
         return worker_pb2.MuxRequest(opens=opens, credits=granted, cancels=cancels)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -310,6 +310,31 @@ async def test_a_stream_that_breaks_is_opened_anew_and_the_worker_stays_known(en
     assert warm.described == described, "it was the stream alone that broke"
 
 
+async def test_why_a_stream_cannot_be_opened_anew_is_said_once(engines, routers, caplog):
+    class Refusing(StubWorker):
+        refused = 0
+        refusing = asyncio.Event()
+
+        async def Multiplex(self, requests, context) -> None:
+            if not self.refusing.is_set():
+                serving = asyncio.ensure_future(super().Multiplex(requests, context))
+                await self.refusing.wait()
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+            self.refused += 1
+            await context.abort(Status.UNAUTHENTICATED, "no such token")
+
+    worker = await engines(Refusing("a"))
+    router = await routers(worker)
+    worker.refusing.set()
+    await router.members(lambda each: each[0].state == "connecting")
+    await eventually(lambda: worker.refused > 4, "it is tried again")
+    said = [r.getMessage() for r in caplog.records if "cannot be opened" in r.getMessage()]
+    assert len(said) == 1
+    assert worker.address in said[0]
+    assert "UNAUTHENTICATED: no such token" in said[0]
+
+
 async def test_a_worker_that_drains_says_so_and_ends_what_it_has(engines, routers):
     going, other = await engines(StubWorker("going", keys(PROMPT))), await engines(StubWorker("b"))
     go = asyncio.Event()
