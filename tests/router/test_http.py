@@ -486,7 +486,7 @@ async def test_a_slow_client_holds_up_its_own_worker_only():
         async def within(self, limit_s, work, *, wait):
             return await work(1e9)
 
-        async def generate(self, request, deadline, write, *, fill, fallbacks):
+        async def generate(self, request, deadline, write, **_):
             nonlocal written
             while True:
                 written += 1
