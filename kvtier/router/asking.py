@@ -1,7 +1,6 @@
 """A worker as the router asks it: one stream that carries all its requests, kept open."""
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import grpc
 from kvtier.core.mux import WINDOW, Asking, Part
 from kvtier.errors import InvalidRequest, RemoteProtocolError, WorkerLost
 from kvtier.wire.pb import worker_pb2, worker_pb2_grpc
-from kvtier.wire.rpc import MAX_MESSAGE
+from kvtier.wire.rpc import MAX_MESSAGE, parsed
 
 HELLO_S: Final = 5.0
 PAUSE_S: Final = (0.05, 1.0)  # before a first and before every later try to open it anew
@@ -67,6 +66,7 @@ class Asks:
         self._stream: _Stream | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._retired = False
+        self._why = ""
 
     @property
     def open(self) -> bool:
@@ -111,11 +111,15 @@ class Asks:
             raise WorkerLost("not connected")
         return Ask(self._stream, self._stream.ask(request, timeout_s))
 
-    def retire(self) -> None:
-        """Ask nothing more; what is open goes on, and then the stream ends. Idempotent."""
-        self._retired = True
+    def retire(self, why: str = "the router stops") -> None:
+        """Ask nothing more; what is open goes on, and then the stream ends. Idempotent.
+
+        What is open when the channel is closed, or this, ends with the first `why`.
+        """
+        if not self._retired:
+            self._retired, self._why = True, why
         if self._stream is not None:
-            self._stream.retire()
+            self._stream.retire(self._why)
 
     async def close(self) -> None:
         """End at once."""
@@ -135,7 +139,7 @@ class Asks:
 
     async def _opened_anew(self, why: str) -> "_Stream | None":
         """A new stream, however often it takes; None once retired."""
-        tries = 0
+        tries, said = 0, ""
         while not self._retired:
             if not tries:
                 log.info("%s: its stream of requests is lost: %s", self._name, why)
@@ -144,8 +148,13 @@ class Asks:
             pause = min(last, first * 2**tries)
             tries = min(tries + 1, 16)
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
-            with contextlib.suppress(grpc.RpcError, RemoteProtocolError):
+            try:
                 return await self._opened()
+            except (grpc.RpcError, RemoteProtocolError) as error:
+                # Whose feed is there still is `connecting` for a reason that nobody else tells.
+                if tries > 1 and (line := _line(error)) != said:
+                    said = line
+                    log.warning("%s: its stream of requests cannot be opened: %s", self._name, line)
         return None
 
     async def _opened(self) -> "_Stream":
@@ -165,7 +174,7 @@ class Asks:
                 ) from None
             raise
         if self._retired:
-            stream.retire()
+            stream.retire(self._why)
         return stream
 
 
@@ -179,10 +188,11 @@ class _Stream:
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._turn = asyncio.Event()  # there may be something to write
         self._retired = False
+        self._retired_for = "nothing can be sent to it"
 
     async def hello(self) -> None:
         """Wait for the other side's first message."""
-        message = await self._call.read()
+        message = parsed(await self._call.read())
         if message is grpc.aio.EOF:
             raise RemoteProtocolError("the stream ended before it began")
         self.mux.hello(message.hello.max_open)
@@ -213,8 +223,8 @@ class _Stream:
         if self.mux.cancel(number, sent=sent):
             self._turn.set()
 
-    def retire(self) -> None:
-        self._retired = True
+    def retire(self, why: str) -> None:
+        self._retired, self._retired_for = True, why
         self._turn.set()
 
     async def run(self, changed: Callable[[], None]) -> str:
@@ -224,22 +234,20 @@ class _Stream:
         writing.add_done_callback(
             lambda task: task.cancelled() or task.exception() is None or self._call.cancel()
         )
-        why = "the router stops"
+        why = ""
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                if self._take(message):
+                if self._take(parsed(message)):
                     changed()
             why = "the worker ended its stream of requests"
-        except grpc.aio.AioRpcError as error:
-            why = f"{error.code().name}: {error.details()}"
-        except RemoteProtocolError as error:
-            why = str(error)
+        except (grpc.aio.AioRpcError, RemoteProtocolError) as error:
+            why = _line(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
-                raise
-            why = "it fell silent"  # not we were cancelled but the call, with its channel
+                raise  # or not we were cancelled but the call, with its channel
         finally:
+            why = why or self._retired_for
             self._break(why)
             self._call.cancel()
             writing.cancel()
@@ -292,3 +300,9 @@ class _Stream:
             return None
         granted = [worker_pb2.MuxCredit(id=n, tokens=tokens) for n, tokens in more.items()]
         return worker_pb2.MuxRequest(opens=opens, credits=granted, cancels=cancels)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -97,7 +97,7 @@ class Front:
 
     async def generate(
         self, request: router_pb2.GenerateRequest, deadline: float, write: Write, *,
-        fill: bool = False, fallbacks: int | None = MAX_FALLBACKS,
+        fill: bool = False, fallbacks: int | None = MAX_FALLBACKS, apart: bool = False,
     ) -> None:  # fmt: skip
         """Route and pass on the answer to `write`; see `generate.generate` for what it raises.
 
@@ -107,6 +107,7 @@ class Front:
             write: Takes the messages.
             fill: Without `max_tokens` it may take all the room that the model has.
             fallbacks: How many workers behind the best each Routed names; None: no Routed.
+            apart: Whether each token gets a Chunk of its own.
         """
         _check(request)
         prompt, links = await self.prompts.read(request)
@@ -116,7 +117,7 @@ class Front:
             found = self._placement.candidates(longer.model, *longer.space)
             return [each for each in found if digest(each) in readers and fits(longer, each)]
 
-        job = Job(request, prompt, candidates, deadline, fill, fallbacks)
+        job = Job(request, prompt, candidates, deadline, fill, fallbacks, apart)
         attempts = self._config.max_attempts
         root = links[0].roots[prompt.space]
         with self.recorder.recorded(prompt, links[0].info, root) as seen:

@@ -63,6 +63,7 @@ class Job:
     deadline: float  # on the loop's clock
     fill: bool = False  # without max_tokens: all the room that the model has
     fallbacks: int | None = 0  # that Routed names behind the best; None: no Routed at all
+    apart: bool = False  # a Chunk for each token, however many come together
 
 
 @dataclass(slots=True)
@@ -204,7 +205,9 @@ class _Attempt:
                 sent.began()
             if part.token_ids or done is not None:
                 ready += self._begin()
-            if part.token_ids:
+            if self._job.apart:
+                ready += [self._chunk((each,)) for each in part.token_ids]
+            elif part.token_ids:
                 ready.append(self._chunk(part.token_ids))
             if done is not None:
                 if self._tokens != self._answer.tokens:  # others had a part in it

@@ -25,11 +25,13 @@ from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvtier.wire.rpc import parsed
 
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
+MOST_WAITING: Final = float(1 << 63)  # tokens; `Terms` has 64 bits for them
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
 
 _REFUSED: Final = grpc.StatusCode.UNAUTHENTICATED
@@ -123,8 +125,8 @@ class Link:
     def waiting_tokens(self) -> int:
         """What the worker says that it has still to compute, as at the start of a prompt."""
         load = self.heartbeat.load
-        said = _rate(load.waiting_as_first)
-        return round(said) if said else load.waiting_tokens
+        said = load.waiting_as_first
+        return round(said) if 0 < said < MOST_WAITING else load.waiting_tokens
 
     @property
     def rates(self) -> Rates:
@@ -150,7 +152,7 @@ class Link:
         looks = [self._blaming] if self._blaming is not None else []
         for task in (self.task, *looks):
             task.cancel()
-        self._end_life(grace_s)
+        self._end_life(grace_s, "the router follows it no more")
         await asyncio.gather(self.task, *looks, *self._closing, return_exceptions=True)
 
     async def _follow(self) -> None:
@@ -172,7 +174,7 @@ class Link:
                 self._say_away(_line(error))
                 self._look_into(error)
                 silent = isinstance(error, TimeoutError)
-                self._end_life(0 if silent else self._context.config.timeout_s)
+                self._end_life(0 if silent else self._context.config.timeout_s, _line(error))
                 self._settle()
             first, last = PAUSE_S
             pause = min(last, first * 2**self._tries)
@@ -215,11 +217,11 @@ class Link:
 
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
-        info = await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
+        info = parsed(await stub.Describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S))
         check(info)
         if self.text is None or info != self.info:
             request = worker_pb2.TokenizerRequest()
-            files = await stub.Tokenizer(request, timeout=TOKENIZER_S)
+            files = parsed(await stub.Tokenizer(request, timeout=TOKENIZER_S))
             self.text = await self._context.texts.load(dict(files.files))
         self.info = info
         self.roots = {(each.adapter, each.tenant): each.root for each in info.spaces}
@@ -277,7 +279,7 @@ class Link:
 
         Raises:
             TimeoutError: GIVE_UP times `stale_s` of silence.
-            RemoteProtocolError: The stream ended.
+            RemoteProtocolError: The stream ended, or what came is no message.
         """
         stale_s = self._context.config.stale_s
         # Not wait_for: a read that is cancelled ends the whole call.
@@ -294,7 +296,7 @@ class Link:
         finally:
             if not read.done():
                 read.cancel()
-        message = read.result()
+        message = parsed(read.result())
         if message is grpc.aio.EOF:
             raise RemoteProtocolError("the feed ended")
         assert isinstance(message, feed_pb2.FeedMessage)
@@ -327,11 +329,11 @@ class Link:
             self.state = state
             self._context.changed()
 
-    def _end_life(self, grace_s: float) -> None:
+    def _end_life(self, grace_s: float, why: str) -> None:
         channel, self.channel = self.channel, None
         asks, self.asks = self.asks, None
         if channel is not None:
-            closing = asyncio.get_running_loop().create_task(_close(channel, asks, grace_s))
+            closing = asyncio.get_running_loop().create_task(_close(channel, asks, grace_s, why))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self.text = None
@@ -341,9 +343,9 @@ class Link:
         self._become(State.CONNECTING)
 
 
-async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float) -> None:
+async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, why: str) -> None:
     if asks is not None:
-        asks.retire()
+        asks.retire(why)
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()

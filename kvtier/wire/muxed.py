@@ -130,7 +130,8 @@ class _Stream:
             self._turn.clear()
             if self._broken is not None:
                 raise self._broken
-            while parts := self._mux.take():
+            if parts := self._mux.take():
+                self._turn.set()  # there may be more, but first what else there is to say
                 self._wake(parts)
                 for message in _messages(parts):
                     await self._context.write(message)

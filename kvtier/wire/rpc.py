@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterable
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -10,12 +10,14 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from kvtier.config import Config, parse_address
-from kvtier.errors import ConfigError, Overloaded, RequestError
+from kvtier.errors import ConfigError, Overloaded, RemoteProtocolError, RequestError
 from kvtier.wire.access import Access
 
 MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
 KEYS_PER_MESSAGE: Final = 2048  # one takes a few ms to make, and holds the loop up for so long
 PUSHBACK: Final = "grpc-retry-pushback-ms"
+
+M = TypeVar("M")
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -113,6 +115,17 @@ def bind_tcp(listen: str, name: str) -> socket.socket:
     except UnicodeError:
         raise ConfigError(f"{name}: cannot listen on {listen}: no name of a host") from None
     return sock
+
+
+def parsed(message: M | None) -> M:
+    """What a call gave; grpc gives None, and logs why, for bytes that are no such message.
+
+    Raises:
+        RemoteProtocolError: They were none.
+    """
+    if message is None:
+        raise RemoteProtocolError("it sent bytes that are no message")
+    return message
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:

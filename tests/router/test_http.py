@@ -168,6 +168,21 @@ async def test_a_stop_ends_the_answer_and_the_worker(engines, fronts, stream):
         await worker.cancelled.wait()
 
 
+async def test_tokens_behind_a_stop_are_not_counted_though_they_came_with_it(engines, fronts):
+    worker = await engines(StubWorker("a"))
+
+    async def script(request):
+        yield started(request)
+        yield tokens(*ids("one END and much that nobody wants"))
+        await asyncio.Event().wait()
+
+    worker.script = script
+    client, _ = await fronts(worker)
+    answer = await client.completions.create(model="tiny", prompt=PROMPT, stop="END")
+    assert answer.choices[0].text == "one "
+    assert answer.usage.completion_tokens == len(ids("one END"))
+
+
 async def test_what_was_held_back_for_a_stop_comes_at_the_end(engines, fronts):
     worker = await engines(StubWorker("a"))
     worker.script = says("one STO")
@@ -471,7 +486,7 @@ async def test_a_slow_client_holds_up_its_own_worker_only():
         async def within(self, limit_s, work, *, wait):
             return await work(1e9)
 
-        async def generate(self, request, deadline, write, *, fill, fallbacks):
+        async def generate(self, request, deadline, write, **_):
             nonlocal written
             while True:
                 written += 1

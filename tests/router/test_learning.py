@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 
-import grpc
 import pytest
 
 from kvtier.core.drag import WINDOW
@@ -19,9 +18,7 @@ PROMPT = "abcd"
 def begins(after_s: float = 0.0, prefill_s: float = 0.001) -> Script:
     """Says after so long that its prefill took `prefill_s`."""
 
-    async def script(
-        request: worker_pb2.WorkerRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[worker_pb2.WorkerResponse]:
+    async def script(request: worker_pb2.WorkerRequest) -> AsyncIterator[worker_pb2.WorkerResponse]:
         await asyncio.sleep(after_s)
         count = len(request.token_ids)
         begun = worker_pb2.Started(prompt_tokens=count, computed_tokens=count, prefill_s=prefill_s)
@@ -97,7 +94,8 @@ async def test_a_worker_that_does_not_say_what_it_did_teaches_nothing(engines, r
 
 
 @pytest.mark.parametrize(
-    ("said", "counts"), [(800.4, 800), (0.0, 500), (-1.0, 500), (math.nan, 500), (math.inf, 500)]
+    ("said", "counts"),
+    [(800.4, 800), (0.0, 500), (-1.0, 500), (math.nan, 500), (math.inf, 500), (1e30, 500)],
 )
 async def test_tokens_that_wait_count_by_where_they_stand_in_their_prompts(
     engines, routers, said, counts

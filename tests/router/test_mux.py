@@ -310,6 +310,31 @@ async def test_a_stream_that_breaks_is_opened_anew_and_the_worker_stays_known(en
     assert warm.described == described, "it was the stream alone that broke"
 
 
+async def test_why_a_stream_cannot_be_opened_anew_is_said_once(engines, routers, caplog):
+    class Refusing(StubWorker):
+        refused = 0
+        refusing = asyncio.Event()
+
+        async def Multiplex(self, requests, context) -> None:
+            if not self.refusing.is_set():
+                serving = asyncio.ensure_future(super().Multiplex(requests, context))
+                await self.refusing.wait()
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+            self.refused += 1
+            await context.abort(Status.UNAUTHENTICATED, "no such token")
+
+    worker = await engines(Refusing("a"))
+    router = await routers(worker)
+    worker.refusing.set()
+    await router.members(lambda each: each[0].state == "connecting")
+    await eventually(lambda: worker.refused > 4, "it is tried again")
+    said = [r.getMessage() for r in caplog.records if "cannot be opened" in r.getMessage()]
+    assert len(said) == 1
+    assert worker.address in said[0]
+    assert "UNAUTHENTICATED: no such token" in said[0]
+
+
 async def test_a_worker_that_drains_says_so_and_ends_what_it_has(engines, routers):
     going, other = await engines(StubWorker("going", keys(PROMPT))), await engines(StubWorker("b"))
     go = asyncio.Event()
@@ -337,6 +362,47 @@ async def test_a_worker_that_drains_says_so_and_ends_what_it_has(engines, router
     going.close_streams()
     go.set()
     assert await read_all(call) == (ids("xy"), Status.OK, "")
+
+
+async def test_a_worker_that_always_has_more_to_write_still_says_that_it_drains(engines):
+    worker, enough = await engines(StubWorker("a")), asyncio.Event()
+
+    async def script(request):
+        yield started(request)
+        while not enough.is_set():
+            yield tokens(5)
+            await asyncio.sleep(0)
+        yield done(1)
+
+    async def read(ask) -> None:
+        while (await ask.read()).end is None:
+            pass
+
+    worker.script = script
+    async with asks_of(worker) as asks, asyncio.timeout(2 * PATIENCE_S):
+        each = [asks.ask(worker_pb2.WorkerRequest(), PATIENCE_S) for _ in range(MANY)]
+        reading = asyncio.gather(*map(read, each))
+        await eventually(lambda: len(worker.requests) == MANY, "all reach the worker")
+        worker.drain_streams()
+        try:
+            await eventually(lambda: asks.draining, "the router knows")
+        finally:
+            enough.set()
+            await reading
+
+
+async def test_who_had_its_answer_from_a_worker_that_fell_silent_is_told_so(engines, routers):
+    worker = await engines(StubWorker("a"))
+    worker.script = hangs(after=1)
+    router = await routers(worker, stale_s=1.0)
+    call = router.stub.Generate(generate_request([1, 2]))
+    async with asyncio.timeout(PATIENCE_S):
+        while not (await call.read()).chunk.ids:
+            pass
+    worker.beating = False
+    _, code, line = await read_all(call)
+    assert code is Status.UNAVAILABLE
+    assert "worker a was lost after 1 tokens: silent for 5 s" in line
 
 
 async def test_a_request_that_meets_a_drain_on_its_way_is_refused(engines):

@@ -90,8 +90,11 @@ class Answer:
 
         async def work(deadline: float) -> None:
             request, fill = self._asked.requests[index], self._asked.fill
+            apart = bool(self._asked.stops)  # or tokens behind a stop would count as the answer's
             with suppress(_Stopped):
-                await self._front.generate(request, deadline, write, fill=fill, fallbacks=None)
+                await self._front.generate(
+                    request, deadline, write, fill=fill, fallbacks=None, apart=apart
+                )
 
         await self._front.within(self._limit_s, work, wait=True)
 
