@@ -44,10 +44,15 @@ def fixed_ports(count: int) -> list[int]:
 
 
 class Process:
-    """`kvtier NAME --config ...` in a process of its own; `address` is where it listens."""
+    """`kvtier NAME --config ...` in a process of its own; `address` is where it listens.
 
-    def __init__(self, name: str, toml: str, folder: Path) -> None:
+    `setup` is Python that runs before it, to make limits longer or shorter.
+    """
+
+    def __init__(self, name: str, toml: str, folder: Path, setup: str = "") -> None:
         self.name = name
+        program = f"import sys\n{setup}\nfrom kvtier.cli import main\nsys.exit(main())"
+        self._program = ("-c", program) if setup else ("-m", "kvtier.cli")
         self.config = folder / f"{name}-{time.monotonic_ns()}.toml"
         self.config.write_text(toml)
         self.log = self.config.with_suffix(".log")
@@ -55,7 +60,7 @@ class Process:
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "kvtier.cli", self.name, "--config", str(self.config)]
+        command = [sys.executable, *self._program, self.name, "--config", str(self.config)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}

@@ -23,11 +23,13 @@ def members(**nodes: str) -> str:
 
 
 @contextmanager
-def started(folder: Path, name: str, more: str = "", host: str = "4MiB") -> Iterator[Process]:
+def started(
+    folder: Path, name: str, more: str = "", host: str = "4MiB", setup: str = ""
+) -> Iterator[Process]:
     home = folder / name
     home.mkdir()
     toml = node_toml(home, host=host, more=more).replace('name = "n"', f'name = "{name}"')
-    with Process("node", toml, home) as process:
+    with Process("node", toml, home, setup) as process:
         yield process
 
 

@@ -292,7 +292,10 @@ def test_who_waits_for_a_pull_that_fails_asks_itself(
 def test_one_reader_too_many_is_refused_and_a_stalled_one_holds_nobody_up(
     tmp_path: Path, stack: ExitStack
 ) -> None:
-    a = stack.enter_context(started(tmp_path, "a", "[peers]\nlends = 1\n", host="64MiB"))
+    patient = f"from kvtier.node import lender; lender.STALL_S = {DEADLINE_S}"
+    a = stack.enter_context(
+        started(tmp_path, "a", "[peers]\nlends = 1\n", host="64MiB", setup=patient)
+    )
     b = stack.enter_context(started(tmp_path, "b", members(a=lends_at(a)), host="64MiB"))
     at_a, at_b = (stack.enter_context(engine(tmp_path, name, LARGE)) for name in "ab")
     keys = new_keys(40)  # 55 MiB: more than lies between two ends of a connection
