@@ -40,8 +40,14 @@ def stride(slot_nbytes: int) -> int:
 
 
 def _sizes(slot_nbytes: int, slots: int) -> tuple[int, int]:
-    """Bytes of all slots, and of the turns behind them."""
-    return stride(slot_nbytes) * slots, -(-_TURN_NBYTES * slots // ALIGNMENT) * ALIGNMENT
+    """Bytes of all slots, and of the turns behind them.
+
+    Together whole large pages, where there are any: a mapping of another size begins anywhere,
+    and then the processor sees small pages only, which a copy waits for.
+    """
+    nbytes = stride(slot_nbytes) * slots
+    align = _LARGE if nbytes >= _LARGE else ALIGNMENT
+    return nbytes, -(-(nbytes + _TURN_NBYTES * slots) // align) * align - nbytes
 
 
 class Arena:

@@ -128,3 +128,14 @@ def test_nothing_is_left_in_dev_shm() -> None:
     arena = Arena.create(4096, 2)
     assert set(Path("/dev/shm").iterdir()) == before
     arena.close()
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5000])
+def test_a_large_arena_is_whole_large_pages_or_the_processor_sees_small_ones(slots: int) -> None:
+    arena = Arena.create(2 << 20, slots, prefault=False)
+    try:
+        nbytes = os.fstat(arena.fd).st_size
+        assert nbytes % (2 << 20) == 0
+        assert nbytes >= slots * ((2 << 20) + 8), "the turns lie behind the slots"
+    finally:
+        arena.close()
