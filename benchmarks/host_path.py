@@ -1,8 +1,8 @@
 """How near is the host tier to a plain copy?
 
-Save and restore of blocks of 2 MiB through a real node daemon, in batches of 32 with all four
-steps each (lease, copy, commit or release), in turn with `torch.Tensor.copy_` of the same bytes
-between the same kinds of memory (private memory and a shared, prefaulted memfd).
+Save and restore of blocks of 2 MiB through a real node daemon, in batches of 32 with all that an
+engine's call does (its place, the copy, telling of it), in turn with `torch.Tensor.copy_` of the
+same bytes between the same kinds of memory (private memory and a shared, prefaulted memfd).
 
 Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
 asks for the next batch before it copies one. One batch is saved into slots that the engine has on
@@ -10,7 +10,7 @@ credit (docs/decisions/0036): it waits for no lease, and the daemon enters the b
 An engine has asked what is held before it restores: so it is here, before the time begins. That
 answer is all that a restore needs of blocks that stay where they were seen (docs/decisions/0043):
 it copies, looks whether they stayed, and tells the daemon. `restore, leased` is one whose engine
-has not asked: it does all four steps within the time, right after a copy that empties the caches.
+has not asked: it leases, copies and releases, right after a copy that empties the caches.
 Alone, the daemon has done its part, or heard of the end of each lease, before the plain copy
 begins, so that nothing of ours runs beside it; in a row its work on all but the last is within
 the time.
