@@ -367,6 +367,7 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
     at = config.node.metrics_host, config.node.metrics_port
     access.serve_metrics(*at, "node")
     try:
+        await asyncio.to_thread(daemon.local.claim)
         await asyncio.to_thread(_check_lower_tiers, config)
         await daemon.reopen()
         await daemon.local.start()

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from kvtier.errors import ConfigError
+from kvtier.held import HeldElsewhere, hold
 from kvtier.node.connection import LINGER_S, Connection, Gate, Node
 from kvtier.node.manager import TierManager
 
@@ -23,6 +24,7 @@ class LocalServer:
         self._uids = {os.getuid(), *allow_uids}
         self._server: asyncio.Server | None = None
         self._bound: tuple[int, int] | None = None  # what the path is, while it is ours
+        self._lock: int | None = None  # held while the path is ours
 
     @property
     def clients(self) -> int:
@@ -37,15 +39,33 @@ class LocalServer:
         """Whether any engine uses these tiers."""
         return any(each.manager is manager for each in self._gate.inside)
 
-    async def start(self) -> None:
-        """Bind and listen.
+    def claim(self) -> None:
+        """Make the path this daemon's, before anything else of it is used. Blocks a moment.
+
+        Of daemons that start at once over what a dead one has left, one has it. Idempotent.
 
         Raises:
-            ConfigError: Another daemon listens there, the folder cannot be written, or it and the
-                one that it should lie in are not there.
+            ConfigError: Another daemon has it, the folder cannot be written, or it and the one
+                that it should lie in are not there.
         """
+        if self._lock is not None:
+            return
         try:
             self._make_folder()
+            self._lock = hold(self._path.with_name(f"{self._path.name}.lock"))
+        except HeldElsewhere as other:
+            raise ConfigError(f"node.socket: {other} has {self._path}") from None
+        except OSError as error:
+            raise ConfigError(f"node.socket: cannot listen at {self._path}: {error}") from None
+
+    async def start(self) -> None:
+        """Bind and listen, where `claim` has not failed.
+
+        Raises:
+            ConfigError: As `claim`; or something that is no daemon's socket is there.
+        """
+        await asyncio.to_thread(self.claim)
+        try:
             if self._path.exists():
                 self._take_over()
             self._server = await asyncio.get_running_loop().create_unix_server(
@@ -83,15 +103,19 @@ class LocalServer:
             except ConnectionRefusedError:
                 self._path.unlink()
                 return
+        # Of a release before this one, which held no lock.
         raise ConfigError(f"node.socket: another daemon listens at {self._path}")
 
     async def close(self) -> None:
         """Hang up on all engines and remove the socket."""
-        if self._server is None:
-            return
         # First of all: once nobody listens the next daemon may take the path over.
         if self._bound is not None and self._there() == self._bound:
             self._path.unlink(missing_ok=True)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+        if self._server is None:
+            return
         self._server.close()
         for connection in list(self._gate.inside):
             connection.close()

@@ -280,12 +280,17 @@ def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
     with Process("node", toml, tmp_path) as node:
         connect(tmp_path)
         assert second(node_toml(tmp_path)) == (
-            f"kvtier: node.socket: another daemon listens at {tmp_path}/node.sock"
+            f"kvtier: node.socket: another kvtier process (pid {node.pid}) has {tmp_path}/node.sock"
         )
+        said = second(toml)  # of all that is taken, where engines attach comes first
+        assert f"(pid {node.pid}) has {tmp_path}/node.sock" in said
         elsewhere = tmp_path / "elsewhere"
         taken = node_toml(elsewhere).replace("127.0.0.1:0", node.address)
         assert second(taken).startswith(f"kvtier: node.listen: cannot listen on {node.address}")
-        assert str(tmp_path / "disk") in second(node_toml(elsewhere, more=disk_toml(tmp_path)))
+        assert second(node_toml(elsewhere, more=disk_toml(tmp_path))) == (
+            f"kvtier: disk.path {tmp_path}/disk/{LAYOUT.id}: "
+            f"another kvtier process (pid {node.pid}) uses it"
+        )
         assert second(node_toml(elsewhere, host="100TiB")).startswith("kvtier: host.bytes")
 
 

@@ -198,7 +198,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         assert other.stdout.readline() == b"open\n"
         with pytest.raises(ConfigError) as caught:
             DiskStore(tmp_path, ROOM)
-        assert str(caught.value) == f"disk.path {tmp_path}: another kvtier process uses it"
+        process = f"another kvtier process (pid {other.pid})"
+        assert str(caught.value) == f"disk.path {tmp_path}: {process} uses it"
         other.kill()
     with opened(tmp_path) as store:
         with pytest.raises(ConfigError, match="another kvtier process"):

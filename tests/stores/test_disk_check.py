@@ -1,5 +1,6 @@
 """`kvtier check` and `kvtier inspect` on folders that real stores have written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_a_store_that_is_in_use_or_not_there_is_refused_in_one_line(
     fill(tmp_path / "a", 1)
     with opened(tmp_path / "a"):
         assert main(["check", str(tmp_path / "a")]) == 2
-        error = f"kvtier: disk.path {tmp_path}/a: another kvtier process uses it\n"
+        process = f"another kvtier process (pid {os.getpid()})"
+        error = f"kvtier: disk.path {tmp_path}/a: {process} uses it\n"
         assert capsys.readouterr().err == error
         assert main(["inspect", str(tmp_path / "a")]) == 0
     (tmp_path / "b").mkdir()

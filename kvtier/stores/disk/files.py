@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvtier.errors import ConfigError
+from kvtier.held import HeldElsewhere, hold
 from kvtier.stores.disk.record import PAGE
 
 _NAME = re.compile(r"([0-9a-f]{8,15})-([0-9a-f]{4,14})-([0-9a-f]{1,6})\.seg")
@@ -189,17 +189,11 @@ def lock(path: Path) -> int:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return hold(path / "LOCK")
+    except HeldElsewhere as other:
+        raise ConfigError(f"disk.path {path}: {other} uses it") from None
     except OSError as error:
-        raise ConfigError(f"disk.path {path}: {error.strerror}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(f"disk.path {path}: another kvtier process uses it") from None
         raise ConfigError(f"disk.path {path}: cannot be locked: {error.strerror}") from None
-    return fd
 
 
 def _after(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
