@@ -163,21 +163,27 @@ class Connection(asyncio.Protocol):
         """Say why, once, and hang up.
 
         What the engine may still send is read and dropped for a moment: closing on unread bytes
-        would reset the connection, and the words with it.
+        would reset the connection, and the words with it. One that has had slots may be copying
+        into them or out of them just now: they are its own until it hangs up itself, or dies.
         """
         if self._refused or self._transport.is_closing():
             return
         self._refused = True
+        self._gate.hearing.leave(self)
         log.warning("engine %s refused: %s", self.name, text)
         self._transport.write(local.encode(False, text[:1000]))
         self._transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
+        asyncio.get_running_loop().call_later(LINGER_S, self._close_on_stranger)
+
+    def _close_on_stranger(self) -> None:
+        if self.manager is None:
+            self._transport.close()
 
     def _reply(self, *values: Value) -> None:
         self._send(True, *values)
 
     def _send(self, *values: Value) -> None:
-        if self._transport.is_closing():  # it has hung up, and its last words are heard
+        if self._transport.is_closing() or self._refused:  # its last words are heard, or ours said
             return
         if self._transport.get_write_buffer_size() > MAX_UNREAD:
             raise RemoteProtocolError(f"over {MAX_UNREAD} bytes of answers that were not read")
