@@ -199,6 +199,9 @@ class Peers:
             else:
                 left_s = begun + asked.wait_s - loop.time()
                 fetched = await self._fetch(manager, asked, known, stream, (len(coming), left_s))
+        except BaseException:  # a bug of ours; unsaid, nobody would ever ask this peer again
+            known.breaker.failed(loop.time())
+            raise
         finally:
             for each in coming:
                 del self._coming[each]
