@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,40 @@ def test_a_frame_that_the_disk_cannot_read_is_dropped_and_its_place_left_alone(
         assert store.write(frames(["new"])) == [False]  # the bad slot is not tried again
         store.delete([key(1)])
         assert store.write(frames(["new"])) == [True]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG])  # the second: a bad checksum
+@pytest.mark.parametrize("into", [True, False])
+def test_a_block_that_cannot_be_read_costs_no_other_of_the_same_call(
+    tmp_path: Path, number: int, into: bool
+) -> None:
+    """All are in flight at once, and another thread asks for the same ones."""
+    bad: list[int] = []
+
+    def fault(operation: str, slot: int) -> None:
+        if operation == "read" and slot in bad:
+            raise OSError(number, os.strerror(number))
+
+    names = [*range(4)]
+    together = threading.Barrier(2)
+
+    def read() -> list[bytes | None]:
+        together.wait()
+        if into:
+            return loaded(store, names)
+        raw = store.read([key(name) for name in names])
+        return [decoded(name, frame) for name, frame in zip(names, raw, strict=True)]
+
+    with opened(tmp_path, open_folder=lambda path: FaultyFolder(path, fault)) as store:
+        assert all(store.write(blocks(names)))
+        slot = store._index[key(1)].place.slot
+        bad.append(slot)
+        with ThreadPoolExecutor(2) as pool:
+            both = [each.result() for each in [pool.submit(read), pool.submit(read)]]
+        right = [content(name, LAYOUT.nbytes) for name in names]
+        assert both == [[right[0], None, *right[2:]]] * 2
+        assert store.count([key(0)]) == 1
+        assert store.count([key(1)]) == 0
 
 
 def test_what_a_disk_cannot_read_at_a_start_is_counted(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from kvtier.stores.disk.trial import DiskTrial, ask
 from kvtier.stores.disk.usage import Usage
 
 # Of a read: this record is lost, the disk goes on.
-_UNREADABLE: Final = {errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ}
+_UNREADABLE: Final = {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ}
 
 log = logging.getLogger(__name__)
 
