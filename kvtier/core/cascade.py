@@ -270,7 +270,7 @@ class Cascade(Residency):
         """
         target = self._tiers[move.target]
         target.coming -= 1
-        if not source_lost:  # or nothing was asked of the target
+        if ok or not (source_lost or self._tiers[move.source].paused):  # else it was not asked
             target.refusing = not ok
         if not ok:
             if not target.paused and not target.spec.shared:

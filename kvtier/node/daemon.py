@@ -50,6 +50,7 @@ MOST_REMEMBERED: Final = 2**20  # keys that were used once: 0.1 KB each
 LAYOUT_FILE: Final = "layout.json"
 REDIS_HUNG_S: Final = 60.0  # it has limits of its own, but for the name of its host
 DRAIN_S: Final = 10.0  # at SIGTERM, for what has no lower copy yet
+CLOSE_S: Final = 10.0  # of a layout that gives way; more only where a store hangs
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class NodeDaemon:
         self._learned: dict[str, LearnedFile] = {}
         self.draining = False
         self._opening = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()  # of layouts that have given way
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         self.recorder = Recorder()
@@ -123,7 +125,7 @@ class NodeDaemon:
 
     async def _open_new(self, layout: BlockLayout) -> TierManager:
         share = self._config.node.max_layouts
-        if len(self.layouts) >= share:
+        if len(self.layouts) + len(self._closing) >= share:
             await self._make_room(layout)
         manager = await self._open(layout, share)
         self.layouts[layout.id] = manager
@@ -139,11 +141,17 @@ class NodeDaemon:
                 del self.layouts[name]
                 held = manager.held().items()
                 self._announce([(tier, key, False) for tier, keys in held for key in keys])
-                await self._close(manager)
-                return
+                closing = asyncio.create_task(self._close(manager))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+                await asyncio.wait([closing], timeout=CLOSE_S)
+                if not closing.done():  # its memory and its folder are not free yet
+                    break
+                return closing.result()
+        hangs = "; one that gives way has calls to a store that hang" if self._closing else ""
         raise ConfigError(
             f"layout {layout.describe()} would be one more than node.max_layouts "
-            f"({self._config.node.max_layouts})"
+            f"({self._config.node.max_layouts}){hangs}"
         )
 
     async def _open(self, layout: BlockLayout, share: int) -> TierManager:
@@ -282,6 +290,8 @@ class NodeDaemon:
         await self.local.close()
         for manager in [*self.layouts.values()]:
             await self._close(manager)
+        if self._closing:
+            await asyncio.wait([*self._closing])
 
     async def _close(self, manager: TierManager) -> None:
         if learned := self._learned.pop(manager.layout.id, None):

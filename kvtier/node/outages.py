@@ -66,7 +66,7 @@ class Outages:
 
     def greet(self, tier: int) -> None:
         """Ask a tier for the first time: one that is not there is known before the first block."""
-        self._ask(tier, self._greeted)
+        self._ask(tier, _question, self._greeted)
 
     def pause(self, tier: int, why: str = "no answer") -> None:
         """A store gave no answer: leave it alone, and ask again after a while."""
@@ -107,12 +107,18 @@ class Outages:
     def _retry(self, tier: int) -> None:
         if tier in self._hung:
             self._retry_later(tier)
+        elif tier in self._unproven:
+            self._ask(tier, WatchedStore.probe, partial(self._retried, proven=True))
         else:
-            self._ask(tier, self._retried)
+            self._ask(tier, _question, self._retried)
 
-    def _ask(self, tier: int, told: Callable[[int, "asyncio.Future[None]"], None]) -> None:
+    def _ask(
+        self,
+        tier: int,
+        question: Callable[[WatchedStore], None],
+        told: Callable[[int, "asyncio.Future[None]"], None],
+    ) -> None:
         """Put a question to a store, to see whether it answers."""
-        question = WatchedStore.probe if tier in self._unproven else _question
         future = asyncio.wrap_future(self._movers.call(tier, question))
         future.add_done_callback(partial(told, tier))
 
@@ -121,10 +127,11 @@ class Outages:
             metrics.STORE_ERRORS.labels(self._lower[tier - 1].tier.label).inc()
             self.pause(tier, str(error))
 
-    def _retried(self, tier: int, done: "asyncio.Future[None]") -> None:
+    def _retried(self, tier: int, done: "asyncio.Future[None]", *, proven: bool = False) -> None:
         if self._closed or done.cancelled():
             return
-        if done.exception() is not None or tier in self._hung:
+        lacks = tier in self._unproven and not proven  # it was asked before the tier hung
+        if done.exception() is not None or tier in self._hung or lacks:
             self._retry_later(tier)
             return
         self._unproven.discard(tier)

@@ -665,3 +665,22 @@ def test_what_was_loaded_can_be_dropped_also_when_nobody_waited_for_it_any_more(
     node.rest()
     assert node.held(prompt("abcd"))[HOST] == 4
     assert node.save(prompt("wxyz")) == 4
+
+
+def test_a_copy_that_a_paused_source_cut_off_says_nothing_of_its_target():
+    """Else the disk would drop what only it has, as if the shared tier took nothing."""
+    node = Node(spec(Tier.HOST, 4), spec(Tier.DISK, 2, drain_at=1), spec(Tier.SHARED, 100))
+    one, two = prompt("a"), prompt("b")
+    node.ledger.pause(SHARED)
+    lowered(node, one)
+    lowered(node, two)
+    node.ledger.resume(SHARED)
+    node.effects()
+    assert [move.key for move in node.moves] == one
+    node.ledger.pause(DISK)
+    node.end_moves(ok=False)
+    node.ledger.resume(DISK)
+    node.effects()
+    assert [move.key for move in node.moves] == two, "what has failed comes last"
+    node.save(prompt("x"))
+    assert node.held(one) == (0, 1, 0)

@@ -14,15 +14,18 @@ import pytest
 from kvtier import metrics
 from kvtier.arena import Arena
 from kvtier.codec import codecs
-from kvtier.core.blocks import BlockKey
+from kvtier.config import Config, DiskConfig, HostConfig, NodeConfig
+from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
 from kvtier.errors import ConfigError, StoreUnavailable
+from kvtier.node import daemon
 from kvtier.node.manager import TierManager
 from kvtier.node.movers import LowerTier
 from kvtier.node.reading import Reading
 from kvtier.stores.base import Parts
+from kvtier.stores.disk.files import Buffers, SegmentFile
 from kvtier.stores.memory import MemoryStore
 from tests.launching import DEADLINE_S, disk_toml, node_toml, wait_for
 from tests.node.conftest import BLOCK, LAYOUT, content, new_keys, restore, save
@@ -189,6 +192,9 @@ class Hanging(MemoryStore):
         self.inside = 0
         self.probes = 0
         self.away = False
+        self.failing = False
+        self.counting = threading.Event()
+        self.counting.set()
         self.lock = threading.Lock()
 
     @contextmanager
@@ -205,7 +211,13 @@ class Hanging(MemoryStore):
 
     def write(self, frames: Sequence[tuple[BlockKey, Parts]]) -> list[bool]:
         with self.call("write"):
+            if self.failing:
+                raise StoreUnavailable("the disk gives errors now")
             return super().write(frames)
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        assert self.counting.wait(DEADLINE_S)
+        return super().count(keys)
 
     def probe(self) -> None:
         self.probes += 1
@@ -217,7 +229,7 @@ class Hanging(MemoryStore):
 def fill(manager: TierManager, keys: Sequence[BlockKey]) -> int:
     lease = manager.write(1, keys, 0)
     for key, slot in zip(lease.keys, lease.slots, strict=True):
-        manager.arena.slot(slot)[:] = content(key)
+        manager.arena.slot(slot)[:BLOCK] = content(key)
     manager.commit(lease.id, len(lease.keys))
     return len(lease.keys)
 
@@ -385,3 +397,69 @@ def _saved_over(client: TierClient, keys: Sequence[BlockKey], more: Sequence[Blo
     restore(client, more)  # what of them has given way to others of them, while `keys` had to stay
     found, there = client.match(keys), client.match(more).by_tier[Tier.HOST]
     return found.by_tier[Tier.HOST] == 0 and found.blocks == len(keys) and there == len(more)
+
+
+async def test_an_answer_to_what_was_asked_before_it_hung_does_not_do() -> None:
+    """It comes from the index, which hangs no more than a second."""
+    before = hung()
+    async with noded() as (manager, store):
+        other = [BlockKey(bytes([8, i]) * 8) for i in range(5)]
+        fill(manager, PATH)
+        fill(manager, other)
+        await at_rest(manager)
+        manager.clear(Tier.HOST)
+        store.hangs = {"read"}
+        reads = [asyncio.create_task(read(manager, path)) for path in (PATH, other)]
+        await until("no thread to ask anything", lambda: store.inside == THREADS)
+        store.failing = True
+        fill(manager, new_keys(1))
+        await until("a pause and a question that waits", lambda: not answers(manager))
+        await until("that it hangs", lambda: hung() > before)
+        assert await asyncio.gather(*reads) == [0, 0]
+        store.failing, store.hangs, asked = False, set(), store.probes
+        store.counting.clear()
+        store.gate.set()
+        await until("that no call hangs", lambda: not manager._outages._hung)
+        store.counting.set()
+        await until("an answer", lambda: answers(manager))
+        assert store.probes > asked, "it was used again without any I/O"
+
+
+# --- a layout that gives way ----------------------------------------------------------
+
+
+async def test_a_layout_whose_disk_hangs_does_not_keep_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, inside = threading.Event(), threading.Event()
+    real = SegmentFile.write
+
+    def write(self: SegmentFile, slot: int, buffers: Buffers) -> None:
+        inside.set()
+        assert gate.wait(DEADLINE_S)
+        real(self, slot, buffers)
+
+    monkeypatch.setattr(SegmentFile, "write", write)
+    monkeypatch.setattr(daemon, "DRAIN_S", 0.05)
+    monkeypatch.setattr(daemon, "CLOSE_S", 0.05)
+    config = Config(
+        node=NodeConfig(socket=f"{tmp_path}/node.sock", max_layouts=1),
+        host=HostConfig(bytes=SLOTS * BLOCK, drain_at=0.0),
+        disk=DiskConfig(path=f"{tmp_path}/disk", bytes=64 << 20, drain_at=0.0),
+    )
+    node = daemon.NodeDaemon(config)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            fill(await node.open_layout(LAYOUT), PATH)
+            await until("a call that hangs", inside.is_set)
+            other = BlockLayout(LAYOUT.groups, 32, LAYOUT.dtype)
+            for wanted in (other, other, LAYOUT):
+                with pytest.raises(ConfigError, match=r"max_layouts \(1\); one that gives way"):
+                    await node.open_layout(wanted)
+            gate.set()
+            await until("the end of the first", lambda: not node._closing)
+            for wanted in (other, LAYOUT):
+                assert fill(await node.open_layout(wanted), new_keys(3)) == 3
+    finally:
+        gate.set()
+        await node.close(0.0)
