@@ -111,7 +111,8 @@ class Link:
         self._blamed = ""  # what a person was told to change
         self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._fed = False  # its feed has told what it holds
+        self._fed = False  # its feed has told what it holds, in this life
+        self._silent = False  # its feed has said nothing for `stale_s`
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -237,8 +238,7 @@ class Link:
         """Its stream of requests was lost, or is there again, or the worker takes no more."""
         if self.asks is not None and self.asks.lost:
             metrics.MEMBER_FAILURES.labels(self.node).inc()
-        if self._fed:
-            self._become(State.READY)
+        self._judge()
         self._context.changed()
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
@@ -263,19 +263,18 @@ class Link:
                 if reader.heartbeat is not None:
                     self._beat(reader.heartbeat)
                 if reader.ready:
-                    self._fed = True
-                    self._become(State.READY)
+                    self._fed, self._silent = True, False
+                    self._judge()
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
                 raise FeedGap(str(error.details()), replay=reader.ready) from None
             raise
         finally:
-            self._fed = False
             call.cancel()
             reader.close()
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
-        """The next message; says STALE after `stale_s` of silence.
+        """The next message; after `stale_s` of silence what is known is no longer trusted.
 
         Raises:
             TimeoutError: GIVE_UP times `stale_s` of silence.
@@ -289,8 +288,8 @@ class Link:
                 done, _ = await asyncio.wait({read}, timeout=patience_s)
                 if done:
                     break
-                if self.state is State.READY:
-                    self._become(State.STALE)
+                self._silent = True
+                self._judge()
             else:
                 raise TimeoutError(f"silent for {GIVE_UP * stale_s:g} s")
         finally:
@@ -319,9 +318,11 @@ class Link:
             self.settled = True
             self._context.changed()
 
-    def _become(self, state: State) -> None:
-        if state is State.READY and self.asks is not None and self.asks.lost:
-            state = State.CONNECTING
+    def _judge(self) -> None:
+        """Say how it is doing, by its feed and by its stream of requests."""
+        state = State.CONNECTING
+        if self._fed and not (self.asks is not None and self.asks.lost):
+            state = State.STALE if self._silent else State.READY
         self.settled |= state is State.READY
         if state is State.READY:
             self._say_back()
@@ -340,7 +341,8 @@ class Link:
         self.heartbeat = feed_pb2.Heartbeat()
         self.pulls_bytes_per_s = 0.0
         self._context.directory.remove(self.source)
-        self._become(State.CONNECTING)
+        self._fed = self._silent = False
+        self._judge()
 
 
 async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, why: str) -> None:
