@@ -25,7 +25,7 @@ from kvtier.router.pace import Pace
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
-from kvtier.wire.rpc import parsed
+from kvtier.wire.rpc import line_of, parsed
 
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
@@ -172,10 +172,11 @@ class Link:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 metrics.MEMBER_FAILURES.labels(self.node).inc()
-                self._say_away(_line(error))
+                why = line_of(error)
+                self._say_away(why)
                 self._look_into(error)
                 silent = isinstance(error, TimeoutError)
-                self._end_life(0 if silent else self._context.config.timeout_s, _line(error))
+                self._end_life(0 if silent else self._context.config.timeout_s, why)
                 self._settle()
             first, last = PAUSE_S
             pause = min(last, first * 2**self._tries)
@@ -351,12 +352,6 @@ async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, w
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()
-
-
-def _line(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
 
 
 def _rate(said: float) -> float:
