@@ -22,6 +22,7 @@ from kvtier.router.asking import Asks, TooOld
 from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
+from kvtier.router.sent import Computed
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -104,6 +105,7 @@ class Link:
         self._context = context
         self.pulls_bytes_per_s = 0.0  # a daemon's, from other nodes; 0: it can't
         self._pull_bytes_per_s = 0.0  # of the daemon beside a worker
+        self._heard_s = -math.inf  # when `heartbeat` came, on the loop's clock
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
         self._tries = 0  # in vain, in a row
@@ -128,6 +130,12 @@ class Link:
         load = self.heartbeat.load
         said = load.waiting_as_first
         return round(said) if 0 < said < MOST_WAITING else load.waiting_tokens
+
+    @property
+    def computed(self) -> Computed:
+        """How far the worker says that it is with the prompts whose first token is to come."""
+        said = self.heartbeat.load.computed_as_first
+        return Computed(said if 0 < said < MOST_WAITING else 0.0, self._heard_s)
 
     @property
     def rates(self) -> Rates:
@@ -310,7 +318,7 @@ class Link:
         else:
             self.pulls_bytes_per_s = 0.0
         turned = heartbeat.draining != self.heartbeat.draining
-        self.heartbeat = heartbeat
+        self.heartbeat, self._heard_s = heartbeat, asyncio.get_running_loop().time()
         if turned:
             self._context.changed()
 
