@@ -151,6 +151,14 @@ class Running:
         kv = self.kv  # one look: another thread may be asking
         return max(0, self.prompt_length - (kv.length if kv else 0))
 
+    @property
+    def prefilled(self) -> tuple[int, int]:
+        """Where in the prompt computing has begun and how far it is; nothing once it is through."""
+        kv = self.kv
+        if kv is None or kv.length >= self.prompt_length:
+            return 0, 0
+        return max(0, kv.length - self.computed), kv.length
+
 
 def sample(logits: torch.Tensor, request: Request, generator: torch.Generator | None) -> int:
     """The next token: the likeliest, or drawn at the request's temperature.

@@ -43,6 +43,7 @@ class EngineLoad:
     waiting: int  # requests
     waiting_tokens: int  # prompt tokens still to be computed, all requests together
     waiting_as_first: float  # as so many at the start of a prompt (`breakeven.as_first`)
+    computed_as_first: float  # of the prompts that wait for their first token, in the same unit
     prefill_tokens_per_s: float
     bytes_per_s: dict[Tier, float]  # of restores, by tier
 
@@ -194,6 +195,7 @@ class Engine:
             waiting_as_first=sum(
                 as_first(length - tokens, length, self.doubles_at) for tokens, length in uncomputed
             ),
+            computed_as_first=sum(as_first(*each.prefilled, self.doubles_at) for each in active),
             prefill_tokens_per_s=self._scheduler.prefill.tokens_per_s,
             bytes_per_s=self._tiers.bytes_per_s() if self._tiers else {},
         )

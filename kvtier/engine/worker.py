@@ -177,6 +177,7 @@ class WorkerServicer(MuxedServicer):
                 waiting=load.waiting,
                 waiting_tokens=load.waiting_tokens,
                 waiting_as_first=load.waiting_as_first,
+                computed_as_first=load.computed_as_first,
                 prefill_tokens_per_s=load.prefill_tokens_per_s,
                 host_bytes_per_s=load.bytes_per_s.get(Tier.HOST, 0.0),
                 disk_bytes_per_s=load.bytes_per_s.get(Tier.DISK, 0.0),

@@ -11,7 +11,7 @@ import grpc
 from kvtier.core.mux import WINDOW, Asking, Part
 from kvtier.errors import InvalidRequest, RemoteProtocolError, WorkerLost
 from kvtier.wire.pb import worker_pb2, worker_pb2_grpc
-from kvtier.wire.rpc import MAX_MESSAGE, parsed
+from kvtier.wire.rpc import MAX_MESSAGE, line_of, parsed
 
 HELLO_S: Final = 5.0
 PAUSE_S: Final = (0.05, 1.0)  # before a first and before every later try to open it anew
@@ -152,7 +152,7 @@ class Asks:
                 return await self._opened()
             except (grpc.RpcError, RemoteProtocolError) as error:
                 # Whose feed is there still is `connecting` for a reason that nobody else tells.
-                if tries > 1 and (line := _line(error)) != said:
+                if tries > 1 and (line := line_of(error)) != said:
                     said = line
                     log.warning("%s: its stream of requests cannot be opened: %s", self._name, line)
         return None
@@ -241,7 +241,7 @@ class _Stream:
                     changed()
             why = "the worker ended its stream of requests"
         except (grpc.aio.AioRpcError, RemoteProtocolError) as error:
-            why = _line(error)
+            why = line_of(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -300,9 +300,3 @@ class _Stream:
             return None
         granted = [worker_pb2.MuxCredit(id=n, tokens=tokens) for n, tokens in more.items()]
         return worker_pb2.MuxRequest(opens=opens, credits=granted, cancels=cancels)
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)

@@ -22,10 +22,11 @@ from kvtier.router.asking import Asks, TooOld
 from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
+from kvtier.router.sent import Computed
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, worker_pb2, worker_pb2_grpc
-from kvtier.wire.rpc import parsed
+from kvtier.wire.rpc import line_of, parsed
 
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
@@ -104,6 +105,7 @@ class Link:
         self._context = context
         self.pulls_bytes_per_s = 0.0  # a daemon's, from other nodes; 0: it can't
         self._pull_bytes_per_s = 0.0  # of the daemon beside a worker
+        self._heard_s = -math.inf  # when `heartbeat` came, on the loop's clock
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
         self._tries = 0  # in vain, in a row
@@ -111,7 +113,8 @@ class Link:
         self._blamed = ""  # what a person was told to change
         self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._fed = False  # its feed has told what it holds
+        self._fed = False  # its feed has told what it holds, in this life
+        self._silent = False  # its feed has said nothing for `stale_s`
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -127,6 +130,12 @@ class Link:
         load = self.heartbeat.load
         said = load.waiting_as_first
         return round(said) if 0 < said < MOST_WAITING else load.waiting_tokens
+
+    @property
+    def computed(self) -> Computed:
+        """How far the worker says that it is with the prompts whose first token is to come."""
+        said = self.heartbeat.load.computed_as_first
+        return Computed(said if 0 < said < MOST_WAITING else 0.0, self._heard_s)
 
     @property
     def rates(self) -> Rates:
@@ -171,10 +180,11 @@ class Link:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 metrics.MEMBER_FAILURES.labels(self.node).inc()
-                self._say_away(_line(error))
+                why = line_of(error)
+                self._say_away(why)
                 self._look_into(error)
                 silent = isinstance(error, TimeoutError)
-                self._end_life(0 if silent else self._context.config.timeout_s, _line(error))
+                self._end_life(0 if silent else self._context.config.timeout_s, why)
                 self._settle()
             first, last = PAUSE_S
             pause = min(last, first * 2**self._tries)
@@ -237,8 +247,7 @@ class Link:
         """Its stream of requests was lost, or is there again, or the worker takes no more."""
         if self.asks is not None and self.asks.lost:
             metrics.MEMBER_FAILURES.labels(self.node).inc()
-        if self._fed:
-            self._become(State.READY)
+        self._judge()
         self._context.changed()
 
     async def _watch(self, channel: grpc.aio.Channel) -> None:
@@ -263,19 +272,18 @@ class Link:
                 if reader.heartbeat is not None:
                     self._beat(reader.heartbeat)
                 if reader.ready:
-                    self._fed = True
-                    self._become(State.READY)
+                    self._fed, self._silent = True, False
+                    self._judge()
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:  # we were too slow for it
                 raise FeedGap(str(error.details()), replay=reader.ready) from None
             raise
         finally:
-            self._fed = False
             call.cancel()
             reader.close()
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
-        """The next message; says STALE after `stale_s` of silence.
+        """The next message; after `stale_s` of silence what is known is no longer trusted.
 
         Raises:
             TimeoutError: GIVE_UP times `stale_s` of silence.
@@ -289,8 +297,8 @@ class Link:
                 done, _ = await asyncio.wait({read}, timeout=patience_s)
                 if done:
                     break
-                if self.state is State.READY:
-                    self._become(State.STALE)
+                self._silent = True
+                self._judge()
             else:
                 raise TimeoutError(f"silent for {GIVE_UP * stale_s:g} s")
         finally:
@@ -310,7 +318,7 @@ class Link:
         else:
             self.pulls_bytes_per_s = 0.0
         turned = heartbeat.draining != self.heartbeat.draining
-        self.heartbeat = heartbeat
+        self.heartbeat, self._heard_s = heartbeat, asyncio.get_running_loop().time()
         if turned:
             self._context.changed()
 
@@ -319,9 +327,11 @@ class Link:
             self.settled = True
             self._context.changed()
 
-    def _become(self, state: State) -> None:
-        if state is State.READY and self.asks is not None and self.asks.lost:
-            state = State.CONNECTING
+    def _judge(self) -> None:
+        """Say how it is doing, by its feed and by its stream of requests."""
+        state = State.CONNECTING
+        if self._fed and not (self.asks is not None and self.asks.lost):
+            state = State.STALE if self._silent else State.READY
         self.settled |= state is State.READY
         if state is State.READY:
             self._say_back()
@@ -340,7 +350,8 @@ class Link:
         self.heartbeat = feed_pb2.Heartbeat()
         self.pulls_bytes_per_s = 0.0
         self._context.directory.remove(self.source)
-        self._become(State.CONNECTING)
+        self._fed = self._silent = False
+        self._judge()
 
 
 async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, why: str) -> None:
@@ -349,12 +360,6 @@ async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, w
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()
-
-
-def _line(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
 
 
 def _rate(said: float) -> float:

@@ -149,7 +149,7 @@ class Placement:
         self._directory = directory
         self._clock = clock
         self._speculation = Speculation()
-        self._load = Load()
+        self._load = Load(clock)
         self._last_cold: dict[str, float] = {}
         self._learned = Learned()
         self._behind = Behind(config.behind)
@@ -213,6 +213,7 @@ class Placement:
             known = {link.address for link in self._members.workers()}
             self._last_cold = {a: t for a, t in self._last_cold.items() if a in known}
             self._learned.keep_only(known)
+            self._load.keep_only(known)
         if prompt.session:
             self._sessions.place(prompt.conversation, address, now)
         self._speculation.add(address, prompt.keys(to.info, to.root), now)
@@ -254,7 +255,9 @@ class Placement:
             score.Candidate(
                 name=name,
                 warmth=_at_least(warmth[name], self._speculation.blocks(name, keys, now)),
-                waiting_tokens=max(link.waiting_tokens, self._load.waiting(name, now)),
+                waiting_tokens=max(
+                    link.waiting_tokens, self._load.waiting(name, now, link.computed)
+                ),
                 rates=self._learned.rates(name, link.rates, now),
                 last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),

@@ -1,9 +1,10 @@
 """What was sent to workers a moment ago and they have not told of yet: blocks, load, and speeds."""
 
+import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.breakeven import as_first
@@ -57,11 +58,23 @@ class Speculation:
             del self._until[worker]
 
 
-class Load:
-    """Prompt tokens sent to workers that no first token has come for yet. Time is passed in."""
+class Computed(NamedTuple):
+    """Tokens that a worker has computed of prompts whose first token is to come, and when so."""
 
-    def __init__(self) -> None:
+    tokens: float
+    heard_s: float
+
+
+NOTHING: Final = Computed(0.0, 0.0)
+
+
+class Load:
+    """Prompt tokens sent to workers that no first token has come for yet."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._tokens: dict[str, int] = defaultdict(int)
+        self._began: dict[str, float] = {}  # when a prompt had its first token last
         self._passing: deque[tuple[float, Sent]] = deque()
 
     def send(self, worker: str, tokens: int, expires: float | None) -> "Sent":
@@ -72,17 +85,29 @@ class Load:
             self._passing.append((expires, sent))
         return sent
 
-    def waiting(self, worker: str, now: float) -> int:
-        """Tokens sent to `worker` that are still to be computed, as far as we know."""
+    def waiting(self, worker: str, now: float, computed: Computed = NOTHING) -> int:
+        """Tokens sent to `worker` that are still to be computed, as far as we know.
+
+        `computed` is what the worker said last. Where a prompt has had its first token since, what
+        it said was of that one, as far as we know, and the others are taken to be whole.
+        """
         while self._passing and self._passing[0][0] <= now:
             self._passing.popleft()[1].began()
-        return self._tokens.get(worker, 0)
+        tokens = self._tokens.get(worker, 0)
+        if self._began.get(worker, -math.inf) >= computed.heard_s:
+            return tokens
+        return max(0, tokens - round(computed.tokens))
 
     def drop(self, worker: str, tokens: int) -> None:
         """Take back what `send` counted."""
         self._tokens[worker] -= tokens
+        self._began[worker] = self._clock()
         if not self._tokens[worker]:
             del self._tokens[worker]
+
+    def keep_only(self, workers: Collection[str]) -> None:
+        """Forget when prompts of other workers had their first token."""
+        self._began = {name: at for name, at in self._began.items() if name in workers}
 
 
 @dataclass(slots=True)

@@ -128,6 +128,19 @@ def parsed(message: M | None) -> M:
     return message
 
 
+def line_of(error: BaseException) -> str:
+    """One line on what a call ended with, for a sentence that says that somebody is not there.
+
+    So UNAVAILABLE, which says no more than that, is left out where there are words beside it.
+    """
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return str(error)
+    details: str = error.details() or ""
+    if details and error.code() is grpc.StatusCode.UNAVAILABLE:
+        return details
+    return f"{error.code().name}: {details}"
+
+
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
     """End a call with the error's status and its one line.
 

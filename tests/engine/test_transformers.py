@@ -343,6 +343,32 @@ class TestTogether:
             assert last.block_s > 0
             assert last.growth_s > 0, "later blocks cost more"
 
+    def test_the_load_says_how_far_a_prefill_is(self, tiny: LoadedModel) -> None:
+        there, go = threading.Event(), threading.Event()
+        events: list[Event] = []
+
+        def deliver(event: Event) -> None:
+            events.append(event)
+            if len(events) == 6:  # the other prompt had a turn between two tokens
+                there.set()
+                assert go.wait(60)
+
+        with running(Engine(tiny, small(tiny, prefill_tokens=64))) as engine:
+            ask(engine, prompt_of(480, 44, tiny.vocab_size)[:100], 1)
+            with held_up(engine):
+                engine.submit(request(prompt_of(20, 45, tiny.vocab_size), 8), deliver)
+                long = engine.stream(request(prompt_of(480, 44, tiny.vocab_size), 2))
+            assert there.wait(60)
+            load, twice = engine.load(), engine.doubles_at
+            go.set()
+            begun = collect(list(long)).started
+        done, cached = 480 - load.waiting_tokens, 480 - begun.computed_tokens
+        assert cached, "what was restored is not counted as computed"
+        assert cached < done < 480
+        assert (done - cached) % 64 == 0
+        assert load.computed_as_first == pytest.approx(as_first(cached, done, twice))
+        assert load.waiting_as_first == pytest.approx(as_first(done, 480, twice))
+
     def test_the_load_says_what_is_left(self, tiny: LoadedModel) -> None:
         with running(Engine(tiny, small(tiny, prefill_tokens=64), Tiers())) as engine:
             ask(engine, prompt_of(200, 44, tiny.vocab_size), 2)

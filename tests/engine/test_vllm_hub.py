@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from kvtier.core.blocks import BlockLayout
+from kvtier.engine.client import TierClient
 from kvtier.engine.vllm.hub import Hub, Identity
+from kvtier.engine.vllm.line import Health
 from kvtier.engine.vllm.lookups import MAX_AHEAD
 from kvtier.engine.vllm.namespace import identity, row_layout
 from kvtier.engine.vllm.settings import TierSettings, completed, engine_table
@@ -26,6 +28,7 @@ ROW = 8192  # bytes
 ROWS = 32
 FACTS = {"dtype": "bfloat16", "chunk_tokens": 16, "hash": "sha256_cbor", "model": "/a"}
 LAYOUT = row_layout(ROW, 16, "bfloat16")
+IDENTITY = Identity(b"root", LAYOUT)
 
 
 def keys(count: int, start: int = 0, group: int = 0) -> list[bytes]:
@@ -333,6 +336,88 @@ def test_no_more_requests_are_asked_for_ahead_than_find_a_place_in_the_step(tier
 
     assert [asked(step) for step in range(7)] == [MAX_AHEAD, 1, 2, 4, 8, 16, 16]
     assert not lookups.waiting
+
+
+def test_requests_that_need_nothing_of_us_had_their_place_all_the_same(tier):
+    lookups = tier.hub.lookups
+
+    def asked(step: int, *, turn: bool) -> int:
+        names = [f"{step} {number}" for number in range(4)]
+        count = sum(lookups.ahead(name, keys(1, 100)) for name in names)
+        for name in names if turn else ():
+            lookups.turn(name)  # all of it is in VRAM, so no block is looked up
+        lookups.step_ends()
+        assert not lookups.waiting
+        for name in names:
+            lookups.end(name)
+        return count
+
+    assert [asked(step, turn=True) for step in range(3)] == [4, 4, 4]
+    assert [asked(step, turn=False) for step in range(3, 6)] == [4, 1, 1]
+
+
+def test_what_nobody_waits_for_any_more_is_not_asked(tmp_path, node, monkeypatch):
+    match, asked = TierClient.match, []
+
+    def heard(client, names):
+        asked.append(list(names))
+        return match(client, names)
+
+    monkeypatch.setattr(TierClient, "match", heard)
+    now, go_on = [0.0], threading.Event()
+    table = TierSettings(socket=str(tmp_path / "node.sock"), lookup_s=1.0)
+    hub = Hub(
+        memoryview(np.zeros((ROWS, ROW), np.int8)), lambda: go_on.wait(60) and IDENTITY, table,
+        clock=lambda: now[0],
+    )  # fmt: skip
+    try:
+        for name in ("no place", "ended", "late"):
+            assert hub.lookups.ahead(name, keys(4, 100))
+        hub.lookups.end("ended")
+        hub.lookups.turn("late")
+        assert hub.lookups.lookup("late", keys(4, 100)[0]) is None
+        hub.lookups.step_ends()
+        now[0] = 1.0  # the daemon was busy for so long
+        assert hub.lookups.lookup("late", keys(4, 100)[0]) is False
+        assert hub.lookups.ahead("new", keys(4, 200))
+        hub.lookups.lookup("new", keys(4, 200)[0])
+        go_on.set()
+        wait_for("the answer", lambda: not hub.pending("new"))
+        assert hub.lookups.lookup("new", keys(4, 200)[0]) is False
+        assert len(asked) == 1, "only the new one's"
+    finally:
+        go_on.set()
+        hub.close()
+
+
+def test_a_vllm_that_names_blocks_otherwise_is_not_asked_ahead_and_told_once(tier, caplog):
+    stored(tier)
+    hub = tier.hub
+
+    class Elsewhere:
+        """The scheduler of a release without the book that the connector reads."""
+
+    def names() -> list[bytes]:
+        return Elsewhere()._req_status["r"]  # type: ignore[attr-defined]
+
+    for number in range(5):
+        assert not hub.expect(f"r{number}", names)
+    assert not hub.expect("later", lambda: keys(8)), "what was missing is not looked for again"
+    assert (hub.health.failures, hub.health.away) == (1, False)
+    (said,) = [line for line in caplog.messages if "_req_status" in line]
+    assert "so none is asked for ahead" in said
+    assert tier.held([*keys(8), *keys(2, 50)]) == 8, "all is found when it is looked up"
+
+
+def test_a_bug_does_not_take_the_daemon_for_away(caplog):
+    health = Health()
+    for error in (ValueError("one"), ValueError("one more"), KeyError("another")):
+        health.fault("a bug", error)
+    assert (health.failures, health.away) == (3, False)
+    assert caplog.messages == [
+        "kvtier: a bug (ValueError: one)",
+        "kvtier: a bug (KeyError: 'another')",
+    ]
 
 
 def test_stores_under_way_leave_room_in_the_region(tmp_path):

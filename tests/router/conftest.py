@@ -29,6 +29,12 @@ def expecting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No silence lasts long enough for a connection to be taken for dead."""
+    monkeypatch.setattr("kvtier.router.link.GIVE_UP", 10_000)
+
+
+@pytest.fixture
 async def routers(engines):
     """Starts routers: `await routers(worker, (worker, daemon), "host:port", max_attempts=2)`."""
     running: list[RunningRouter] = []

@@ -39,7 +39,7 @@ async def test_a_worker_that_is_away_fills_no_log(engines, routers, caplog):
     await router.ready()
     lines = [each.getMessage() for each in caplog.records if worker.address in each.getMessage()]
     first, *again, last = lines
-    assert first == f"worker at {worker.address} is away: UNAVAILABLE: loading the model"
+    assert first == f"worker at {worker.address} is away: loading the model"
     assert last.startswith(f"worker at {worker.address} is there, after ")
     assert all("is still away after " in line for line in again)
     assert len(again) < worker.described - 2

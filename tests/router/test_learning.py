@@ -9,7 +9,7 @@ import pytest
 from kvtier.core.drag import WINDOW
 from kvtier.core.learned import ENOUGH, MOST_DRAIN
 from kvtier.wire.pb import router_pb2, worker_pb2
-from tests.router.stub_engine import Script, StubWorker, done, tokens
+from tests.router.stub_engine import Script, StubWorker, done, hangs, tokens
 from tests.router.support import eventually, generate_request
 
 PROMPT = "abcd"
@@ -117,6 +117,21 @@ async def test_the_ends_of_long_prompts_are_a_longer_wait_than_as_many_short_one
     await until_waiting(router, "late", 9000)
     await until_waiting(router, "early", 5100)
     assert [c.worker_id for c in await router.explain(PROMPT)] == ["early", "late"]
+
+
+@pytest.mark.parametrize(
+    ("computed", "counts"),
+    [(30.4, 970), (0.0, 1000), (-1.0, 1000), (math.nan, 1000), (math.inf, 1000), (5000.0, 20)],
+)
+async def test_what_is_computed_of_the_first_prompt_is_no_wait(engines, routers, computed, counts):
+    stub = worker("w", 20)
+    stub.script = hangs()
+    stub.heartbeat.load.computed_as_first = computed
+    router = await routers(await engines(stub))
+    call = router.stub.Generate(generate_request([1] * 1000, max_tokens=1))
+    await call.read()
+    await until_waiting(router, "w", counts)
+    call.cancel()
 
 
 async def test_what_decoding_costs_is_learned_and_explained(engines, routers):

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
@@ -221,6 +222,82 @@ async def test_silence_is_told_and_a_word_makes_good(engines, routers):
     await eventually(lambda: told(router, "o"), "the silent one is left out")
     quiet.beating = True
     await eventually(lambda: told(router, "o", "q"), "both are used")
+
+
+class Interrupted(StubWorker):
+    """A worker whose stream of requests is there only while `streaming` is set."""
+
+    def __init__(self, name: str, held) -> None:
+        super().__init__(name, held)
+        self.streaming, self.interrupt = asyncio.Event(), asyncio.Event()
+        self.streaming.set()
+
+    async def Multiplex(self, requests, context) -> None:
+        await self.streaming.wait()
+        serving = asyncio.ensure_future(super().Multiplex(requests, context))
+        breaking = asyncio.ensure_future(self.interrupt.wait())
+        await asyncio.wait({serving, breaking}, return_when=asyncio.FIRST_COMPLETED)
+        for each in (serving, breaking):
+            each.cancel()
+        await asyncio.gather(serving, breaking, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await context.abort(grpc.StatusCode.INTERNAL, "interrupted")
+
+
+def count(state):
+    return metrics.MEMBERS.labels(state)._value.get()
+
+
+async def test_a_stream_that_reopens_makes_no_silent_feed_true(engines, routers, patient):
+    quiet, other = await engines(Interrupted("q", KEYS)), await engines(StubWorker("o"))
+    router = await routers(quiet, other, stale_s=0.5)
+    quiet.beating = False
+    await router.members(lambda each: [m.state for m in each] == ["stale", "ready"])
+    quiet.streaming.clear()
+    quiet.interrupt.set()
+    await router.members(lambda each: [m.state for m in each] == ["connecting", "ready"])
+    await eventually(lambda: told(router, "o"), "it cannot be asked")
+    quiet.interrupt.clear()
+    quiet.streaming.set()
+    table = await router.members(lambda each: each[0].state != "connecting")
+    assert table[0].state == "stale", "its feed has not spoken"
+    await eventually(lambda: told(router, "o"), "the other is used")
+    counts = {"ready": 1, "stale": 1, "connecting": 0}
+    await eventually(lambda: {s: count(s) for s in counts} == counts, "the metric says the same")
+    quiet.beating = True
+    await eventually(lambda: told(router, "o", "q"), "a word makes good")
+
+
+async def test_a_silent_worker_that_drains_is_not_ready_for_that(engines, routers, patient):
+    quiet, other = await engines(StubWorker("q", KEYS)), await engines(StubWorker("o"))
+    router = await routers(quiet, other, stale_s=0.5)
+    quiet.beating = False
+    await router.members(lambda each: [m.state for m in each] == ["stale", "ready"])
+    await other.stop()
+    await eventually(lambda: told(router, "q"), "nothing else is left")
+    quiet.drain_streams()
+
+    async def draining() -> bool:
+        return (await router.explain(PROMPT))[0].draining
+
+    await eventually(draining, "the router knows")
+    assert (await router.members(bool))[0].state == "stale"
+
+
+async def test_a_stream_that_breaks_beside_a_gap_is_told(engines, routers, patient):
+    worker = await engines(Interrupted("a", KEYS))
+    router = await routers(worker)
+    worker.answering.clear()
+    worker.tell(removed={Tier.VRAM: KEYS[:4]}, lost=True)
+    await eventually(lambda: worker.watched > 1, "the gap was seen")
+    worker.streaming.clear()
+    worker.interrupt.set()
+    await router.members(lambda each: each[0].state == "connecting")
+    worker.interrupt.clear()
+    worker.streaming.set()
+    await router.members(lambda each: each[0].state != "connecting")
+    worker.answering.set()
+    await router.ready()
 
 
 async def test_stale_workers_are_used_where_no_other_is_left(engines, routers):

@@ -6,7 +6,7 @@ from kvtier.core.learned import Sample
 from kvtier.core.tiers import Tier
 from kvtier.router import sent as sent_module
 from kvtier.router.placement import Prompt, _at_least
-from kvtier.router.sent import SPECULATIVE_S, Load, Speculation
+from kvtier.router.sent import SPECULATIVE_S, Computed, Load, Speculation
 from kvtier.wire.pb import worker_pb2
 
 KEYS = [BlockKey(i.to_bytes(16, "big")) for i in range(10)]
@@ -54,7 +54,7 @@ def test_a_crowd_that_is_over_is_forgotten_by_and_by():
 
 
 def test_load_counts_until_it_is_told_or_time_is_up():
-    load = Load()
+    load = Load(lambda: 0.0)
     first = load.send("a", 100, expires=None)
     load.send("a", 30, expires=2.0)
     load.send("b", 5, expires=1.0)
@@ -64,6 +64,26 @@ def test_load_counts_until_it_is_told_or_time_is_up():
     first.began()
     first.began()  # only once
     assert load.waiting("a", 3.0) == 0
+
+
+def test_what_is_computed_of_a_prompt_is_no_wait():
+    now = [0.0]
+    load = Load(lambda: now[0])
+    first = load.send("a", 100, expires=None)
+    second = load.send("a", 30, expires=None)
+    assert load.waiting("a", 1.0, Computed(60.4, heard_s=1.0)) == 70
+    assert load.waiting("a", 1.0, Computed(1e9, heard_s=1.0)) == 0, "others have sent more"
+    now[0] = 1.5
+    first.began()
+    assert load.waiting("a", 2.0, Computed(60.4, heard_s=1.0)) == 30, "it was of the first"
+    assert load.waiting("a", 2.0, Computed(10.0, heard_s=2.0)) == 20
+    second.began()
+    assert load.waiting("a", 3.0, Computed(10.0, heard_s=2.0)) == 0
+    load.send("a", 50, expires=None)
+    assert load.waiting("a", 3.0, Computed(20.0, heard_s=1.2)) == 50, "it was of one before"
+    assert load.waiting("a", 4.0, Computed(5.0, heard_s=4.0)) == 45
+    load.keep_only({"b"})
+    assert load.waiting("a", 4.0, Computed(5.0, heard_s=1.0)) == 45, "nothing is known of it"
 
 
 def test_expected_blocks_are_taken_from_the_coldest_count_last():
@@ -85,7 +105,7 @@ def test_keys_are_computed_once_for_each_kind_of_worker():
 
 def test_the_first_token_teaches_what_the_worker_did():
     samples = []
-    sent = Load().send("a", 100, expires=None)
+    sent = Load(lambda: 0.0).send("a", 100, expires=None)
     sent.teach = samples.append
     restored = [worker_pb2.TierTokens(tier=1, tokens=32), worker_pb2.TierTokens(tier=2, tokens=64)]
     started = worker_pb2.Started(

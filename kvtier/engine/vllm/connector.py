@@ -54,6 +54,8 @@ class KvtierConnector(OffloadingConnector):
         this step: another step would cost more than the moment it takes, see `Patience`.
         """
         tiers, name = self._tiers(), request.request_id
+        for tier in tiers:
+            tier.turn(name)
         if any(tier.pending(name) for tier in tiers):
             return None, False
         found: tuple[int | None, bool]

@@ -50,6 +50,7 @@ class Hub:
         self._clock = clock
         self._patience = Patience(clock)
         self._known = False
+        self._asks_ahead = True
         self._once = threading.Lock()
         self.health = Health()
         self._news = news = News()
@@ -60,6 +61,23 @@ class Hub:
             region, load, store, self._keys,
             load_s=settings.load_s, store_s=settings.store_s, news=news, clock=clock,
         )  # fmt: skip
+
+    def expect(self, request: str, keys: Callable[[], Sequence[bytes]]) -> bool:
+        """See `Lookups.ahead`; `keys` looks for the names in vLLM's own book-keeping.
+
+        Where a release of vLLM keeps its books otherwise, that is said and counted once, and
+        requests are asked for when they are looked up.
+        """
+        if not self._asks_ahead:
+            return False
+        try:
+            names = keys()
+        except (AttributeError, LookupError, TypeError) as error:
+            self._asks_ahead = False
+            what = "this vLLM names a new request's blocks otherwise, so none is asked for ahead"
+            self.health.fault(what, error)
+            return False
+        return self.lookups.ahead(request, names)
 
     def pending(self, request: str) -> bool:
         """Whether nothing can have changed for a request since it was told to wait for us."""

@@ -19,6 +19,7 @@ from kvtier.engine.client import TierClient
 from kvtier.errors import KVTierError
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
+MAX_FAULTS: Final = 64  # different ones that are said
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,19 @@ class Health:
         self.away = False
         self.failures = 0
         self._lock = threading.Lock()
+        self._faults: set[tuple[str, type[Exception]]] = set()
+
+    def fault(self, what: str, error: Exception) -> None:
+        """Something of ours failed that says nothing of the daemon; each kind is said once."""
+        kind = what, type(error)
+        with self._lock:
+            self.failures += 1
+            if kind not in self._faults and len(self._faults) < MAX_FAULTS:
+                self._faults.add(kind)
+                log.warning("kvtier: %s (%s: %s)", what, type(error).__name__, error)
 
     def failed(self, what: str, error: Exception) -> None:
-        """Something of ours failed."""
+        """The daemon cannot be reached, or what was asked of it failed."""
         with self._lock:
             self.failures += 1
             if not self.away:

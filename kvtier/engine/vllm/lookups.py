@@ -23,8 +23,9 @@ class _Asked:
     def __init__(self, request: str) -> None:
         self.use = Use(request=number_of(request))
         self.begun: float | None = None  # when it was first looked up
-        self.deadline = float("inf")  # until then
+        self.deadline = float("inf")  # from then on nobody waits for an answer
         self.ahead = False  # its first answer is still to come, and was asked for ahead
+        self.turn = False  # the engine had it in hand: what it has not looked up it did not need
         self.answers: dict[bytes, bool] = {}
         self.fresh: list[bytes] = []  # to be asked at the end of this step
         self.waiting: set[bytes] = set()
@@ -90,11 +91,17 @@ class Lookups:
         if not keys or keys[0][-4:] != keys[-1][-4:]:
             return False
         asked = self._asked[request] = _Asked(request)
+        asked.deadline = self._clock() + self._lookup_s
         asked.ahead = True
         asked.waiting.update(keys)
         self._ahead.append(request)
         self._line.put(_Question(self, asked, keys, ahead=True))
         return True
+
+    def turn(self, request: str) -> None:
+        """A request has its turn in the schedule: it is looked up now, or all of it is there."""
+        if (asked := self._asked.get(request)) is not None:
+            asked.turn = True
 
     def flush(self) -> None:
         """Send off the questions of this step."""
@@ -110,8 +117,9 @@ class Lookups:
             self._ahead, self._most_ahead = [], min(2 * self._most_ahead, MAX_AHEAD)
         for request in ahead:
             if (unused := self._asked.get(request)) is not None and unused.begun is None:
-                del self._asked[request]
-                self._most_ahead = 1
+                self.end(request)
+                if not unused.turn:
+                    self._most_ahead = 1
         self.flush()
 
     def failed(self, keys: Sequence[bytes]) -> None:
@@ -140,7 +148,8 @@ class Lookups:
 
     def end(self, request: str) -> None:
         """The request asks no more."""
-        self._asked.pop(request, None)
+        if (asked := self._asked.pop(request, None)) is not None:
+            asked.deadline = float("-inf")
 
     @property
     def waiting(self) -> bool:
@@ -191,7 +200,7 @@ class Lookups:
         try:
             if attached is None:
                 held = [False] * len(keys)
-            else:
+            elif self._clock() < asked.deadline:
                 found = attached.client.match(self._keys(keys)).blocks
                 held[:found] = [True] * found
                 if found < len(keys) and Tier.SHARED not in attached.client.tiers:

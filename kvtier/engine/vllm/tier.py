@@ -52,8 +52,12 @@ class Told:
     _owner: Owned | None
 
     def expect(self, request: str, keys: Callable[[], Sequence[bytes]]) -> None:
-        """See `Lookups.ahead`; `keys` may raise."""
-        self._shielded(False, lambda: self._hub.lookups.ahead(request, keys()))
+        """See `Hub.expect`."""
+        self._shielded(False, lambda: self._hub.expect(request, keys))
+
+    def turn(self, request: str) -> None:
+        """See `Lookups.turn`."""
+        self._shielded(None, lambda: self._hub.lookups.turn(request))
 
     def restored(self, request: str, tokens: int) -> None:
         """So many tokens of a request are given from outside of VRAM: tell who asked for it."""
@@ -89,7 +93,7 @@ class Told:
             return work()
         except Exception as error:
             # An exception here would end the whole engine.
-            self._hub.health.failed("bug", error)
+            self._hub.health.fault("a bug of kvtier's is a miss for vLLM", error)
             return miss
 
 

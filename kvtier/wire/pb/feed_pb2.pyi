@@ -91,7 +91,7 @@ class Pulls(_message.Message):
     def __init__(self, bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_tokens", "prefill_tokens_per_s", "host_bytes_per_s", "disk_bytes_per_s", "shared_bytes_per_s", "waiting_as_first")
+    __slots__ = ("running", "waiting", "waiting_tokens", "prefill_tokens_per_s", "host_bytes_per_s", "disk_bytes_per_s", "shared_bytes_per_s", "waiting_as_first", "computed_as_first")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class WorkerLoad(_message.Message):
     DISK_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     SHARED_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     WAITING_AS_FIRST_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_AS_FIRST_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_tokens: int
@@ -108,4 +109,5 @@ class WorkerLoad(_message.Message):
     disk_bytes_per_s: float
     shared_bytes_per_s: float
     waiting_as_first: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., host_bytes_per_s: _Optional[float] = ..., disk_bytes_per_s: _Optional[float] = ..., shared_bytes_per_s: _Optional[float] = ..., waiting_as_first: _Optional[float] = ...) -> None: ...
+    computed_as_first: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., host_bytes_per_s: _Optional[float] = ..., disk_bytes_per_s: _Optional[float] = ..., shared_bytes_per_s: _Optional[float] = ..., waiting_as_first: _Optional[float] = ..., computed_as_first: _Optional[float] = ...) -> None: ...
