@@ -32,7 +32,7 @@ import grpc
 from benchmarks.common import Bar, paired_ratio, scratch, server, summary
 from kvtier.arena import Arena
 from kvtier.codec import codecs, frame
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
 from kvtier.node.manager import TierManager
@@ -168,7 +168,7 @@ class _Cascade:
     def _store_write(self, keys: Sequence[BlockKey]) -> None:
         for at in range(0, len(keys), BATCH):
             frames = [
-                (key, frame.encode(key, self._pool.slot(at + i), LAYOUT, codecs.RAW))
+                (key, frame.encode(key, BEGINS, self._pool.slot(at + i), LAYOUT, codecs.RAW))
                 for i, key in enumerate(keys[at : at + BATCH])
             ]
             assert all(self._store.write(frames))

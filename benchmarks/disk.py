@@ -21,8 +21,8 @@ from pathlib import Path
 from benchmarks.common import Bar, paired_ratio, scratch, summary
 from kvtier.arena import Arena
 from kvtier.codec.codecs import RAW
-from kvtier.codec.frame import LINKED_NBYTES, decode, encode
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup, Slot
+from kvtier.codec.frame import HEADER_NBYTES, decode, encode
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup, Slot
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.disk.buffers import BufferPool
 from kvtier.stores.disk.files import SegmentFile, Shape
@@ -142,7 +142,8 @@ def _throughput(
     def frames(first: int) -> list:
         keys = _keys(first, batch)
         return [
-            (key, encode(key, view, layout, RAW)) for key, view in zip(keys, source, strict=True)
+            (key, encode(key, BEGINS, view, layout, RAW))
+            for key, view in zip(keys, source, strict=True)
         ]
 
     def delete(first: int) -> None:
@@ -226,7 +227,7 @@ def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
         file = SegmentFile(folder, shape, fd)
         for slot in range(min(slots, blocks - made)):
             (key,) = _keys(made, 1)
-            head = encode(key, block, layout, RAW, before=before)[0]
+            head = encode(key, before, block, layout, RAW)[0]
             header = Header(number, slot, PAGE - len(head), made + 1, key, frame_nbytes, 0)
             page[: len(packed)] = (packed := header.pack())
             page[PAGE - len(head) :] = head
@@ -241,7 +242,7 @@ def _sparse(folder: Path, blocks: int, frame_nbytes: int) -> int:
 
 def _start(folder: Path, blocks: int, turns: int) -> list[float]:
     """Seconds to open a store of that many 2 MiB blocks."""
-    capacity = _sparse(folder, blocks, 2 * MIB + LINKED_NBYTES)
+    capacity = _sparse(folder, blocks, 2 * MIB + HEADER_NBYTES)
     times = []
     for _ in range(turns):
         start = time.perf_counter()

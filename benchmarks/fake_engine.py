@@ -16,7 +16,9 @@ from pathlib import Path
 import grpc
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.blocks import BEGINS, BlockKey, block_keys
+from kvtier.core.tiers import Tier
+from kvtier.wire.chains import tell
 from kvtier.wire.muxed import MuxedServicer
 from kvtier.wire.pb import (
     feed_pb2,
@@ -74,7 +76,8 @@ class Worker(MuxedServicer, feed_pb2_grpc.FeedServicer):
         yield worker_pb2.WorkerResponse(done=worker_pb2.Done(completion_tokens=count))
 
     async def Watch(self, request: object, context: object) -> AsyncIterator[feed_pb2.FeedMessage]:
-        held = [feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"".join(keys(WARM)))]
+        path = keys(WARM)
+        held = [tell(Tier.VRAM, path, dict(zip(path, [BEGINS, *path], strict=False)).get)]
         snapshot = feed_pb2.Snapshot(held=held, last=True)
         yield feed_pb2.FeedMessage(epoch=1, seq=1, snapshot=snapshot)
         load = feed_pb2.WorkerLoad(prefill_tokens_per_s=self._rate)

@@ -12,8 +12,9 @@ import os
 import subprocess
 import time
 from array import array
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -22,7 +23,7 @@ from typing import NamedTuple
 from benchmarks.common import Bar, summary
 from benchmarks.restarted import TIERS, restarted
 from kvtier.core.audience import Warmth
-from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.blocks import BEGINS, BlockKey, block_keys
 from kvtier.core.directory import Directory
 from kvtier.core.score import DEFAULT_RATES, Candidate, rank
 from kvtier.core.tiers import Tier
@@ -44,12 +45,14 @@ PEER = Path(__file__).parent / "index_peer.py"
 
 
 class Case(NamedTuple):
-    """How the blocks are told."""
+    """How the blocks are told, each piece with the block before it."""
 
     name: str
     piece: int  # blocks told together
-    holders: int = 1
-    named: bool = True  # with the block before each piece, as our workers and daemons tell
+    holders: int = 1  # of a block
+    some: int = 0  # of them so many hold every other piece only, and as many others the rest
+    holed: bool = False  # the last holder of each prompt has lost every 20th block of it
+    last_first: bool = False
 
 
 CASES = (
@@ -57,9 +60,10 @@ CASES = (
     Case("whole prompts, 8 holders", PATH, holders=8),
     Case("pieces of 16, 1 holder", 16),
     Case("pieces of 16, 8 holders", 16, holders=8),
+    Case("pieces of 16, last first, 1 holder", 16, last_first=True),
+    Case("pieces of 16 with other holders in turn", 16, holders=4, some=3),
+    Case("every 20th block missing at 1 of 2 holders", PATH, holders=2, holed=True),
     Case("scattered, 1 holder", SCATTERED),
-    Case("pieces of 16, order not told", 16, named=False),
-    Case("scattered, order not told", SCATTERED, named=False),
 )
 
 
@@ -109,13 +113,13 @@ def _measure(
         Bar(f"{name}: bytes a block", index.bytes_per_block, at_most=120 + 8 * case.holders),
     ]
     found["a step of taking in (CPU)"] = index.steps
-    if index.joins:
-        found["a step of joining after a look-up (CPU)"] = index.joins
     if case == CASES[0]:
         found["token ids to decision"] = [index.decide(number) for number in range(rounds)]
         middle = summary(found["token ids to decision"])["median_s"] * 1e3
         bars.append(Bar("8k token ids to decision, p50 in ms", middle, at_most=0.4))
-    held = asyncio.run(index.watched())
+    held, found["while a node joins"] = asyncio.run(index.watched())
+    middle = summary(found["while a node joins"])["median_s"] * 1e6
+    bars.append(Bar(f"{name}: p50 of a look-up while a node joins in us", middle, at_most=40))
     for what, seconds in held.items():
         found[f"the loop held, {what} (CPU)"] = seconds
         bars.append(
@@ -160,7 +164,6 @@ class Index:
     def __init__(self, case: Case, chains: int) -> None:
         self._rng = Random(1)
         self.steps: list[float] = []  # CPU seconds of each step of taking in
-        self.joins: list[float] = []  # CPU seconds of each step of tidying up after a look-up
         self._root = os.urandom(32)
         starts = [array("I", self._tokens(SYSTEM)) for _ in range(16)]
         self._ids = [
@@ -192,27 +195,30 @@ class Index:
         gc.collect()
         self.bytes_per_block = (_resident() - before) / self.directory.blocks
         self.steps = steps[:taken].tolist()
-        self._named = case.named
 
     def _messages(self, case: Case, names: list[str]) -> list[tuple[str, feed_pb2.TierKeys]]:
         """Who tells which blocks, in order."""
-        packed, piece = self._packed, case.piece
+        packed = self._packed
         held = [
-            (n, name) for n in range(len(packed)) for name in self._rng.sample(names, case.holders)
+            (n, name, spans)
+            for n in range(len(packed))
+            for name, spans in zip(
+                self._rng.sample(names, case.holders + case.some), _spans(case), strict=True
+            )
         ]
-        if piece != SCATTERED:
-            pieces = [(n // 16, s, n, name) for n, name in held for s in range(0, PATH, piece)]
+        if case.piece != SCATTERED:
+            turn = -1 if case.last_first else 1
+            pieces = [(n // 16, turn * s[0], s, n, name) for n, name, spans in held for s in spans]
             pieces.sort(key=lambda each: each[:2])
-            return [(name, _piece(packed[n], s, piece, case.named)) for _, s, n, name in pieces]
+            return [(name, _piece(packed[n], *s)) for _, _, s, n, name in pieces]
         told = []
         for holder in names:
-            own = [(n, i) for n, name in held if name == holder for i in range(PATH)]
+            own = [(n, i) for n, name, _ in held if name == holder for i in range(PATH)]
             self._rng.shuffle(own)
             for start in range(0, len(own), MESSAGE):
                 keys = {}
                 for n, i in own[start : start + MESSAGE]:
-                    parent = _key(packed[n], i - 1) if i and case.named else None
-                    keys[_key(packed[n], i)] = parent
+                    keys[_key(packed[n], i)] = _key(packed[n], i - 1) if i else BEGINS
                 told.append((holder, tell(Tier.VRAM, list(keys), keys.get)))
         return told
 
@@ -232,7 +238,6 @@ class Index:
         took = time.perf_counter() - start
         best = max(each.blocks for each in warmth.values())
         assert best == (depth if hole is None else hole), (best, depth)
-        self.joins += _timed(iter(self.directory.tidy, False))
         return took
 
     async def hear(self, source: str, messages: list[bytes]) -> float:
@@ -245,14 +250,15 @@ class Index:
         self._candidates[source] = [source]
         return time.perf_counter() - start
 
-    async def watched(self) -> dict[str, list[float]]:
+    async def watched(self) -> tuple[dict[str, list[float]], list[float]]:
         """CPU seconds of each round of a loop on which a node joins and leaves, fed as a router is.
 
-        It holds prompts that others have as well, and as many that nobody has.
+        It holds prompts that others have as well, and as many that nobody has. And seconds of
+        look-ups of the former, one after each round in which it joins.
         """
         count = min(JOINER, len(self._packed))
         paths = [*self._packed[: count // 2], *(os.urandom(16 * PATH) for _ in range(count // 2))]
-        parts = [_piece(path, 0, PATH, self._named) for path in paths]
+        parts = [_piece(path, 0, PATH) for path in paths]
         snapshots = [feed_pb2.Snapshot(held=parts[i : i + 4]) for i in range(0, count, 4)]
         snapshots.append(feed_pb2.Snapshot(last=True))
         messages = [
@@ -272,11 +278,14 @@ class Index:
             self.directory.remove("joiner")
             await pace.through(iter(self.directory.tidy, False))
 
-        blocks = f"{count * PATH:,} blocks"
+        blocks, asked = f"{count * PATH:,} blocks", cycle(paths[: count // 2])
+        looks: list[float] = []
         return {
-            f"a node with {blocks} joins": await _rounds(join()),
+            f"a node with {blocks} joins": await _rounds(
+                join(), lambda: looks.append(self.ask(next(asked), PATH))
+            ),
             f"a node with {blocks} leaves": await _rounds(leave()),
-        }
+        }, looks
 
     def decide(self, number: int) -> float:
         """Seconds from a list of token ids to the best of the nodes and three fallbacks."""
@@ -317,14 +326,17 @@ def peer(python: str, chains: int, rounds: int) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
-async def _rounds(work: Coroutine[None, None, None]) -> list[float]:
-    """CPU seconds of each round of the loop until `work` is done."""
+async def _rounds(
+    work: Coroutine[None, None, None], between: Callable[[], None] = lambda: None
+) -> list[float]:
+    """CPU seconds of each round of the loop until `work` is done, without those of `between`."""
     task = asyncio.ensure_future(work)
     seconds = []
     while not task.done():
         start = time.thread_time()
         await asyncio.sleep(0)
         seconds.append(time.thread_time() - start)
+        between()
     await task
     return seconds
 
@@ -338,12 +350,19 @@ def _timed(steps: Iterator[object]) -> Iterator[float]:
         start = time.thread_time()
 
 
-def _piece(packed: bytes, start: int, size: int, named: bool) -> feed_pb2.TierKeys:
+def _spans(case: Case) -> list[list[tuple[int, int]]]:
+    """Of each of a prompt's holders the pieces that it tells of."""
+    size = case.piece or PATH
+    whole = [(start, min(start + size, PATH)) for start in range(0, PATH, size)]
+    holed = [(start, min(start + 19, PATH)) for start in range(0, PATH, 20)]
+    count = case.holders - case.some - case.holed
+    return [whole] * count + [whole[::2], whole[1::2]] * case.some + [holed] * case.holed
+
+
+def _piece(packed: bytes, start: int, stop: int) -> feed_pb2.TierKeys:
     """A piece of a prompt as a feed tells it."""
-    keys = packed[16 * start : 16 * (start + size)]
-    if not named:
-        return feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=keys)
-    parent = packed[16 * (start - 1) : 16 * start] if start else bytes(16)
+    keys = packed[16 * start : 16 * stop]
+    parent = packed[16 * (start - 1) : 16 * start] if start else BEGINS
     return feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=keys, starts=[0], parents=parent)
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 import redis
 
 from benchmarks.common import Bar, paired_ratio, summary
+from kvtier.codec.frame import HEADER_NBYTES
 from kvtier.config import RedisConfig
 from kvtier.stores.redis import RedisStore
 from kvtier.testing.stores import content, key
@@ -26,7 +27,6 @@ ROUNDS = {"512KiB": 400, "2MiB": 200, "16MiB": 60}
 WARM_UP = 3
 READ_BAR = 0.9
 WRITE_BAR = 1.0
-HEADER_NBYTES = 64
 
 
 def run(*, tiny: bool) -> dict[str, object]:

@@ -32,6 +32,11 @@ CORRUPT_FRAMES = _counter("corrupt_frames", "Frames that failed a check: each a 
 CORRUPT_REWRITTEN = _counter(
     "corrupt_rewritten", "Shared frames found corrupt and then written over with right bytes"
 )
+STRANGE_FRAMES = _counter(
+    "strange_frames",
+    "Blocks found at a start whose frame's header is of another version or damaged: dropped",
+    "tier",
+)
 INEXACT_FRAMES = _counter("inexact_frames", "Lossy frames refused: no lossy codec is set", "tier")
 ENCODED_BLOCKS = _counter(
     "encoded_blocks", "Blocks encoded for a tier, by the codec of their frame", "tier", "codec"

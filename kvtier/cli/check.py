@@ -31,6 +31,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_store(folder: Path, *, blocks: bool) -> int:
+    from kvtier.core.blocks import BEGINS
     from kvtier.stores.disk.check import State, slots
 
     counts: Counter[State] = Counter()
@@ -42,7 +43,8 @@ def _check_store(folder: Path, *, blocks: bool) -> int:
         if each.state is State.DAMAGED or (blocks and each.state is State.BLOCK):
             name = each.header.key.hex() if each.header else "no block that can be named"
             where = f"segments/{each.shape.name} slot {each.slot}"
-            whole = f"ok, behind {each.before.hex()}" if each.before else "ok"
+            before = each.before or BEGINS
+            whole = "ok, begins a prompt" if before == BEGINS else f"ok, behind {before.hex()}"
             result = f"damaged: {each.why}" if each.state is State.DAMAGED else whole
             print(f"  {name}  {where}  {result}")
     print(

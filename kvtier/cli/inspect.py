@@ -43,9 +43,10 @@ def _print_folder(path: Path) -> None:
         bad = sum(each.state is State.DAMAGED for each in found)
         layout = folder / "layout.json"
         print(f"{folder}: {layout.read_text() if layout.is_file() else 'of no known layout'}")
-        linked = sum(each.before is not None for each in found)
+        strange = sum(each.before is None for each in found if each.state is State.BLOCK)
         print(f"  {len(blocks)} blocks {frames:.1f} MiB, {free} slots free, {bad} damaged headers")
-        print(f"  {linked} blocks name the block before")
+        if strange:
+            print(f"  {strange} blocks with a frame of another version, which the next start drops")
         print(f"  {len(files)} segments {sum(files.values()) / 2**20:.1f} MiB")
 
 

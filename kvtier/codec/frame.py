@@ -2,7 +2,7 @@
 
     offset  bytes
          0      4  magic "KVTF"
-         4      1  version of this header, 1 or 2
+         4      1  version of this header, 2
          5      1  codec id
          6      1  fidelity: see core/fidelity.py; 0 = the exact bytes that were computed
          7      1  0
@@ -11,16 +11,12 @@
         32      8  bytes of the block
         40      8  bytes of the payload
         48      8  xxh3_64 of the payload
-    version 1:
-        56      8  xxh3_64 of the 56 bytes before
-        64         payload
-    version 2:
-        56     16  key of the block before this one in its prompts
+        56     16  key of the block before this one in its prompt; zeros: it begins one
         72      8  xxh3_64 of the 72 bytes before
         80         payload
 
-Version 2 is for a node's own disk, which after a restart is all that knows how blocks follow each
-other. What nodes share is of version 1, which every release reads.
+The block before is named because a disk is, after a restart, all that knows how blocks follow each
+other, and every feed has to say it (decision 0052).
 
 Numbers are little-endian. The checksums find damage, not malice: whoever may write to a store
 can write any KV there.
@@ -35,22 +31,17 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from kvtier.codec.base import Codec
 from kvtier.codec.codecs import PLANES_ZSTD, RAW, by_id
-from kvtier.core.blocks import KEY_NBYTES, BlockKey, BlockLayout
+from kvtier.core.blocks import BlockKey, BlockLayout
 from kvtier.core.fidelity import Fidelity
 from kvtier.errors import CorruptFrame
 
 MAGIC: Final = b"KVTF"
-VERSION: Final = 1
-LINKED: Final = 2  # the version that names the block before
+VERSION: Final = 2
 
-_FIELDS: Final = struct.Struct("<4sBBBx8s16sQQQ")
+_FIELDS: Final = struct.Struct("<4sBBBx8s16sQQQ16s")
 _CHECK: Final = struct.Struct("<Q")
-_VERSION_AT: Final = 4
 _CODEC_AT: Final = 5
-_KEY: Final = slice(16, 32)
 HEADER_NBYTES: Final = _FIELDS.size + _CHECK.size
-_LINKED_FIELDS_NBYTES: Final = _FIELDS.size + KEY_NBYTES
-LINKED_NBYTES: Final = _LINKED_FIELDS_NBYTES + _CHECK.size
 
 # A codec that saves less than 1/64 of a block costs more time than its bytes are worth.
 LEAST_SAVED: Final = 64
@@ -78,23 +69,24 @@ class _Header(NamedTuple):
     raw_nbytes: int
     payload_nbytes: int
     payload_check: int
+    before: BlockKey
 
 
 def encode(
     key: BlockKey,
+    before: BlockKey,
     block: memoryview,
     layout: BlockLayout,
     codec: Codec,
     fidelity: Fidelity = Fidelity.EXACT,
-    before: BlockKey | None = None,
 ) -> list[bytes | memoryview]:
     """The frame of `block` as the buffers that follow each other in it, header first.
 
     Falls back to the raw codec where `codec` saves less than 1/64, and to a lossless one where it
     is lossy and the block cannot or must not be coded so: what went through a lossy codec once
     keeps its bytes. The buffers may be views into `block`, which must stay unchanged as long as
-    they are used. `fidelity` is what is known of the block before, and `before` its key where the
-    frame shall name it.
+    they are used. `before` is the key of the block before it in its prompt, or BEGINS, and
+    `fidelity` what is known of this one.
     """
     block = block.cast("B")
     assert block.nbytes == layout.nbytes, (block.nbytes, layout.nbytes)
@@ -108,7 +100,7 @@ def encode(
     layout_id = bytes.fromhex(layout.id)
     header = _Header(
         MAGIC,
-        VERSION if before is None else LINKED,
+        VERSION,
         codec.id,
         int(fidelity),
         layout_id,
@@ -116,30 +108,22 @@ def encode(
         layout.nbytes,
         nbytes,
         check.intdigest(),
+        before,
     )
-    return [_sealed(_FIELDS.pack(*header) + (before or b"")), *payload]
-
-
-def _sealed(fields: bytes) -> bytes:
-    return fields + _CHECK.pack(xxh3_64_intdigest(fields))
-
-
-def unlinked(frame: bytes | memoryview) -> list[bytes | memoryview]:
-    """A frame that `verify` has proven, of version 1: it does not name the block before."""
-    if frame[_VERSION_AT] != LINKED:
-        return [frame]
-    fields = bytearray(frame[: _FIELDS.size])
-    fields[_VERSION_AT] = VERSION
-    return [_sealed(bytes(fields)), memoryview(frame).cast("B")[LINKED_NBYTES:]]
+    fields = _FIELDS.pack(*header)
+    return [fields + _CHECK.pack(xxh3_64_intdigest(fields)), *payload]
 
 
 def before_of(key: BlockKey, frame: memoryview) -> BlockKey | None:
-    """The block before `key`, by the first bytes of its frame; None where they do not say."""
-    head = frame[:LINKED_NBYTES].tobytes()
-    linked = len(head) == LINKED_NBYTES and head[_VERSION_AT] == LINKED
-    if not linked or head[_KEY] != key or _sealed(head[:_LINKED_FIELDS_NBYTES]) != head:
+    """The block before `key`, by the header of its frame; None where that is no whole one of ours.
+
+    It may be damaged, or of another version.
+    """
+    try:
+        header = _read_header(frame[:HEADER_NBYTES])
+    except CorruptFrame:
         return None
-    return BlockKey(head[_FIELDS.size : _LINKED_FIELDS_NBYTES])
+    return BlockKey(header.before) if header.key == key else None
 
 
 def _encode(
@@ -219,9 +203,7 @@ def verify(key: BlockKey, frame: bytes | memoryview, layout_id: str | None = Non
 def _split(frame: bytes | memoryview) -> tuple[memoryview, memoryview]:
     """Header and payload, of a frame that may be anything."""
     view = memoryview(frame).cast("B")
-    linked = view.nbytes > _VERSION_AT and view[_VERSION_AT] == LINKED
-    nbytes = LINKED_NBYTES if linked else HEADER_NBYTES
-    return view[:nbytes], view[nbytes:]
+    return view[:HEADER_NBYTES], view[HEADER_NBYTES:]
 
 
 def _proven(
@@ -257,21 +239,18 @@ def frame_nbytes(parts: Sequence[bytes | memoryview]) -> int:
 
 def max_frame_nbytes(layout: BlockLayout) -> int:
     """The most bytes that a frame of this layout takes, whatever the codec."""
-    return LINKED_NBYTES + layout.nbytes
+    return HEADER_NBYTES + layout.nbytes
 
 
 def _read_header(view: memoryview) -> _Header:
-    if view.nbytes < HEADER_NBYTES:
+    if view.nbytes != HEADER_NBYTES:
         raise CorruptFrame(f"frame check length: {view.nbytes} bytes are no header")
     header = _Header(*_FIELDS.unpack_from(view))
     if header.magic != MAGIC:
         raise CorruptFrame(f"frame check magic: {header.magic!r}, must be {MAGIC!r}")
-    if header.version not in (VERSION, LINKED):
-        raise CorruptFrame(f"frame check version: {header.version}, must be {VERSION} or {LINKED}")
-    nbytes = HEADER_NBYTES if header.version == VERSION else LINKED_NBYTES
-    if view.nbytes != nbytes:
-        raise CorruptFrame(f"frame check length: a header of {view.nbytes} bytes, must be {nbytes}")
-    fields = view[: nbytes - _CHECK.size]
+    if header.version != VERSION:
+        raise CorruptFrame(f"frame check version: {header.version}, must be {VERSION}")
+    fields = view[: _FIELDS.size]
     if _CHECK.unpack_from(view, fields.nbytes)[0] != xxh3_64_intdigest(fields):
         raise CorruptFrame("frame check header checksum: the header was changed")
     return header

@@ -28,11 +28,7 @@ class Warmth(NamedTuple):
 _COLD: Final = Warmth()
 
 
-class _Group(NamedTuple):
-    """Candidates with the same history so far."""
-
-    members: int
-    warmth: Warmth
+_Group = tuple[int, list[int]]  # candidates with the same history so far, and their warmth
 
 
 class Audience:
@@ -50,53 +46,74 @@ class Audience:
     ) -> None:
         self._names = list(candidates)
         self._shared = shared
-        self._members: tuple[dict[int, int], ...] = tuple({} for _ in OWNED)  # by bit
-        self._known: dict[int, tuple[int, int, int]] = {}
+        self._members: dict[int, tuple[int, int]] = {}  # by bit: place of its tier, candidates
+        self._known: dict[int, tuple[int, ...]] = {}  # by mask
         self._lists: dict[int, list[str]] = {}
         for number, sources in enumerate(candidates.values()):
             for source in sources:
-                for tier, members in zip(OWNED, self._members, strict=True):
+                for place, tier in enumerate(OWNED):
                     bit = bit_of(source, tier)
-                    members[bit] = members.get(bit, 0) | 1 << number
-        self._masks = tuple(sum(members) for members in self._members)
+                    _, members = self._members.get(bit, (place, 0))
+                    self._members[bit] = place, members | 1 << number
+        self._mask = sum(self._members)
 
     def warmth(self, runs: Iterable[Run]) -> dict[str, Warmth]:
         """What each candidate has of a prompt that goes through these runs."""
         found = dict.fromkeys(self._names, _COLD)
-        groups = [_Group((1 << len(self._names)) - 1, _COLD)]
-        for run in runs:
-            vram, host, disk = self._tiers(run.mask)
-            shared = -1 if run.mask & self._shared else 0
-            going: list[_Group] = []
-            for members, had in groups:
-                for tier, holders in enumerate((vram, host, disk, shared)):
-                    having = members & holders
-                    if having:
-                        counts = list(had)
-                        counts[tier] += run.blocks
-                        going.append(_Group(having, Warmth(*counts)))
-                        members ^= having
-                if members and had is not _COLD:
-                    found.update(dict.fromkeys(self._named(members), had))
-            groups = going
+        groups: list[_Group] = [((1 << len(self._names)) - 1, [0, 0, 0, 0])]
+        known = self._known
+        for blocks, mask in runs:
+            by_tier = known.get(mask) or self._tiers(mask)
+            if len(groups) == 1:  # mostly all of them go on, and nothing is to be parted
+                members, had = groups[0]
+                if members & by_tier[0] == members:
+                    had[0] += blocks
+                    continue
+            groups = self._parted(found, groups, blocks, by_tier)
             if not groups:
                 break
         for members, had in groups:
-            if had is not _COLD:
-                found.update(dict.fromkeys(self._named(members), had))
+            self._end(found, members, had)
         return found
 
-    def _tiers(self, mask: int) -> tuple[int, int, int]:
-        """The candidates that are in a holders' mask, by tier."""
-        known = self._known.get(mask)
-        if known is None:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            vram, host, disk = (
-                _union(members, mask & of_tier)
-                for members, of_tier in zip(self._members, self._masks, strict=True)
-            )
-            known = self._known[mask] = vram, host, disk
+    def _parted(
+        self,
+        found: dict[str, Warmth],
+        groups: Iterable[_Group],
+        blocks: int,
+        by_tier: tuple[int, ...],
+    ) -> list[_Group]:
+        """What becomes of the groups in a run of so many blocks; for some it ends here."""
+        going: list[_Group] = []
+        for members, had in groups:
+            for tier, holders in enumerate(by_tier):
+                having = members & holders
+                if not having:
+                    continue
+                members ^= having
+                more = [*had] if members else had
+                more[tier] += blocks
+                going.append((having, more))
+                if not members:
+                    break
+            else:
+                self._end(found, members, had)
+        return going
+
+    def _end(self, found: dict[str, Warmth], members: int, had: list[int]) -> None:
+        """This is all that these candidates have."""
+        if any(had):
+            found.update(dict.fromkeys(self._named(members), Warmth(*had)))
+
+    def _tiers(self, mask: int) -> tuple[int, ...]:
+        """The candidates that can have what the holders in a mask have, by tier."""
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        owned = [0] * len(OWNED)
+        for bit in bits(mask & self._mask):
+            place, members = self._members[bit]
+            owned[place] |= members
+        known = self._known[mask] = *owned, (-1 if mask & self._shared else 0)
         return known
 
     def _named(self, members: int) -> list[str]:
@@ -107,10 +124,3 @@ class Audience:
             names = [self._names[bit.bit_length() - 1] for bit in bits(members)]
             self._lists[members] = names
         return names
-
-
-def _union(members: Mapping[int, int], mask: int) -> int:
-    union = 0
-    for bit in bits(mask):
-        union |= members[bit]
-    return union

@@ -20,6 +20,7 @@ MAX_BLOCK_TOKENS = 4096
 MAX_BLOCK_NBYTES = 1 << 30
 
 BlockKey = NewType("BlockKey", bytes)  # KEY_NBYTES bytes
+BEGINS = BlockKey(bytes(KEY_NBYTES))  # in place of the block before one that begins a prompt
 Slot = NewType("Slot", int)  # index of one block in a host arena
 
 _ITEMSIZES = {

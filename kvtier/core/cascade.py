@@ -57,7 +57,7 @@ class Cascade(Residency):
         """The store of a lower `tier` has these keys, with their frames' bytes, oldest first.
 
         Beyond the tier's capacity the coldest leave, and what finds no room does not enter.
-        `before` says which block comes before one, where that is known.
+        `before` says which block comes before one; the others begin prompts, unless more is known.
         """
         self._assert_lower(tier)
         copies = self._tiers[tier]
@@ -69,7 +69,7 @@ class Cascade(Residency):
                 continue
             if self._make_room(tier, nbytes):
                 block = self._known(key)
-                block.before = block.before or before.get(key)
+                block.before = before.get(key, block.before)
                 self._place(key, tier, nbytes)
             elif not copies.spec.shared:
                 self._effects.append(Forget(key, tier))

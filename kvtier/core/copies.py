@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.blocks import BEGINS, BlockKey, Slot
 from kvtier.core.effects import Move
 from kvtier.core.policy import Use
 from kvtier.core.shards import KeyMap, Line
@@ -28,7 +28,7 @@ class Block:
     slot: Slot | None = None
     move: Move | None = None  # a copy down, at most one under way
     undrained_in: int | None = None  # the tier in whose `undrained` order it stands
-    before: BlockKey | None = None  # the block before it on the path that brought it, if known
+    before: BlockKey = BEGINS  # the block before it on the path that brought it
 
 
 class Aside(NamedTuple):

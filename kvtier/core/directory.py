@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from kvtier.core.audience import OWNED, Audience, Warmth
-from kvtier.core.blocks import KEY_NBYTES, BlockKey
+from kvtier.core.blocks import BEGINS, KEY_NBYTES, BlockKey
 from kvtier.core.strips import StripIndex
 from kvtier.core.tiers import Tier
 
@@ -30,12 +30,14 @@ Steps = Iterator[None]
 
 
 class Told(NamedTuple):
-    """Some blocks in one tier."""
+    """Some blocks in one tier, each of which follows the one before it in a prompt.
+
+    Of blocks that are removed nothing of the kind is said.
+    """
 
     tier: Tier
     packed: bytes  # keys of 16 bytes, one after the other
-    ordered: bool = False  # each is known to follow the one before it in a prompt
-    before: BlockKey | None = None  # of those that are ordered: the block before the first
+    before: BlockKey = BEGINS  # the block before the first
 
 
 class _Source:
@@ -165,16 +167,12 @@ class Directory:
             known.live = False
 
     def tidy(self) -> bool:
-        """A short step of what can wait; whether there is more.
-
-        Gives back what sources that are gone took, and joins what a look-up found in pieces.
-        """
+        """Give back a little of what sources that are gone took; whether there may be more."""
         if self._dying:
             slot = self._dying[0]
             if not any(self._strips.drop(_bit(slot, tier), _DROP) for tier in OWNED):
                 self._free.append(self._dying.popleft())
-            return True
-        return self._strips.gather()
+        return bool(self._dying)
 
     def position(self, source: str) -> tuple[int, int] | None:
         """The epoch and the number of the last word of a live source; None for any other."""
@@ -278,13 +276,13 @@ class Directory:
         yield from self._add(known, slot, added)
 
     def _add(self, to: _Source | Filling, slot: int, held: Iterable[Told]) -> Steps:
-        for tier, packed, ordered, told_before in held:
+        for tier, packed, told_before in held:
             before, holder = told_before, _bit(slot, tier)
             for at in range(0, len(packed), STEP * KEY_NBYTES):
                 if to.slot != slot:  # gone meanwhile
                     return
                 part = packed[at : at + STEP * KEY_NBYTES]
-                self._strips.add(part, holder, before, ordered=ordered)
+                self._strips.add(part, holder, before)
                 if holder == _SHARED:
                     self._strips.trim(self._max_shared)
                 before = BlockKey(part[-KEY_NBYTES:])

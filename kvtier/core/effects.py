@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.blocks import BEGINS, BlockKey, Slot
 
 HOST = 0  # index of the host tier in a ledger's list of tiers; further down means a higher index
 
@@ -11,14 +11,14 @@ class Move(NamedTuple):
     """Copy one block from tier `source` to tier `target`, then report it by `Ledger.moved`.
 
     `slot` is the block's place in the arena when `source` or `target` is the host tier; it stays
-    the move's own until the report. `before` is the block before it, where a copy down knows it.
+    the move's own until the report. `before` is, of a copy down, the block before it.
     """
 
     key: BlockKey
     source: int
     target: int
     slot: Slot | None
-    before: BlockKey | None = None
+    before: BlockKey = BEGINS
 
 
 class Forget(NamedTuple):

@@ -52,7 +52,8 @@ class Ledger(Leases):
     """The blocks of one layout on one node, and the leases on them.
 
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
-    are named by their index in that list. A path is a prompt's keys from its first block on.
+    are named by their index in that list. A path is a prompt's keys from its first block on; of one
+    that begins later, the first block is told to begin a prompt where no other word is known.
     `left` is where clients see which slots blocks have left, if they do: see `SlotTable`.
 
     `read`, `write`, `commit`, `put`, `release`, `settle` and `moved` take time in proportion to
@@ -69,7 +70,7 @@ class Ledger(Leases):
         return block is not None and block.slot is not None
 
     def before(self, key: BlockKey) -> BlockKey | None:
-        """The block before `key` in a prompt, if both that and the block are known."""
+        """The block before `key` in its prompt, or BEGINS; None where `key` is not known."""
         block = self._blocks.get(key)
         return block.before if block is not None else None
 
@@ -140,7 +141,8 @@ class Ledger(Leases):
         for key, slot, index in zip(lease.keys, lease.slots, lease.indexes, strict=True):
             block = self._known(key)
             block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
-            block.before = keys[index - 1] if index else None
+            if index:
+                block.before = keys[index - 1]
         return lease
 
     def _absent(self, keys: Sequence[BlockKey], first: int) -> dict[BlockKey, int]:
@@ -198,7 +200,9 @@ class Ledger(Leases):
         filled = [slots[index - first] for index in absent.values()]
         for (key, index), slot in zip(absent.items(), filled, strict=True):
             block = self._known(key)
-            block.slot, block.before = slot, keys[index - 1] if index else None
+            block.slot = slot
+            if index:
+                block.before = keys[index - 1]
         mine.difference_update(filled, aside)
         self._on_credit(mine, fresh)
         self._end_credit(client)
@@ -308,7 +312,8 @@ class Ledger(Leases):
             elif not self._load(key, pinned):
                 break
             self._add(lease, key)
-            self._blocks[key].before = lease.path[index - 1] if index else None
+            if index:
+                self._blocks[key].before = lease.path[index - 1]
         self._unpin(pinned)
 
     def _readable_in(self, key: BlockKey) -> int | None:

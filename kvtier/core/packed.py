@@ -26,27 +26,30 @@ def distinct(packed: bytes) -> tuple[bytes, Prints]:
     return b"".join(by_print[each] for each in found), found
 
 
-def overlap(held: bytes, packed: bytes, i: int) -> tuple[int, int] | None:
-    """Where in `held` the block at `i` and those after it lie, in the same order or backwards."""
-    key = packed[i * KEY_NBYTES : (i + 1) * KEY_NBYTES]
+def place(held: bytes, packed: bytes, i: int) -> int | None:
+    """Where in `held` the block at `i` lies, if it does."""
+    key = _key(packed, i)
     at = held.find(key)
     while at % KEY_NBYTES and at > 0:
         at = held.find(key, at + 1)
-    if at < 0:
+    return None if at < 0 else at // KEY_NBYTES
+
+
+def either_way(held: bytes, packed: bytes, i: int) -> tuple[int, int] | None:
+    """Where in `held` the block at `i` and those after it lie, in the same order or backwards.
+
+    What leaves a tier is told so: a prompt's deep end first.
+    """
+    start = place(held, packed, i)
+    if start is None:
         return None
-    start = at // KEY_NBYTES
     size = len(held) // KEY_NBYTES
-    if start == size - 1:
-        back, end = 1, min(size, len(packed) // KEY_NBYTES - i)
-        while back < end and has(held, start - back, packed, i + back):
-            back += 1
-        return size - back, size
-    return start, start + common(held, start, packed, i)
-
-
-def has(held: bytes, at: int, packed: bytes, i: int) -> bool:
-    """Whether the block at `at` of `held` is the one at `i`."""
-    return _key(held, at) == _key(packed, i)
+    if start < size - 1:
+        return start, start + common(held, start, packed, i)
+    back, end = 1, min(size, len(packed) // KEY_NBYTES - i)
+    while back < end and _key(held, start - back) == _key(packed, i + back):
+        back += 1
+    return size - back, size
 
 
 def _key(packed: bytes, i: int) -> bytes:

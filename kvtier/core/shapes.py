@@ -8,19 +8,21 @@ from kvtier.core.table import NEW, SHARD_OF, IntSet, Order, print_at, prints, sh
 
 MAX_STRIP: Final = 512  # blocks
 _FULL: Final = MAX_STRIP * KEY_NBYTES
+_MAX_MASKS: Final = 4096  # sets of holders of which all strips have the same int
 
 
 class Strip:
     """Some blocks that the holders in `mask` have: never empty, never without a holder."""
 
-    __slots__ = ("age", "before", "handle", "mask", "ordered", "packed")
+    __slots__ = ("age", "before", "handle", "mask", "packed", "then")
 
-    def __init__(self, handle: int, packed: bytes, mask: int, ordered: bool) -> None:
+    def __init__(self, handle: int, packed: bytes, mask: int) -> None:
         self.handle = handle  # where it stands in the list of all strips
         self.packed = packed  # the keys, one after the other
         self.mask = mask
-        self.ordered = ordered  # each block is known to follow the one before it
-        self.before: int | None = None  # fingerprint of the block before the first, if known
+        self.before: int | None = None  # fingerprint of the block before the first, if any
+        # One that follows it, if any: a guess, good until its keys say otherwise.
+        self.then: Strip | None = None
         self.age = NEW  # in the order of those that `ranked` has
 
     def __len__(self) -> int:
@@ -37,6 +39,7 @@ class Strips:
         self._strips: list[Strip | None] = []  # by handle
         self._free: list[int] = []  # handles
         self._held: dict[int, IntSet] = {}  # handles by holder
+        self._masks: dict[int, int] = {}  # by itself: one int for all strips with these holders
         self._order = Order()  # handles of those that one holder has
 
     def _find(self, packed: bytes, i: int) -> Strip | None:
@@ -50,22 +53,30 @@ class Strips:
         assert strip is not None
         return strip
 
-    def _make(self, packed: bytes, mask: int, ordered: bool) -> Strip:
+    def _make(self, packed: bytes, mask: int) -> Strip:
         handle = self._free.pop() if self._free else len(self._strips)
-        strip = Strip(handle, packed, mask, ordered)
+        strip = Strip(handle, packed, mask)
         if handle < len(self._strips):
             self._strips[handle] = strip
         else:
             self._strips.append(strip)
         return strip
 
+    def _turn(self, strip: Strip, holder: int) -> None:
+        """`holder`, which had the strip, has it no more, or the other way round."""
+        if len(self._masks) >= _MAX_MASKS:
+            self._masks.clear()
+        mask = strip.mask ^ holder
+        strip.mask = self._masks.setdefault(mask, mask)
+
     def _free_handle(self, strip: Strip) -> None:
         self._follow(strip, None)
+        strip.packed, strip.then = b"", None  # some strip may still take it for the one behind it
         self._strips[strip.handle] = None
         self._free.append(strip.handle)
 
     def _follow(self, strip: Strip, before: int | None) -> None:
-        """`strip` follows another block than it did, or nobody knows which."""
+        """`strip` follows another block than it did, or none."""
         if strip.before is not None:
             shard = self._after[strip.before >> SHARD_OF]
             if shard.get(strip.before) == strip.handle:
@@ -74,33 +85,35 @@ class Strips:
         if before is not None:
             self._after[before >> SHARD_OF][before] = strip.handle
 
-    def _tail(self, before: int | None, mask: int, room: int) -> Strip | None:
-        """The strip that ends with this block, if it has these holders and takes `room` blocks."""
+    def _ending(self, before: int | None) -> Strip | None:
+        """The strip that ends with this block."""
         handle = None if before is None else self._of[before >> SHARD_OF].get(before)
         if handle is None:
             return None
         strip = self._strip(handle)
-        nbytes = len(strip.packed)
-        if strip.mask != mask or nbytes + room * KEY_NBYTES > _FULL:
-            return None
-        return strip if print_at(strip.packed, nbytes) == before else None
+        return strip if print_at(strip.packed, len(strip.packed)) == before else None
 
-    def _settle(self, strip: Strip) -> Strip:
-        """Join it with the strips before and after it, if they have the same holders."""
-        before = self._tail(strip.before, strip.mask, len(strip))
-        if before is not None and before is not strip:
-            strip = self._join(before, strip)
+    def _settle(self, strip: Strip) -> None:
+        """Tie it to the strips before and after it; join those that have the same holders."""
+        before = self._ending(strip.before)
+        if before is not None:
+            strip = self._tie(before, strip)
         end = print_at(strip.packed, len(strip.packed))
         handle = self._after[end >> SHARD_OF].get(end)
         if handle is not None:
-            after = self._strip(handle)
-            fits = len(strip.packed) + len(after.packed) <= _FULL
-            if after.mask == strip.mask and fits and after is not strip:
-                strip = self._join(strip, after)
-        return strip
+            self._tie(strip, self._strip(handle))
+
+    def _tie(self, first: Strip, then: Strip) -> Strip:
+        """`then` follows `first`; the one in which its blocks are now."""
+        if first is then:
+            return then
+        if first.mask == then.mask and len(first.packed) + len(then.packed) <= _FULL:
+            return self._join(first, then)
+        first.then = then
+        return then
 
     def _join(self, first: Strip, then: Strip) -> Strip:
-        """Make one of two strips; the longer stays, so that the fewest blocks are told."""
+        """Make one of two strips; the longer stays, so that the fewest blocks move."""
         packed = first.packed + then.packed
         stays, goes = (first, then) if len(first) >= len(then) else (then, first)
         of, handle = self._of, stays.handle
@@ -110,56 +123,44 @@ class Strips:
             self._held[holder].remove(goes.handle)
         if goes.age != NEW:
             self._order.remove(goes.handle, goes.age)
-        before = first.before
+        before, behind = first.before, then.then
         self._follow(then, None)
         self._free_handle(goes)
         if stays is then:
             self._follow(stays, before)
-        stays.packed = packed
-        stays.ordered = first.ordered and then.ordered
+        stays.packed, stays.then = packed, behind
         return stays
 
     def _carve(self, strip: Strip, start: int, stop: int) -> Strip:
-        """A strip with just these blocks; the rest becomes others, or stays in `strip`.
-
-        The longer part keeps the strip. What was before and after the blocks stays together where
-        the strip was not in order anyway.
-        """
-        if strip.ordered:
-            if stop < len(strip):
-                strip, _ = self._cut(strip, stop)
-            if start:
-                _, strip = self._cut(strip, start)
-            return strip
-        size = len(strip)
-        if stop - start == size:
-            return strip
-        first, last = start * KEY_NBYTES, stop * KEY_NBYTES
-        packed = strip.packed
-        inside, outside = packed[first:last], packed[:first] + packed[last:]
-        if 2 * (stop - start) >= size:
-            self._move(strip, inside, outside)
-            return strip
-        return self._move(strip, outside, inside)
+        """A strip with just these blocks; those before and after them become others."""
+        if stop < len(strip):
+            strip, _ = self._cut(strip, stop)
+        if start:
+            _, strip = self._cut(strip, start)
+        return strip
 
     def _cut(self, strip: Strip, at: int) -> tuple[Strip, Strip]:
-        """The strip as two, the second of which follows the first."""
+        """The strip as two, the second of which follows the first; the longer stays what it is."""
         packed = strip.packed
         first, then = packed[: at * KEY_NBYTES], packed[at * KEY_NBYTES :]
         middle = print_at(packed, at * KEY_NBYTES)
         if len(first) >= len(then):
             part = self._move(strip, first, then)
             self._follow(part, middle)
+            part.then, strip.then = strip.then, part
             return strip, part
         before = strip.before
         part = self._move(strip, then, first)
         self._follow(strip, middle)
         self._follow(part, before)
+        part.then = strip
+        if (last := self._ending(before)) is not None:
+            last.then = part
         return part, strip
 
     def _move(self, strip: Strip, stays: bytes, goes: bytes) -> Strip:
         """Give the blocks `goes` of `strip` to one of their own, with the same holders."""
-        part = self._make(goes, strip.mask, strip.ordered)
+        part = self._make(goes, strip.mask)
         strip.packed = stays
         of, handle = self._of, part.handle
         for each in prints(goes):

@@ -1,42 +1,30 @@
 """Which blocks are held by whom, kept by runs of blocks rather than block by block.
 
-A strip is some blocks that the same holders have, in the order of a prompt wherever that is known.
-A look-up finds the strip of a prompt's first block and compares the rest of it in one step; it
-touches a hash table once a strip, not once a block, which is what a look-up in a large table costs.
-Nothing depends on the order but speed: every block of an answer was compared with the prompt's
-key. (The edges of a radix tree are kept so in SGLang's RadixAttention; there is no tree here, as a
-block's key names all of its prefix.)
+A strip is some blocks of a prompt, one after the other, that the same holders have. A look-up finds
+the strip of a prompt's first block and compares the rest of it in one step; most strips know one
+that follows them, so that a hash table is touched where prompts part, not once a block, which is
+what a look-up in a large table costs. Nothing depends on the order but speed: every block of an
+answer was compared with the prompt's key. (The edges of a radix tree are kept so in SGLang's
+RadixAttention; there is no tree here, as a block's key names all of its prefix.)
 
 Strips grow as their blocks are told: whoever tells of some says which block comes before them,
 and whenever two strips follow each other and have the same holders they become one, the shorter
-moved to the longer, whichever came first. So a block moves at most log2(MAX_STRIP) times. What was
-told without an order is joined along the first prompt that is looked up, in steps, afterwards.
+moved to the longer, whichever came first. So a block moves at most log2(MAX_STRIP) times.
 
 Memory: a block takes 80 to 105 bytes (its entry in the table, 28 to 54 as that is just grown or
-full; the fingerprint there, 32; its key in a strip, 16), a strip about 250 and 60 for each of its
+full; the fingerprint there, 32; its key in a strip, 16), a strip about 260 and 60 for each of its
 holders, whatever its length. Two blocks with one fingerprint (2^-60 for any two) are not both
 known: the later one counts as held by nobody.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Final, NamedTuple
 
-from kvtier.core.blocks import KEY_NBYTES, BlockKey
-from kvtier.core.packed import common, distinct, has, overlap, unpack
+from kvtier.core.blocks import BEGINS, KEY_NBYTES, BlockKey
+from kvtier.core.packed import common, distinct, either_way, place
 from kvtier.core.shapes import MAX_STRIP, Strip, Strips, bits
 from kvtier.core.table import NEW, SHARD_OF, IntSet, Prints, print_at, prints
 
-_RAGGED: Final = 8  # strips in a row that one look-up takes before they are worth joining
-_MAX_RAGGED: Final = 16  # prompts that wait to be joined
-_GATHER: Final = 32  # strips joined in one step
-
-
-class Run(NamedTuple):
-    """So many blocks of a prompt in a row that the holders in `mask` have."""
-
-    blocks: int
-    mask: int
+Run = tuple[int, int]  # so many blocks of a prompt in a row, and the mask of those that have them
 
 
 class StripIndex(Strips):
@@ -52,7 +40,6 @@ class StripIndex(Strips):
         self._ranked = ranked
         self._counts: dict[int, int] = {}
         self._blocks = 0
-        self._ragged: deque[tuple[bytes, int]] = deque()  # prompts, and how far they are joined
 
     def __len__(self) -> int:
         """Blocks that anybody holds."""
@@ -62,30 +49,27 @@ class StripIndex(Strips):
         """Blocks of one holder."""
         return self._counts.get(holder, 0)
 
-    def add(
-        self, packed: bytes, holder: int, before: BlockKey | None = None, *, ordered: bool = False
-    ) -> None:
-        """`holder` has these blocks from now on.
+    def add(self, packed: bytes, holder: int, before: BlockKey) -> None:
+        """`holder` has these blocks of a prompt, in its order, from now on.
 
-        If `ordered` each follows the one before it in a prompt, and the first follows `before`.
-        Else they go where `before` is, as nothing better is known.
+        The first follows `before`, or BEGINS the prompt.
         """
         packed, found = distinct(packed)
         of, i, n = self._of, 0, len(found)
-        last = None if before is None else print_at(before, KEY_NBYTES)
+        last = None if before == BEGINS else print_at(before, KEY_NBYTES)
         while i < n:
             handle = of[found[i] >> SHARD_OF].get(found[i])
             if handle is None:
-                i = self._enter(packed, found, i, holder, last, ordered)
+                i = self._enter(packed, found, i, holder, last)
             else:
                 strip = self._strip(handle)
-                place = overlap(strip.packed, packed, i)
-                if place is None:
+                start = place(strip.packed, packed, i)
+                if start is None:
                     i += 1
                 else:
-                    known = ordered and has(strip.packed, place[0], packed, i)
-                    i += place[1] - place[0]
-                    self._share(strip, *place, holder, last if known else None, known)
+                    stop = start + common(strip.packed, start, packed, i)
+                    i += stop - start
+                    self._share(strip, start, stop, holder, last)
             last = found[i - 1]
 
     def discard(self, packed: bytes, holder: int) -> None:
@@ -95,13 +79,13 @@ class StripIndex(Strips):
         while i < n:
             handle = self._of[found[i] >> SHARD_OF].get(found[i])
             strip = None if handle is None else self._strip(handle)
-            place = None if strip is None else overlap(strip.packed, packed, i)
-            if strip is None or place is None:
+            part = None if strip is None else either_way(strip.packed, packed, i)
+            if strip is None or part is None:
                 i += 1
                 continue
-            i += place[1] - place[0]
+            i += part[1] - part[0]
             if strip.mask & holder:
-                self._release(strip, *place, holder)
+                self._release(strip, *part, holder)
 
     def drop(self, holder: int, blocks: int) -> bool:
         """Take about so many blocks from `holder`, whichever; whether it has more."""
@@ -122,23 +106,46 @@ class StripIndex(Strips):
         Those of `ranked` become its warmest, the first of them most.
         """
         runs: list[Run] = []
-        strips = self._walk(keys)
-        blocks = mask = 0
-        for matched, strip in strips:
-            if strip.mask != mask:
+        packed = b"".join(keys)
+        at, end, blocks, mask = 0, len(packed), 0, 0
+        ranked: list[Strip] = []
+        strip: Strip | None = None
+        while at < end:
+            then = None if strip is None else strip.then
+            if then is not None and packed.startswith(then.packed, at) and then.packed:
+                strip = then
+                size = len(strip.packed) // KEY_NBYTES
+            else:
+                strip, size = self._meet(packed, at // KEY_NBYTES)
+                if strip is None:
+                    break
+            at += size * KEY_NBYTES
+            if strip.mask == mask:
+                blocks += size
+            else:
                 if blocks:
-                    runs.append(Run(blocks, mask))
-                blocks, mask = 0, strip.mask
-            blocks += matched
+                    runs.append((blocks, mask))
+                blocks, mask = size, strip.mask
+            if strip.age != NEW:
+                ranked.append(strip)
         if blocks:
-            runs.append(Run(blocks, mask))
-        if len(strips) > _RAGGED and len(self._ragged) < _MAX_RAGGED:
-            self._ragged.append((b"".join(keys), 0))
-        if self._order:
-            for _, strip in reversed(strips):
-                if strip.age != NEW:
-                    strip.age = self._order.touch(strip.handle, strip.age)
+            runs.append((blocks, mask))
+        for strip in reversed(ranked):
+            strip.age = self._order.touch(strip.handle, strip.age)
         return runs
+
+    def _meet(self, packed: bytes, i: int) -> tuple[Strip | None, int]:
+        """The strip that the block at `i` is in, and with how many it goes on there."""
+        strip = self._find(packed, i)
+        if strip is None:
+            return None, 0
+        held = strip.packed
+        if packed.startswith(held, i * KEY_NBYTES):
+            return strip, len(strip)
+        start = place(held, packed, i)
+        if start is None:
+            return None, 0  # another has its fingerprint
+        return strip, common(held, start, packed, i)
 
     def trim(self, limit: int) -> None:
         """Forget the coldest blocks of `ranked`, until it has at most `limit`."""
@@ -146,22 +153,6 @@ class StripIndex(Strips):
             strip = self._strip(self._order.first())
             size = len(strip)
             self._release(strip, max(0, size - excess), size, self._ranked)
-
-    def gather(self) -> bool:
-        """Join some strips of a prompt that was found in many pieces; whether there are more."""
-        if not self._ragged:
-            return False
-        packed, i = self._ragged.popleft()
-        for _ in range(_GATHER):
-            if i * KEY_NBYTES >= len(packed):
-                break
-            size = self._align(packed, i)
-            if not size:
-                break
-            i += size
-        else:
-            self._ragged.appendleft((packed, i))
-        return bool(self._ragged)
 
     def check(self) -> None:
         """Every invariant; for tests."""
@@ -173,6 +164,8 @@ class StripIndex(Strips):
             assert self._strips[strip.handle] is strip
             assert 1 <= len(strip) <= MAX_STRIP
             assert strip.mask
+            then = strip.then
+            assert then is None or not then.packed or self._strips[then.handle] is then
             for each in prints(strip.packed):
                 assert self._of[each >> SHARD_OF][each] == strip.handle
             held = [holder for holder, handles in self._held.items() if strip.handle in handles]
@@ -183,41 +176,13 @@ class StripIndex(Strips):
         for shard in self._after:
             assert all(self._strip(each).before == before for before, each in shard.items())
 
-    def _walk(self, keys: Sequence[BlockKey]) -> list[tuple[int, Strip]]:
-        """The strips that the prompt goes through, and how many blocks it has of each."""
-        i, n = 0, len(keys)
-        strips: list[tuple[int, Strip]] = []
-        strip = self._find(keys[0], 0) if n else None
-        packed = b"" if strip is None else b"".join(keys)
-        while strip is not None:
-            following = None
-            if packed.startswith(strip.packed, i * KEY_NBYTES):
-                matched = len(strip.packed) // KEY_NBYTES
-            elif strip.packed.startswith(keys[i]):
-                matched = common(strip.packed, 0, packed, i)
-            else:  # in the middle: worth a search for the place only if the next is there, too
-                matched = 1
-                following = self._find(packed, i + 1) if i + 1 < n else None
-                if following is strip or strip.packed.find(keys[i]) < 0:
-                    place = overlap(strip.packed, packed, i)
-                    if place is None:
-                        break
-                    matched, following = place[1] - place[0], None
-            strips.append((matched, strip))
-            i += matched
-            strip = following or (self._find(packed, i) if i < n else None)
-        return strips
-
-    def _enter(
-        self, packed: bytes, found: Prints, i: int, holder: int, before: int | None, ordered: bool
-    ) -> int:
+    def _enter(self, packed: bytes, found: Prints, i: int, holder: int, before: int | None) -> int:
         """Blocks from `i` on that nobody has, up to one that somebody has: where that is."""
-        tail = self._tail(before, holder, 1)
-        strip = tail if tail is not None and tail.ordered is ordered else None
-        new = strip is None
-        if strip is None:
-            strip = self._make(b"", holder, ordered)
-            self._follow(strip, before if ordered else None)
+        strip = self._ending(before)
+        new = strip is None or strip.mask != holder or len(strip) >= MAX_STRIP
+        if strip is None or new:
+            strip = self._make(b"", holder)
+            self._follow(strip, before)
         end = min(len(found), i + MAX_STRIP - len(strip))
         of, handle, j = self._of, strip.handle, i
         while j < end:
@@ -237,17 +202,13 @@ class StripIndex(Strips):
         self._settle(strip)
         return j
 
-    def _share(
-        self, strip: Strip, start: int, stop: int, holder: int, before: int | None, ordered: bool
-    ) -> None:
-        """`holder` has these blocks of a strip, too; `ordered` if they are and follow `before`."""
+    def _share(self, strip: Strip, start: int, stop: int, holder: int, before: int | None) -> None:
+        """`holder` has these blocks of a strip, too, which follow `before`."""
         if not strip.mask & holder:
             part = self._carve(strip, start, stop)
-            if ordered:
-                part.ordered = True
-                if before is not None and before != part.before:
-                    self._follow(part, before)
-            part.mask |= holder
+            if before is not None and before != part.before:
+                self._follow(part, before)
+            self._turn(part, holder)
             self._hold(part, holder)
             self._settle(part)
         elif strip.age != NEW and holder == self._ranked:
@@ -271,7 +232,7 @@ class StripIndex(Strips):
     def _left(self, strip: Strip, blocks: int, holder: int) -> None:
         """`holder`, in whose set it is no longer, has not this strip any more."""
         self._counts[holder] -= blocks
-        strip.mask ^= holder
+        self._turn(strip, holder)
         if holder == self._ranked:
             self._order.remove(strip.handle, strip.age)
             strip.age = NEW
@@ -282,18 +243,3 @@ class StripIndex(Strips):
             del self._of[each >> SHARD_OF][each]
         self._blocks -= blocks
         self._free_handle(strip)
-
-    def _align(self, packed: bytes, i: int) -> int:
-        """Put the blocks from `i` on that lie together behind the one before; how many."""
-        strip = self._find(packed, i)
-        place = None if strip is None else overlap(strip.packed, packed, i)
-        if strip is None or place is None:
-            return 0
-        part = self._carve(strip, *place)
-        size = len(part)
-        if not has(part.packed, 0, packed, i):
-            part.packed = b"".join(reversed(unpack(part.packed)))
-        part.ordered = True
-        self._follow(part, print_at(packed, i * KEY_NBYTES) if i else None)
-        self._settle(part)
-        return size

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.policy import LRU, NO_USE, Learning, PolicyFactory, Use
 from kvtier.core.shards import KeyMap
 from kvtier.core.tiers import Tier
@@ -27,7 +27,7 @@ class Changes:
 
     added: tuple[BlockKey, ...] = ()
     removed: tuple[BlockKey, ...] = ()
-    before: tuple[BlockKey | None, ...] = ()  # the block before each of `added`; None: the first
+    before: tuple[BlockKey, ...] = ()  # the block before each of `added`, or BEGINS
 
 
 @dataclass(slots=True)
@@ -167,7 +167,7 @@ class BlockPool:
         return Changes(
             added,
             tuple(key for key, held in changes.items() if not held),
-            tuple(self._blocks[key].parent for key in added),
+            tuple(self._blocks[key].parent or BEGINS for key in added),
         )
 
     def check(self) -> None:

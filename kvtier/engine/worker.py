@@ -56,7 +56,7 @@ class WorkerServicer(MuxedServicer):
         self._pulls = bool(config.worker.socket)  # or there is nobody to ask
         self._loop = loop
         # As far as the feed was told, each with the block before it.
-        self._held: dict[BlockKey, BlockKey | None] = {}
+        self._held: dict[BlockKey, BlockKey] = {}
         self._loaded = loaded
         self._loads_all = config.worker.loads == "always"
         self.feed = FeedServicer(

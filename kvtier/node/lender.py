@@ -23,7 +23,7 @@ from kvtier import metrics
 from kvtier.codec import frame
 from kvtier.codec.codecs import RAW
 from kvtier.config import PeersConfig
-from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.blocks import BEGINS, BlockKey, BlockLayout
 from kvtier.core.fidelity import Fidelity
 from kvtier.core.lease import Lease
 from kvtier.errors import ConfigError, RemoteProtocolError, Unauthenticated
@@ -57,6 +57,7 @@ class _Block(NamedTuple):
     """A block as it is to be sent."""
 
     key: BlockKey
+    before: BlockKey
     place: memoryview
     fidelity: Fidelity
 
@@ -285,7 +286,12 @@ class Lender:
             lease = await _now(manager.read(reading))
             while sent < (here := lease.arrived()):
                 blocks = [
-                    _Block(key, manager.arena.slot(lease.slots[n]), manager.lineage.of(key))
+                    _Block(
+                        key,
+                        keys[first + n - 1] if first + n else BEGINS,
+                        manager.arena.slot(lease.slots[n]),
+                        manager.lineage.of(key),
+                    )
                     for n, key in enumerate(lease.keys[sent:here], sent)
                 ]
                 end = lending.pack_end() if last and here == len(lease.keys) else b""
@@ -319,8 +325,8 @@ def _send(
     """Send the blocks, and then `end`; small ones several at a time."""
     buffers: list[Buffer] = []
     nbytes = 0
-    for key, place, fidelity in blocks:
-        header, payload = frame.encode(key, place, layout, RAW, fidelity)
+    for key, before, place, fidelity in blocks:
+        header, payload = frame.encode(key, before, place, layout, RAW, fidelity)
         buffers += [lending.pack_block(header, place.nbytes), payload]
         nbytes += place.nbytes
         if nbytes >= SENT_AT_ONCE:

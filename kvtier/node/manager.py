@@ -13,7 +13,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier import metrics
 from kvtier.arena import Arena
@@ -35,6 +35,7 @@ from kvtier.stores.base import ChainedStore, Store
 
 MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared store
 SCAN_BATCH: Final = 4096
+_STRANGE: Final = "whose frames have a header of another version, or a damaged one"
 
 Changes = Iterable[tuple[Tier, BlockKey, bool]]
 
@@ -89,13 +90,15 @@ class TierManager:
         """Learn what the lower tiers still hold from an earlier life."""
         for tier, lower in enumerate(self.lower, 1):
             try:
-                held, before = await asyncio.to_thread(_scan, lower.store)
+                found = await asyncio.to_thread(_scan, lower.store)
             except StoreUnavailable as error:
                 self._outages.pause(tier, str(error))
                 continue
             self._outages.greet(tier)
+            self._reject(tier, found.strange)
+            held = found.held
             for at in range(0, len(held), SCAN_BATCH):
-                self._ledger.found(tier, held[at : at + SCAN_BATCH], before)
+                self._ledger.found(tier, held[at : at + SCAN_BATCH], found.before)
                 self._carry_out()
                 await asyncio.sleep(0)  # a large disk must not stop the loop
             if held:
@@ -215,24 +218,32 @@ class TierManager:
 
     # --- inside -----------------------------------------------------------------------
 
-    def _to_probe(self, keys: Sequence[BlockKey], first: int) -> Sequence[BlockKey]:
-        """The keys that only the shared store can still have."""
+    def _reject(self, tier: int, strange: Sequence[BlockKey]) -> None:
+        """Give back the room of what a start found and cannot use."""
+        if strange:
+            label = self.lower[tier - 1].tier.label
+            metrics.STRANGE_FRAMES.labels(label).inc(len(strange))
+            log.warning("%s tier: dropped %d blocks, %s", label, len(strange), _STRANGE)
+            self._movers.forget(tier, strange)
+
+    def _to_probe(self, keys: Sequence[BlockKey], first: int) -> range:
+        """Which of the keys only the shared store can still have."""
         if self._shared is None or self._ledger.paused(self._shared):
-            return ()
+            return range(0)
         known: int = first + self._ledger.match(keys[first:]).blocks
-        return keys[known : known + MAX_PROBED]
+        return range(known, min(len(keys), known + MAX_PROBED))
 
     async def _read_slowly(self, asked: Reading) -> Lease:
         start = self._loop.time()
         probed = self._to_probe(asked.keys, asked.first)
         if probed:
-            await self._probe(probed, asked.wait_s)
+            await self._probe(asked.keys, probed, asked.wait_s)
         result = self._begin(asked, max(0.0, asked.wait_s - (self._loop.time() - start)))
         return result if isinstance(result, Lease) else await result
 
-    async def _probe(self, keys: Sequence[BlockKey], wait_s: float) -> None:
-        """Ask the shared store how many of `keys` it has; the ledger learns of them."""
-        shared = self._shared
+    async def _probe(self, path: Sequence[BlockKey], which: range, wait_s: float) -> None:
+        """Ask the shared store how many of these keys it has; the ledger learns of them."""
+        shared, keys = self._shared, path[which.start : which.stop]
         assert shared is not None
         try:
             async with asyncio.timeout(wait_s):
@@ -243,7 +254,8 @@ class TierManager:
             metrics.STORE_ERRORS.labels(self.specs[shared].tier.label).inc()
             self._outages.pause(shared)
             return
-        self._ledger.found(shared, ((key, self.layout.nbytes) for key in keys[:found]))
+        before = {path[index]: path[index - 1] for index in which[:found] if index}
+        self._ledger.found(shared, ((key, self.layout.nbytes) for key in keys[:found]), before)
 
     def _begin(self, asked: Reading, wait_s: float) -> Lease | Coroutine[None, None, Lease]:
         compute, worth = asked.compute, None
@@ -360,6 +372,16 @@ class TierManager:
             self._at_rest.set()
 
 
-def _scan(store: Store) -> tuple[list[tuple[BlockKey, int]], Mapping[BlockKey, BlockKey]]:
-    held = list(store.scan())
-    return held, store.take_before() if isinstance(store, ChainedStore) else {}
+class _Found(NamedTuple):
+    """What a store held at the start: what it can tell the order of, and the rest."""
+
+    held: list[tuple[BlockKey, int]]
+    before: Mapping[BlockKey, BlockKey]
+    strange: list[BlockKey]
+
+
+def _scan(store: Store) -> _Found:
+    before = store.take_before() if isinstance(store, ChainedStore) else {}
+    found = list(store.scan())
+    held = [each for each in found if each[0] in before]
+    return _Found(held, before, [key for key, _ in found if key not in before])

@@ -319,13 +319,12 @@ class Movers:
         if target.tuner is not None:
             assert batch[0].slot is not None
             target.tuner.offer(self._arena.slot(batch[0].slot))
-        codec, shared = target.codec_in_use, self._shared(batch[0].target)
+        codec = target.codec_in_use
         frames: dict[BlockKey, _Frame] = {}
         for move in batch:
             assert move.slot is not None
             block, fidelity = self._arena.slot(move.slot), self._lineage.of(move.key)
-            before = None if shared else move.before
-            parts = frame.encode(move.key, block, self._layout, codec, fidelity, before)
+            parts = frame.encode(move.key, move.before, block, self._layout, codec, fidelity)
             frames[move.key] = _Frame(parts, fidelity or not codec.exact)
             metrics.ENCODED_BLOCKS.labels(target.tier.label, frame.codec_of(parts).name).inc()
         return frames
@@ -342,6 +341,5 @@ class Movers:
             except CorruptFrame:
                 metrics.CORRUPT_FRAMES.labels(source.tier.label).inc()
                 continue
-            parts = frame.unlinked(raw) if self._shared(move.target) else [raw]
-            frames[move.key] = _Frame(parts, info.fidelity)
+            frames[move.key] = _Frame([raw], info.fidelity)
         return frames

@@ -101,7 +101,8 @@ class FeedReader:
 
     def _delta(self, message: feed_pb2.FeedMessage) -> Steps:
         self._expect(message.seq, self._seq + 1)
-        added, removed = self._parse(message.delta.added), self._parse(message.delta.removed)
+        added = self._parse(message.delta.added)
+        removed = self._parse(message.delta.removed, gone=True)
         self._count(message.delta.added)
         steps = self._directory.delta(self._source, self.epoch, message.seq, added, removed)
         assert steps is not None, f"{self._source}: the directory knows of another stream"
@@ -118,8 +119,8 @@ class FeedReader:
         if self._blocks > MAX_BLOCKS:
             raise RemoteProtocolError(f"feed: more than {MAX_BLOCKS} blocks held")
 
-    def _parse(self, parts: Iterable[feed_pb2.TierKeys]) -> Iterator[Told]:
-        return chain.from_iterable([hear(part, self._tiers) for part in parts])
+    def _parse(self, parts: Iterable[feed_pb2.TierKeys], *, gone: bool = False) -> Iterator[Told]:
+        return chain.from_iterable([hear(part, self._tiers, gone=gone) for part in parts])
 
 
 def _blocks(parts: Iterable[feed_pb2.TierKeys]) -> int:

@@ -31,6 +31,7 @@ from kvtier.wire.rpc import line_of, parsed
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
+_SLOWEST: Final = 3  # tries in vain after which the pause grows no more
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MOST_WAITING: Final = float(1 << 63)  # tokens; `Terms` has 64 bits for them
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
@@ -115,6 +116,7 @@ class Link:
         self._closing: set[asyncio.Task[None]] = set()
         self._fed = False  # its feed has told what it holds, in this life
         self._silent = False  # its feed has said nothing for `stale_s`
+        self._refused = ""  # why its feed was, last time
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -175,7 +177,8 @@ class Link:
                 await self._watch(self.channel)
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
-                log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
+                if str(gap) != self._refused:
+                    log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
                 if not gap.replay:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
@@ -267,7 +270,7 @@ class Link:
                 except FeedGap:
                     raise
                 except RemoteProtocolError as error:
-                    raise FeedGap(str(error)) from None
+                    raise self._broken(error) from None
                 await context.pace.through(steps)
                 if reader.heartbeat is not None:
                     self._beat(reader.heartbeat)
@@ -281,6 +284,17 @@ class Link:
         finally:
             call.cancel()
             reader.close()
+
+    def _broken(self, error: RemoteProtocolError) -> FeedGap:
+        """Whoever breaks the protocol will do so again: said once, and asked ever more rarely."""
+        gap = FeedGap(str(error))
+        if str(gap) == self._refused:
+            self._tries = max(self._tries, _SLOWEST)
+        else:
+            log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
+            self._refused = str(gap)
+        self._settle()  # nobody else waits for it
+        return gap
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
         """The next message; after `stale_s` of silence what is known is no longer trusted.

@@ -79,10 +79,16 @@ class PlacingStore(Store, Protocol):
 
 @runtime_checkable
 class ChainedStore(Store, Protocol):
-    """A store that can say how the blocks that `scan` tells of follow each other."""
+    """A store that can say how the blocks that `scan` tells of follow each other.
+
+    Only what such a store held before it was opened is used again.
+    """
 
     def take_before(self) -> Mapping[BlockKey, BlockKey]:
-        """The block before each one whose frame names it, as found at the start; told once."""
+        """The block before each, by the headers of their frames, as found at the start; told once.
+
+        Those that are missing have a header that is damaged, or of another version.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import grpc
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
-from kvtier.wire.chains import Before, in_chains, tell
+from kvtier.wire.chains import Before, in_chains, tell, tell_gone
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 from kvtier.wire.rpc import KEYS_PER_MESSAGE
 
@@ -30,14 +30,14 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
     """Serves kvtier.v1.Feed for one source. Lives on one loop; `changed` is called on it.
 
     `held` gives the whole residency at the moment of the call, which stays as it is; `heartbeat`
-    the source's state; `before` the block before another in a prompt, where that is known.
+    the source's state; `before` the block before one that is held, in its prompt.
     """
 
     def __init__(
         self,
         held: Callable[[], Residency],
         heartbeat: Callable[[], feed_pb2.Heartbeat],
-        before: Before = lambda key: None,
+        before: Before,
     ) -> None:
         self.epoch = secrets.randbits(63) | 1
         self._held = held
@@ -80,7 +80,7 @@ class FeedServicer(feed_pb2_grpc.FeedServicer):
                     for tier, keys in _by_tier(key for key, held in piece if held).items()
                 ],
                 removed=[
-                    tell(tier, keys, _unknown)
+                    tell_gone(tier, keys)
                     for tier, keys in _by_tier(key for key, held in piece if not held).items()
                 ],
             )
@@ -181,7 +181,3 @@ def _by_tier(pairs: Iterable[tuple[Tier, BlockKey]]) -> dict[Tier, list[BlockKey
     for tier, key in pairs:
         grouped.setdefault(tier, []).append(key)
     return grouped
-
-
-def _unknown(key: BlockKey) -> None:
-    """Nobody needs to know what was before a block that is gone."""

@@ -14,7 +14,7 @@ its disk; fewer come where there are fewer. A head has HEAD_NBYTES bytes:
     offset  bytes
          0      4  kind: BLOCK, END, BUSY or REFUSED
          4      4  bytes that follow: of the block, or of a text in UTF-8
-         8     64  of a BLOCK the header of its frame (kvtier/codec/frame.py), raw codec; else 0
+         8     80  of a BLOCK the header of its frame (kvtier/codec/frame.py), raw codec; else 0
 
 Numbers are little-endian. After END and BUSY the next request may come, REFUSED is the last word.
 """
@@ -29,7 +29,7 @@ from kvtier.errors import RemoteProtocolError
 from kvtier.wire import local
 from kvtier.wire.local import Value
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_BLOCKS: Final = 256  # of one request
 MAX_HELLO: Final = 8 << 10  # bytes of either side's first message: a token has at most 4 KiB
 MAX_TEXT: Final = 1000  # bytes

@@ -10,7 +10,6 @@ from kvtier.codec.base import Codec
 from kvtier.codec.codecs import CODECS, by_name
 from kvtier.codec.frame import (
     HEADER_NBYTES,
-    LINKED_NBYTES,
     FrameInfo,
     before_of,
     decode,
@@ -18,10 +17,9 @@ from kvtier.codec.frame import (
     encode,
     frame_nbytes,
     max_frame_nbytes,
-    unlinked,
     verify,
 )
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.fidelity import Fidelity
 from kvtier.errors import CorruptFrame
 from kvtier.testing.codecs import numbers
@@ -38,26 +36,21 @@ RUNS = b"".join(bytes([n]) * 16 for n in range(LAYOUT.nbytes // 16))
 
 
 BEFORE = key("before")
-LINKS = pytest.mark.parametrize("before", [None, BEFORE], ids=["unlinked", "linked"])
+LINKS = pytest.mark.parametrize("before", [BEGINS, BEFORE], ids=["begins", "follows"])
 
 
 def frame_of(
-    block: bytes, codec: Codec, layout: BlockLayout = LAYOUT, before: BlockKey | None = None
+    block: bytes, codec: Codec, layout: BlockLayout = LAYOUT, before: BlockKey = BEFORE
 ) -> bytes:
-    return b"".join(encode(KEY, memoryview(block), layout, codec, before=before))
-
-
-def head_nbytes(frame: bytes) -> int:
-    return LINKED_NBYTES if frame[4:5] == b"\x02" else HEADER_NBYTES
+    return b"".join(encode(KEY, before, memoryview(block), layout, codec))
 
 
 def decoded(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> bytes:
     out = bytearray(layout.nbytes)
     info = decode(of, frame, memoryview(out), layout)
     if info.codec_id == RAW.id:  # the same, where the payload was read to where it belongs
-        head = head_nbytes(frame)
-        in_place = memoryview(bytearray(frame[head:]))
-        assert decode_in_place(of, frame[:head], in_place, layout) == info
+        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
+        assert decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout) == info
         assert in_place == out
     return bytes(out)
 
@@ -68,11 +61,10 @@ def refused(frame: bytes, of: BlockKey = KEY, layout: BlockLayout = LAYOUT) -> s
     with pytest.raises(CorruptFrame) as caught:
         decode(of, frame, memoryview(out), layout)
     assert out == b"\x5a" * layout.nbytes
-    head = head_nbytes(frame)
-    if len(frame) == head + layout.nbytes:
-        in_place = memoryview(bytearray(frame[head:]))
+    if len(frame) == HEADER_NBYTES + layout.nbytes:
+        in_place = memoryview(bytearray(frame[HEADER_NBYTES:]))
         with pytest.raises(CorruptFrame):
-            decode_in_place(of, frame[:head], in_place, layout)
+            decode_in_place(of, frame[:HEADER_NBYTES], in_place, layout)
     return str(caught.value)
 
 
@@ -80,65 +72,59 @@ def sealed(frame: bytes, offset: int, value: bytes) -> bytes:
     """`frame` with a header field changed and the header's checksum made to fit."""
     changed = bytearray(frame)
     changed[offset : offset + len(value)] = value
-    changed[56:64] = struct.pack("<Q", xxh3_64_intdigest(bytes(changed[:56])))
+    changed[72:80] = struct.pack("<Q", xxh3_64_intdigest(bytes(changed[:72])))
     return bytes(changed)
 
 
 @LINKS
 @pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
 @pytest.mark.parametrize("block", [NOISE, RUNS], ids=["noise", "runs"])
-def test_a_block_comes_back(block: bytes, codec: Codec, before: BlockKey | None) -> None:
+def test_a_block_comes_back(block: bytes, codec: Codec, before: BlockKey) -> None:
     assert decoded(frame_of(block, codec, before=before)) == block
 
 
+@LINKS
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_a_frame_may_name_the_block_before(codec: Codec) -> None:
-    block = numbers(LAYOUT)
-    plain, linked = (frame_of(block, codec, before=before) for before in (None, BEFORE))
-    assert verify(KEY, linked, LAYOUT.id) == verify(KEY, plain)
-    assert before_of(KEY, memoryview(linked)) == BEFORE
-    assert before_of(KEY, memoryview(linked)[:LINKED_NBYTES]) == BEFORE
-    assert before_of(KEY, memoryview(plain)) is None
-    assert b"".join(unlinked(linked)) == b"".join(unlinked(plain)) == plain, "as nodes share it"
+def test_a_frame_names_the_block_before(codec: Codec, before: BlockKey) -> None:
+    frame = frame_of(numbers(LAYOUT), codec, before=before)
+    assert before_of(KEY, memoryview(frame)) == before
+    assert before_of(KEY, memoryview(frame)[:HEADER_NBYTES]) == before
 
 
 def test_the_block_before_is_named_by_a_whole_header_of_this_block_only() -> None:
-    linked = frame_of(NOISE, RAW, before=BEFORE)
-    assert before_of(key("other"), memoryview(linked)) is None
-    for length in range(LINKED_NBYTES):
-        assert before_of(KEY, memoryview(linked)[:length]) is None
-    for bit in range(8 * LINKED_NBYTES):
-        changed = bytearray(linked)
+    frame = frame_of(NOISE, RAW)
+    assert before_of(key("other"), memoryview(frame)) is None
+    for length in range(HEADER_NBYTES):
+        assert before_of(KEY, memoryview(frame)[:length]) is None
+    for bit in range(8 * HEADER_NBYTES):
+        changed = bytearray(frame)
         changed[bit // 8] ^= 1 << bit % 8
         assert before_of(KEY, memoryview(changed)) is None
+
+
+def test_a_frame_of_the_version_before_is_none_of_ours() -> None:
+    """It named no block before: a miss, that says why."""
+    payload = NOISE
+    fields = struct.pack(
+        "<4sBBBx8s16sQQQ", b"KVTF", 1, RAW.id, 0, bytes.fromhex(LAYOUT.id), KEY, LAYOUT.nbytes,
+        len(payload), xxh3_64_intdigest(payload),
+    )  # fmt: skip
+    old = fields + struct.pack("<Q", xxh3_64_intdigest(fields)) + payload
+    assert "version: 1, must be 2" in refused(old)
+    assert before_of(KEY, memoryview(old)) is None
 
 
 def test_the_header_tells_what_is_inside() -> None:
     frame = frame_of(RUNS, LZ4)
     assert verify(KEY, frame, LAYOUT.id) == verify(KEY, frame)
     assert verify(KEY, frame) == FrameInfo(
-        1, Fidelity.EXACT, LAYOUT.id, LAYOUT.nbytes, len(frame) - 64
+        1, Fidelity.EXACT, LAYOUT.id, LAYOUT.nbytes, len(frame) - HEADER_NBYTES
     )
     assert len(frame) < LAYOUT.nbytes
 
 
 def test_the_format_is_stable() -> None:
     """Frames in a shared store outlive a release: these very bytes must decode for good."""
-    layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 1),), 1, "bfloat16")
-    frame = bytes.fromhex(
-        "4b56544601000000d04512716f0dd900000102030405060708090a0b0c0d0e0f"
-        "040000000000000004000000000000002246ac33907b8b989ba559591fda5d1e"
-        "01020304"
-    )
-    name, block = BlockKey(bytes(range(16))), b"\x01\x02\x03\x04"
-    assert b"".join(encode(name, memoryview(block), layout, RAW)) == frame
-    assert decoded(frame, name, layout) == block
-    assert frame[8:16].hex() == layout.id
-    assert frame[48:56] == struct.pack("<Q", xxh3_64_intdigest(block))
-    assert frame[56:64] == struct.pack("<Q", xxh3_64_intdigest(frame[:56]))
-
-
-def test_the_format_that_names_the_block_before_is_stable() -> None:
     layout = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 1),), 1, "bfloat16")
     frame = bytes.fromhex(
         "4b56544602000000d04512716f0dd900000102030405060708090a0b0c0d0e0f"
@@ -148,14 +134,16 @@ def test_the_format_that_names_the_block_before_is_stable() -> None:
     )
     name, before = BlockKey(bytes(range(16))), BlockKey(bytes(range(16, 32)))
     block = b"\x01\x02\x03\x04"
-    assert b"".join(encode(name, memoryview(block), layout, RAW, before=before)) == frame
+    assert b"".join(encode(name, before, memoryview(block), layout, RAW)) == frame
     assert decoded(frame, name, layout) == block
+    assert frame[8:16].hex() == layout.id
+    assert frame[48:56] == struct.pack("<Q", xxh3_64_intdigest(block))
     assert frame[72:80] == struct.pack("<Q", xxh3_64_intdigest(frame[:72]))
 
 
 def test_a_raw_frame_copies_nothing() -> None:
     arena = bytearray(NOISE)
-    header, payload = encode(KEY, memoryview(arena), LAYOUT, RAW)
+    header, payload = encode(KEY, BEFORE, memoryview(arena), LAYOUT, RAW)
     assert len(header) == HEADER_NBYTES
     arena[3] ^= 1
     assert payload[3] == arena[3]
@@ -176,7 +164,7 @@ def test_a_codec_that_saves_less_than_a_64th_gives_way_to_raw(saved: int, codec_
         def decode(self, payload: memoryview, out: memoryview, layout: BlockLayout) -> None:
             raise NotImplementedError
 
-    parts = encode(KEY, memoryview(NOISE), LAYOUT, Saves())
+    parts = encode(KEY, BEFORE, memoryview(NOISE), LAYOUT, Saves())
     assert verify(KEY, b"".join(parts)).codec_id == codec_id
     assert frame_nbytes(parts) == len(b"".join(parts)) <= max_frame_nbytes(LAYOUT)
     if codec_id == 0:
@@ -184,15 +172,15 @@ def test_a_codec_that_saves_less_than_a_64th_gives_way_to_raw(saved: int, codec_
 
 
 def test_noise_is_never_larger_than_raw() -> None:
-    parts = encode(KEY, memoryview(NOISE), LAYOUT, LZ4, before=BEFORE)
-    assert frame_nbytes(parts) == max_frame_nbytes(LAYOUT) == LINKED_NBYTES + LAYOUT.nbytes
+    parts = encode(KEY, BEFORE, memoryview(NOISE), LAYOUT, LZ4)
+    assert frame_nbytes(parts) == max_frame_nbytes(LAYOUT) == HEADER_NBYTES + LAYOUT.nbytes
 
 
 @LINKS
 @pytest.mark.parametrize("codec", EXACT, ids=lambda codec: codec.name)
-def test_any_flipped_bit_is_found(codec: Codec, before: BlockKey | None) -> None:
+def test_any_flipped_bit_is_found(codec: Codec, before: BlockKey) -> None:
     frame = frame_of(RUNS, codec, before=before)
-    places = [*range(8 * LINKED_NBYTES), *range(8 * LINKED_NBYTES, 8 * len(frame), 97)]
+    places = [*range(8 * HEADER_NBYTES), *range(8 * HEADER_NBYTES, 8 * len(frame), 97)]
     for bit in places:
         changed = bytearray(frame)
         changed[bit // 8] ^= 1 << bit % 8
@@ -203,9 +191,9 @@ def test_any_flipped_bit_is_found(codec: Codec, before: BlockKey | None) -> None
 
 
 @LINKS
-def test_any_length_but_its_own_is_found(before: BlockKey | None) -> None:
+def test_any_length_but_its_own_is_found(before: BlockKey) -> None:
     frame = frame_of(NOISE, RAW, before=before)
-    for length in [*range(LINKED_NBYTES + 2), len(frame) - 1]:
+    for length in [*range(HEADER_NBYTES + 2), len(frame) - 1]:
         assert "length" in refused(frame[:length])
     assert "length" in refused(frame + b"\0")
 
@@ -214,7 +202,6 @@ def test_any_length_but_its_own_is_found(before: BlockKey | None) -> None:
 def test_anything_else_is_refused(noise: bytes) -> None:
     refused(noise)
     refused(frame_of(NOISE, RAW)[:HEADER_NBYTES] + noise)
-    refused(frame_of(NOISE, RAW, before=BEFORE)[:LINKED_NBYTES] + noise)
     assert before_of(KEY, memoryview(noise)) is None
 
 
@@ -253,7 +240,7 @@ def test_a_payload_that_is_whole_but_not_of_its_codec() -> None:
 
 def test_views_of_other_formats_are_taken() -> None:
     block = memoryview(bytearray(RUNS)).cast("B", shape=[LAYOUT.nbytes // 4, 4])
-    frame = b"".join(encode(KEY, block, LAYOUT, RAW))
+    frame = b"".join(encode(KEY, BEFORE, block, LAYOUT, RAW))
     out = bytearray(LAYOUT.nbytes)
     decode(KEY, memoryview(frame), memoryview(out).cast("H"), LAYOUT)
     assert out == RUNS
@@ -272,16 +259,18 @@ def test_what_was_lossy_once_keeps_its_bytes() -> None:
     """On its way through any tier, whatever its codec; and the frame still says what it is."""
     once = decoded(frame_of(numbers(LAYOUT), INT8))
     for codec in CODECS:
-        parts = encode(KEY, memoryview(once), LAYOUT, codec, Fidelity.CODED)
+        parts = encode(KEY, BEFORE, memoryview(once), LAYOUT, codec, Fidelity.CODED)
         frame = b"".join(parts)
         assert decoded(frame) == once
         assert verify(KEY, frame).fidelity == Fidelity.CODED
 
 
 def test_what_follows_from_a_lossy_prefix_stays_marked() -> None:
-    frame = b"".join(encode(KEY, memoryview(RUNS), LAYOUT, RAW, Fidelity.DERIVED))
+    frame = b"".join(encode(KEY, BEFORE, memoryview(RUNS), LAYOUT, RAW, Fidelity.DERIVED))
     assert verify(KEY, frame).fidelity == Fidelity.DERIVED
-    frame = b"".join(encode(KEY, memoryview(numbers(LAYOUT)), LAYOUT, INT8, Fidelity.DERIVED))
+    frame = b"".join(
+        encode(KEY, BEFORE, memoryview(numbers(LAYOUT)), LAYOUT, INT8, Fidelity.DERIVED)
+    )
     assert verify(KEY, frame).fidelity == Fidelity.DERIVED | Fidelity.CODED
 
 

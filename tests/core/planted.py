@@ -233,8 +233,8 @@ BUGS = [
     ),
     bug(
         "what was put lies in the new slots",
-        "slot, keys[index - 1]",
-        "(fresh or filled)[0], keys[index - 1]",
+        "block.slot = slot",
+        "block.slot = (fresh or filled)[0]",
     ),
     bug(
         "the slots of what is there already are taken away",

@@ -122,7 +122,7 @@ def test_what_a_tier_drops_is_forgotten_in_its_store():
     a, b = prompt("a")[0], prompt("b")[0]
     assert effects == [
         Gone(a, HOST), Held(b, HOST), Forget(a, DISK), Gone(a, DISK),
-        Move(b, HOST, DISK, lease.slots[0], None),
+        Move(b, HOST, DISK, lease.slots[0]),
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.policy import LRU, Keep
 from kvtier.engine.pool import BlockPool, Changes
 
@@ -148,10 +148,10 @@ class TestChanges:
     def test_each_key_is_told_once(self) -> None:
         pool = BlockPool(2)
         put(pool, "ab")
-        assert pool.take_changes() == Changes(tuple(path("ab")), (), (None, b"a"))
+        assert pool.take_changes() == Changes(tuple(path("ab")), (), (BEGINS, b"a"))
         assert pool.take_changes() == Changes()
         put(pool, "x")
-        assert pool.take_changes() == Changes(tuple(path("x")), (path("ab")[1],), (None,))
+        assert pool.take_changes() == Changes(tuple(path("x")), (path("ab")[1],), (BEGINS,))
 
     def test_coming_and_going_between_two_looks_is_nothing(self) -> None:
         pool = BlockPool(1)

@@ -5,6 +5,7 @@ import itertools
 import msgpack
 import pytest
 
+from kvtier.core.blocks import BEGINS
 from kvtier.core.vllm_keys import block_hashes, keys_of, none_hash
 from kvtier.engine.vllm.events import Residency, decode
 from kvtier.errors import RemoteProtocolError
@@ -70,9 +71,9 @@ def test_the_block_before_each_is_known_for_as_long_as_it_is_held(residency):
     _, shorts, keys = plain()
     residency.apply(batch(stored(shorts[:2], TOKENS[:8])))
     residency.apply(batch(stored(shorts[2:], TOKENS[8:], parent=shorts[1])))
-    assert residency.before == {keys[0]: None, keys[1]: keys[0], keys[2]: keys[1]}
+    assert residency.before == {keys[0]: BEGINS, keys[1]: keys[0], keys[2]: keys[1]}
     residency.apply(batch(removed(shorts[1:2])))
-    assert residency.before == {keys[0]: None, keys[2]: keys[1]}
+    assert residency.before == {keys[0]: BEGINS, keys[2]: keys[1]}
     residency.clear()
     assert not residency.before
 

@@ -8,20 +8,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
-from kvtier.core.blocks import BlockLayout
+from kvtier.core.blocks import BEGINS, BlockLayout
+from kvtier.core.tiers import Tier as Tiers
+from kvtier.core.vllm_keys import key_of
 from kvtier.engine.client import TierClient
 from kvtier.engine.vllm.hub import Hub, Identity
 from kvtier.engine.vllm.line import Health
 from kvtier.engine.vllm.lookups import MAX_AHEAD
 from kvtier.engine.vllm.namespace import identity, row_layout
 from kvtier.engine.vllm.settings import TierSettings, completed, engine_table
-from kvtier.engine.vllm.transfers import Outcome
+from kvtier.engine.vllm.transfers import Outcome, befores
 from kvtier.errors import ConfigError
 from kvtier.sim.trace import read_trace
 from kvtier.testing.valkey import ValkeyServer
+from kvtier.wire import local
+from kvtier.wire.chains import hear
+from kvtier.wire.pb import feed_pb2, feed_pb2_grpc
 from tests.launching import Process, disk_toml, node_toml, redis_toml, wait_for
 
 ROW = 8192  # bytes
@@ -52,11 +58,12 @@ class Tier:
         self.region[row] = np.resize(np.arange(value, value + 97, dtype=np.int8), ROW)
 
     def submit(
-        self, keys: list[bytes], rows: list[int], *, storing: bool, request: str | None = None
-    ) -> int:
+        self, keys: list[bytes], rows: list[int], *, storing: bool, request: str | None = None,
+        before: dict[bytes, bytes] | None = None,
+    ) -> int:  # fmt: skip
         number = next(self.numbers)
         job = self.hub.transfers.submit
-        job(number, storing=storing, keys=keys, rows=rows, request=request)
+        job(number, storing=storing, keys=keys, rows=rows, before=before, request=request)
         return number
 
     def finished(self, number: int) -> Outcome:
@@ -102,6 +109,39 @@ def tier(tmp_path: Path, node: Process) -> Iterator[Tier]:
     it = Tier(tmp_path / "node.sock")
     yield it
     it.hub.close()
+
+
+def test_what_comes_before_a_block_is_known_by_all_of_its_request():
+    first, other = keys(6), keys(4, group=1)
+    named = dict.fromkeys([*first[:4], *other[:3], *first[4:], *other[3:]])  # as they came
+    links = dict(zip(first[1:], first, strict=False)) | dict(zip(other[1:], other, strict=False))
+    assert befores(named, [*named]) == links
+    assert befores(named, first[4:]) == {each: links[each] for each in first[4:]}
+    assert befores(named, [other[0], first[0], first[3]]) == {first[3]: first[2]}
+    assert befores(named, keys(1, start=9)) == {}
+    assert befores({}, first) == {}
+
+
+def test_the_daemon_tells_which_block_comes_before_what_was_stored(tier, node):
+    """Pieces of a prompt, of which some blocks are not stored, and of another group of layers."""
+    first, other = keys(12), keys(5, group=1)
+    links = dict(zip(first[1:], first, strict=False)) | dict(zip(other[1:], other, strict=False))
+    for some in (first[:4], [*first[5:7], *first[8:12], *other[2:5]]):
+        job = tier.submit(some, list(range(len(some))), storing=True, before=links)
+        assert tier.finished(job).whole
+    wanted = {*first[:4], *first[5:7], *first[8:12], *other[2:5]}
+    as_told = {key_of(b"root", each): key_of(b"root", links[each]) for each in wanted
+               if each in links}  # fmt: skip
+    told: dict[bytes, bytes] = {}
+    with grpc.insecure_channel(node.address) as channel:
+        for message in feed_pb2_grpc.FeedStub(channel).Watch(feed_pb2.WatchRequest(), timeout=60):
+            for part in message.snapshot.held:
+                for chain in hear(part, list(Tiers)):
+                    blocks = local.unpack_keys(chain.packed)
+                    told |= dict(zip(blocks, [chain.before, *blocks], strict=False))
+            if message.snapshot.last:
+                break
+    assert told == {**as_told, key_of(b"root", first[0]): BEGINS}
 
 
 def stored(tier: Tier, count: int = 8) -> list[bytes]:

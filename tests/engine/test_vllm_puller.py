@@ -17,7 +17,7 @@ import pytest
 
 from kvtier import metrics
 from kvtier.config import Config, WorkerConfig
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import none_hash, prompt_keys, space_root
 from kvtier.engine.client import TierClient
@@ -318,7 +318,7 @@ async def test_what_vram_holds_is_not_asked_for(nodes: Nodes) -> None:
     puller = Puller(nodes.sockets["b"], LAYOUT, PATIENT_S)
     config = Config(worker=WorkerConfig(listen="127.0.0.1:0", node="b"))
     servicer = gateway.GatewayServicer(config, Engine(nodes.sockets["b"]), puller)
-    servicer.residency.before.update({keys[0]: None, keys[1]: keys[0]})
+    servicer.residency.before.update({keys[0]: BEGINS, keys[1]: keys[0]})
     brought = await servicer._bring(Request(token_ids=tokens, source="a"))
     assert brought.blocks == 4
     servicer.feed.close()

@@ -8,12 +8,14 @@ import struct
 from pathlib import Path
 
 from kvtier.codec import codecs, frame
+from kvtier.core.blocks import BEGINS, BlockKey
+from kvtier.core.tiers import Tier
 from kvtier.stores.disk.record import Header
-from kvtier.wire import lending, local
+from kvtier.wire import chains, lending, local
 from kvtier.wire.local import Op
+from kvtier.wire.pb import feed_pb2
 from tests.fuzz.targets import KEY, LAYOUT
 
-EXACT = [codec for codec in codecs.CODECS if codec.exact]
 CORPUS = Path(__file__).parent / "corpus"
 
 
@@ -22,8 +24,7 @@ def seeds() -> dict[str, list[bytes]]:
     draw = random.Random(1)
     numbers = struct.pack(f"<{LAYOUT.nbytes // 2}e", *(draw.gauss(0, 1) for _ in range(2048)))
     block = memoryview(numbers)
-    frames = [b"".join(frame.encode(KEY, block, LAYOUT, each)) for each in codecs.CODECS]
-    links = [b"".join(frame.encode(KEY, block, LAYOUT, each, before=KEY)) for each in EXACT[:2]]
+    frames = [b"".join(frame.encode(KEY, KEY, block, LAYOUT, each)) for each in codecs.CODECS]
     keys = local.pack_keys([KEY] * 3)
     messages = [
         local.encode(Op.HELLO, local.VERSION, LAYOUT.describe(), "engine"),
@@ -42,13 +43,27 @@ def seeds() -> dict[str, list[bytes]]:
             lending.pack_block(frames[0][: frame.HEADER_NBYTES], LAYOUT.nbytes),
             lending.pack_end(lending.Kind.BUSY, "busy"),
         ],
-        "frame": frames + links,
+        "feed": _feed(),
+        "frame": frames,
         # After the fields that the target makes itself: codec, fidelity, lies, a length, payload.
         "sealed_frame": [each[5:7] + bytes(10) + each[frame.HEADER_NBYTES :] for each in frames],
         "record": [record],
         "sealed_record": [record[:64]],
         "redis_reply": [b"*3\r\n$3\r\nabc\r\n:12\r\n$-1\r\n", b"+OK\r\n-MOVED 1 h:1\r\n"],
     }
+
+
+def _feed() -> list[bytes]:
+    keys = [BlockKey(bytes([n + 1]) * 16) for n in range(4)]
+    before = dict(zip(keys, [BEGINS, *keys[:2], KEY], strict=True))
+    part = chains.tell(Tier.HOST, keys, before.get)
+    gone = chains.tell_gone(Tier.DISK, keys[:2])
+    bodies = (
+        {"snapshot": feed_pb2.Snapshot(held=[part], last=True)},
+        {"delta": feed_pb2.Delta(added=[part], removed=[gone])},
+    )
+    messages = [feed_pb2.FeedMessage(epoch=1, seq=2, **body) for body in bodies]
+    return [each.SerializeToString() for each in messages]
 
 
 if __name__ == "__main__":

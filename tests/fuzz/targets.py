@@ -9,14 +9,17 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
 from xxhash import xxh3_64_intdigest
 
 from kvtier.codec import frame
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.tiers import Tier
 from kvtier.errors import CorruptFrame, ProtocolError
 from kvtier.stores.disk import record
 from kvtier.stores.redis.resp import Reader
-from kvtier.wire import lending, local
+from kvtier.wire import chains, lending, local
+from kvtier.wire.pb import feed_pb2
 
 LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 2, 2, 16),), 16, "bfloat16")  # 4 KiB
 KEY = BlockKey(bytes(range(16)))
@@ -49,8 +52,7 @@ def lent(data: bytes) -> None:
 def any_frame(data: bytes) -> None:
     """A frame as a store returns it, and as a start looks at it."""
     with contextlib.suppress(CorruptFrame):
-        info = frame.verify(KEY, data)
-        assert frame.verify(KEY, b"".join(frame.unlinked(data))) == info
+        frame.verify(KEY, data)
     before = frame.before_of(KEY, memoryview(data))
     assert before is None or len(before) == len(KEY)
     frame.decode(KEY, data, memoryview(bytearray(LAYOUT.nbytes)), LAYOUT)
@@ -64,12 +66,25 @@ def sealed_frame(data: bytes) -> None:
     raw_nbytes = int.from_bytes(data[4:12], "little") if lie & 1 else LAYOUT.nbytes
     payload_nbytes = int.from_bytes(data[4:12], "little") if lie & 2 else len(payload)
     fields = struct.pack(
-        "<4sBBBx8s16sQQQ", frame.MAGIC, frame.VERSION, codec_id, fidelity,
+        "<4sBBBx8s16sQQQ16s", frame.MAGIC, frame.VERSION, codec_id, fidelity,
         bytes.fromhex(LAYOUT.id), KEY, raw_nbytes, payload_nbytes, xxh3_64_intdigest(payload),
+        BEGINS,
     )  # fmt: skip
     any_frame(fields + struct.pack("<Q", xxh3_64_intdigest(fields)) + payload)
-    linked = fields[:4] + bytes([frame.LINKED]) + fields[5:] + KEY
-    any_frame(linked + struct.pack("<Q", xxh3_64_intdigest(linked)) + payload)
+
+
+def feed(data: bytes) -> None:
+    """A message of a source's feed."""
+    try:
+        message = feed_pb2.FeedMessage.FromString(data)
+    except DecodeError:
+        return
+    delta = message.delta
+    for part in (*message.snapshot.held, *delta.added, *delta.removed):
+        for gone in (False, True):
+            with contextlib.suppress(ProtocolError):
+                for told in chains.hear(part, list(Tier), gone=gone):
+                    assert len(told.packed) % 16 == 0
 
 
 def any_record(data: bytes) -> None:
@@ -111,6 +126,7 @@ class Target:
 TARGETS = {
     "wire": Target(wire, 4 << 20),
     "lent": Target(lent),
+    "feed": Target(feed, 4 << 20),
     "frame": Target(any_frame),
     "sealed_frame": Target(sealed_frame),
     "record": Target(any_record),

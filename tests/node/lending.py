@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvtier.codec import frame
 from kvtier.codec.codecs import RAW
-from kvtier.core.blocks import BlockKey, BlockLayout
+from kvtier.core.blocks import BEGINS, BlockKey, BlockLayout
 from kvtier.core.fidelity import Fidelity
 from kvtier.wire import lending, local
 from kvtier.wire.lending import Head, Kind
@@ -165,7 +165,7 @@ def sent(
 ) -> tuple[bytes, bytes]:
     """A block: its head, and itself."""
     block = memoryview(content(key))
-    header, _ = frame.encode(key, block, layout, RAW, fidelity)
+    header, _ = frame.encode(key, BEGINS, block, layout, RAW, fidelity)
     return lending.pack_block(header, block.nbytes), bytes(block)
 
 
@@ -204,8 +204,8 @@ def too_short(keys: list[BlockKey]) -> list[bytes]:
 
 
 def of_no_kind(keys: list[BlockKey]) -> list[bytes]:
-    return [*honest(keys[:2])[:-1], struct.pack("<II64x", 9, 0)]
+    return [*honest(keys[:2])[:-1], struct.pack("<II80x", 9, 0)]
 
 
 def with_a_long_speech(keys: list[BlockKey]) -> list[bytes]:
-    return [*honest(keys[:2])[:-1], struct.pack("<II64x", Kind.REFUSED, 2**31)]
+    return [*honest(keys[:2])[:-1], struct.pack("<II80x", Kind.REFUSED, 2**31)]

@@ -18,7 +18,7 @@ import pytest
 
 from kvtier.codec.codecs import RAW
 from kvtier.codec.frame import encode, frame_nbytes
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.node.tuner import SAMPLES, Tuner
@@ -194,7 +194,7 @@ def test_the_tuner_goes_over_and_comes_back_once_blocks_no_longer_shrink(dtype: 
         block = (as_dtype if step < 100 else noise).data.cast("B")
         tuner.offer(block)
         key = BlockKey(step.to_bytes(16))
-        parts = encode(key, block, layout, tuner.codec)
+        parts = encode(key, BEGINS, block, layout, tuner.codec)
         nbytes[0] = frame_nbytes(parts)
         assert store.write([(key, parts)]) == [True]
         now[0] += 1.0

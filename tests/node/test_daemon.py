@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,8 @@ import pytest
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
+from kvtier.stores.disk import DiskStore
+from kvtier.stores.disk.check import slots
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire import local
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, node_pb2, node_pb2_grpc
@@ -501,12 +504,36 @@ def test_a_daemon_that_was_restarted_still_tells_it_of_its_disk(tmp_path: Path) 
             assert {*held} == {feed_pb2.TIER_DISK}, "nothing else is held after a restart"
 
 
+def test_frames_of_another_version_are_dropped_and_said_at_the_start(tmp_path: Path) -> None:
+    """They are nobody's blocks any more; their room is used again, and the others are served."""
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    folder = tmp_path / "disk" / LAYOUT.id
+    keys, old = new_keys(4), new_keys(3)
+    with Process("node", toml, tmp_path) as node:
+        save(connect(tmp_path), keys)
+        wait_for_blocks(node, Tier.DISK, len(keys))
+        node.kill()
+        header = b"KVTF\x01" + bytes(59)  # as long as it was then
+        with closing(DiskStore(folder, 64 << 20)) as store:
+            assert store.write([(key, [header, content(key)]) for key in old]) == [True] * 3
+        node.restart()
+        wait_for("the daemon to say so", lambda: "dropped 3 blocks" in node.log.read_text())
+        assert status(node).counters["kvtier_strange_frames_total_disk"] == 3
+        client = connect(tmp_path)
+        assert client.match(old).blocks == 0
+        assert restore(client, keys) == [Tier.DISK] * 4
+
+        def held() -> set[bytes]:
+            return {each.header.key for each in slots(folder, payloads=False) if each.header}
+
+        wait_for("their room", lambda: held() == {*keys})
+
+
 def _links(part: feed_pb2.TierKeys) -> dict[bytes, bytes]:
-    """The block before each, where one is named."""
+    """The block before each, but of those that begin a prompt."""
     keys, parents = local.unpack_keys(part.keys), local.unpack_keys(part.parents)
+    assert list(part.starts[:1]) == [0] * bool(keys), "blocks that nothing is said of"
     before = dict(zip(keys[1:], keys, strict=False))
-    for key in keys[: part.starts[0] if part.starts else None]:
-        before.pop(key, None)
     before |= {keys[start]: parent for start, parent in zip(part.starts, parents, strict=True)}
     return {key: parent for key, parent in before.items() if any(parent)}
 

@@ -365,7 +365,7 @@ def test_a_request_out_of_its_limits_is_the_last_one(tmp_path: Path, stack: Exit
 def test_who_says_no_proper_hello_is_refused(tmp_path: Path, stack: ExitStack) -> None:
     a = stack.enter_context(started(tmp_path, "a", "[peers]"))
     hellos = [
-        (local.encode(lending.VERSION + 1, ""), "this node speaks 1"),
+        (local.encode(lending.VERSION + 1, ""), f"this node speaks {lending.VERSION}"),
         (local.encode(lending.VERSION, 7), "a hello takes (int, str)"),
         (local.encode("a"), "no hello"),
         (b"GET / HTTP/1.1\r\n\r\n", "limit 8192"),

@@ -212,7 +212,7 @@ def admin(valkey: ValkeyServer) -> Iterator[redis.Redis]:
 
 
 def test_on_shared_servers_a_trial_goes_by_itself(valkey: ValkeyServer, admin: redis.Redis) -> None:
-    admin.set("kvtier:2:main:a-block", "another node's")
+    admin.set("kvtier:3:main:a-block", "another node's")
     config = RedisConfig(url=valkey.url)
     trials = [RedisTrial(config, "layout", 2 * MIB, 4) for _ in range(2)]
     for trial in trials:
@@ -220,14 +220,14 @@ def test_on_shared_servers_a_trial_goes_by_itself(valkey: ValkeyServer, admin: r
         assert trial.read(64 << 10)
         assert trial.write(2 * MIB)
         assert trial.read(2 * MIB)
-    names = [each for each in admin.scan_iter() if each != b"kvtier:2:main:a-block"]
+    names = [each for each in admin.scan_iter() if each != b"kvtier:3:main:a-block"]
     assert len(names) >= 2 * 4, "no two nodes write to one name"
     for name in names:
-        assert name.startswith(b"kvtier:2:main:layout.trial.")
+        assert name.startswith(b"kvtier:3:main:layout.trial.")
         assert 0 <= admin.ttl(name) <= TTL_S
     for trial in trials:
         trial.close()
-    assert admin.get("kvtier:2:main:a-block") == b"another node's"
+    assert admin.get("kvtier:3:main:a-block") == b"another node's"
     assert admin.info("commandstats").get("cmdstat_unlink") is None
     assert admin.info("commandstats").get("cmdstat_del") is None
 

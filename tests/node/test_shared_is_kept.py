@@ -75,7 +75,7 @@ def restored(node: Node, keys: Sequence[BlockKey]) -> list[Tier]:
 
 
 def stored_at(key: BlockKey) -> str:
-    return f"kvtier:2:main:{LAYOUT.id}:{{{key.hex()}}}"
+    return f"kvtier:3:main:{LAYOUT.id}:{{{key.hex()}}}"
 
 
 def value_of(admin: redis.Redis, key: BlockKey) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, M
 import grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvtier.core.blocks import BlockKey, block_keys
+from kvtier.core.blocks import BEGINS, BlockKey, block_keys
 from kvtier.core.tiers import Tier
 from kvtier.errors import RequestError
 from kvtier.wire.chains import TO_WIRE
@@ -61,7 +61,14 @@ def keys(prompt: str | list[int], root: bytes = ROOT, block: int = BLOCK) -> lis
 
 
 def tier_keys(held: Mapping[Tier, Iterable[bytes]]) -> list[feed_pb2.TierKeys]:
-    return [feed_pb2.TierKeys(tier=TO_WIRE[t], keys=b"".join(each)) for t, each in held.items()]
+    """Those of a tier as one prompt: a false word on what comes before changes no answer."""
+    return [
+        feed_pb2.TierKeys(
+            tier=TO_WIRE[tier], keys=packed, starts=[0] if packed else [],
+            parents=BEGINS if packed else b"",
+        )
+        for tier, packed in ((tier, b"".join(each)) for tier, each in held.items())
+    ]  # fmt: skip
 
 
 class StubSource(feed_pb2_grpc.FeedServicer):

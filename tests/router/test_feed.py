@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.directory import Directory
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
@@ -14,7 +14,8 @@ from kvtier.wire.pb import feed_pb2
 from kvtier.wire.rpc import KEYS_PER_MESSAGE
 from tests.router.stub_engine import tier_keys
 
-KEYS = [BlockKey(bytes([i]) * 16) for i in range(8)]
+KEYS = [BlockKey(bytes([i + 1]) * 16) for i in range(8)]
+BEFORE = dict(zip(KEYS, [BEGINS, *KEYS], strict=False))
 DAEMON = (Tier.HOST, Tier.DISK, Tier.SHARED)
 
 
@@ -115,6 +116,7 @@ def odd_keys(tier=feed_pb2.TIER_HOST, keys=b"x" * 17):
     ("message", "words"),
     [
         (odd_keys(), "17 bytes"),
+        (odd_keys(keys=b"x" * 32), "2 of 2 blocks lie in no chain"),
         (odd_keys(tier=0, keys=b""), "tier 0"),
         (odd_keys(tier=9, keys=b""), "tier 9"),
         (odd_keys(tier=feed_pb2.TIER_VRAM, keys=b""), "tier 1"),  # a daemon has no VRAM
@@ -159,7 +161,7 @@ async def watched(source, epoch, after, count):
 
 async def test_a_gap_is_filled_by_the_deltas_that_were_missed(directory):
     held = {Tier.HOST: KEYS[:1]}
-    source = FeedServicer(lambda: held, feed_pb2.Heartbeat)
+    source = FeedServicer(lambda: held, feed_pb2.Heartbeat, BEFORE.get)
     first, stream = await watched(source, 0, 0, 3)
     assert [each.WhichOneof("body") for each in first] == ["snapshot", "snapshot", "heartbeat"]
     await stream.aclose()
@@ -182,7 +184,7 @@ async def test_a_gap_is_filled_by_the_deltas_that_were_missed(directory):
 
 @pytest.mark.parametrize("why", ["another life", "too long ago", "from the future"])
 async def test_where_the_deltas_are_gone_a_snapshot_comes(why):
-    source = FeedServicer(lambda: {Tier.HOST: KEYS}, feed_pb2.Heartbeat)
+    source = FeedServicer(lambda: {Tier.HOST: KEYS}, feed_pb2.Heartbeat, BEFORE.get)
     for n in range(MAX_BEHIND + 2):
         source.changed([(Tier.HOST, KEYS[0], bool(n % 2))])
         source.flush()
@@ -207,7 +209,7 @@ def test_a_stream_that_goes_on_from_elsewhere_is_a_gap(directory, reader):
 
 
 async def test_who_changes_much_at_once_tells_it_in_several_messages(directory, reader):
-    source = FeedServicer(dict, feed_pb2.Heartbeat, {KEYS[1]: KEYS[0]}.get)
+    source = FeedServicer(dict, feed_pb2.Heartbeat, lambda key: BEFORE.get(key, BEGINS))
     (first, _), stream = await watched(source, 0, 0, 2)
     take(reader, first)
     many = [
@@ -228,8 +230,7 @@ async def test_who_changes_much_at_once_tells_it_in_several_messages(directory, 
 
 
 async def test_a_source_names_the_block_before(directory):
-    before = {KEYS[n + 1]: KEYS[n] for n in range(5)}
-    source = FeedServicer(lambda: {Tier.HOST: KEYS[:3]}, feed_pb2.Heartbeat, before.get)
+    source = FeedServicer(lambda: {Tier.HOST: KEYS[:3]}, feed_pb2.Heartbeat, BEFORE.get)
     (snapshot, _, _), stream = await watched(source, 0, 0, 3)
     (held,) = snapshot.snapshot.held
     assert (list(held.starts), held.parents) == ([0], bytes(16))
@@ -247,7 +248,7 @@ async def test_a_snapshot_tells_prompts_one_after_the_other(directory, reader):
         [BlockKey(sha256(f"{prompt} {n}".encode()).digest()[:16]) for n in range(50)]
         for prompt in range(4)
     ]
-    before = {key: last for prompt in prompts for last, key in pairwise(prompt)}
+    before = {key: last for prompt in prompts for last, key in pairwise([BEGINS, *prompt])}
     held = [key for level in zip(*prompts, strict=True) for key in level]
     source = FeedServicer(lambda: {Tier.DISK: held}, feed_pb2.Heartbeat, before.get)
     (first, last), stream = await watched(source, 0, 0, 2)

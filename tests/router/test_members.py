@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvtier import metrics
 from kvtier.core.tiers import Tier
@@ -114,6 +115,7 @@ async def test_another_epoch_is_another_life(engines, routers):
     [
         feed_pb2.Delta(added=[feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"odd")]),
         feed_pb2.Delta(added=tier_keys({Tier.HOST: KEYS})),  # which no worker has
+        feed_pb2.Delta(added=[feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=KEYS[1])]),  # loose
     ],
 )
 async def test_a_feed_that_breaks_the_protocol_is_watched_anew(engines, routers, message):
@@ -123,6 +125,39 @@ async def test_a_feed_that_breaks_the_protocol_is_watched_anew(engines, routers,
     body = feed_pb2.FeedMessage(epoch=worker.epoch, seq=worker.seq + 1, delta=message)
     worker.send(body)
     await router.until_warmth(PROMPT, lambda w: w.get("a") == {VRAM: 12})
+
+
+class Loose(StubWorker):
+    """Says of no block what comes before it."""
+
+    def _snapshot(self) -> list[feed_pb2.FeedMessage]:
+        part = feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"".join(KEYS[:3]))
+        body = feed_pb2.Snapshot(held=[part], last=True)
+        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, snapshot=body)]
+
+
+async def test_a_feed_that_is_always_refused_is_said_once_and_holds_nobody_up(
+    engines, routers, caplog
+):
+    good, bad = await engines(StubWorker("good", KEYS[:2])), await engines(Loose("loose"))
+    router = await routers(good, bad, ready=False)
+    health = health_pb2_grpc.HealthStub(router.channel)
+
+    async def serves() -> bool:
+        said = await health.Check(health_pb2.HealthCheckRequest())
+        return said.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def again() -> bool:
+        return gaps("loose") >= 3
+
+    await eventually(serves, "the router to serve without it")
+    await eventually(again, "it is watched anew")
+    await router.until_warmth(PROMPT, lambda w: w.get("good") == {VRAM: 8})
+    said = [each for each in caplog.messages if "lie in no chain" in each]
+    assert len(said) == 1
+    assert "3 of 3 blocks" in said[0]
+    assert bad.watched >= 3
+    assert (await router.stub.Route(route_request(PROMPT))).choice.node == "good"
 
 
 async def test_a_daemon_that_goes_takes_its_own_and_leaves_what_is_shared(engines, routers):

@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.codec.codecs import RAW
 from kvtier.codec.frame import decode, decode_in_place, encode
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.errors import CorruptFrame
 from kvtier.stores.base import Parts, Placed, PlacingStore
 from kvtier.stores.disk import DiskStore
@@ -83,7 +83,10 @@ def slot_of_arena(data: bytes) -> memoryview:
 def blocks(names: Sequence[object]) -> list[tuple[BlockKey, Parts]]:
     """Real frames, of blocks of LAYOUT in an arena."""
     return [
-        (key(name), encode(key(name), slot_of_arena(content(name, LAYOUT.nbytes)), LAYOUT, RAW))
+        (
+            key(name),
+            encode(key(name), BEGINS, slot_of_arena(content(name, LAYOUT.nbytes)), LAYOUT, RAW),
+        )
         for name in names
     ]
 

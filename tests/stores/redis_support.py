@@ -24,7 +24,7 @@ def store_at(url: str, *, layout_id: str = LAYOUT_ID, **settings: object) -> Red
 
 
 def name_of(name: object, part: int = 0) -> str:
-    head = f"kvtier:2:main:{LAYOUT_ID}:{{{key(name).hex()}}}"
+    head = f"kvtier:3:main:{LAYOUT_ID}:{{{key(name).hex()}}}"
     return f"{head}:{part}" if part else head
 
 

@@ -1,11 +1,11 @@
-"""What comes before a block is found again with it, as far as its frame says so."""
+"""What comes before a block is found again with it."""
 
 from contextlib import closing
 from pathlib import Path
 
 from kvtier.codec.codecs import CODECS, RAW
-from kvtier.codec.frame import LINKED_NBYTES, encode
-from kvtier.core.blocks import BlockKey
+from kvtier.codec.frame import HEADER_NBYTES, encode
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import ChainedStore
 from kvtier.stores.disk import DiskStore
@@ -24,18 +24,18 @@ from tests.stores.disk_support import (
 )
 
 PATH = [key(n) for n in range(10)]
-CHAIN = dict(zip(PATH[1:], PATH, strict=False))
+CHAIN = dict(zip(PATH, [BEGINS, *PATH], strict=False))
 
 
-def linked(name: int, before: BlockKey | None) -> tuple[BlockKey, list[bytes | memoryview]]:
+def linked(name: int, before: BlockKey) -> tuple[BlockKey, list[bytes | memoryview]]:
     slot = slot_of_arena(content(name, LAYOUT.nbytes))
-    return key(name), encode(key(name), slot, LAYOUT, RAW, before=before)
+    return key(name), encode(key(name), before, slot, LAYOUT, RAW)
 
 
 def test_what_an_earlier_life_wrote_names_the_block_before(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         assert isinstance(store, ChainedStore)
-        wanted = [linked(n, CHAIN.get(key(n))) for n in range(10)]
+        wanted = [linked(n, CHAIN[key(n)]) for n in range(10)]
         assert store.write(wanted[::-1]) == [True] * 10
         assert store.take_before() == {}, "who writes a block knows it already"
     for _ in range(2):
@@ -44,21 +44,22 @@ def test_what_an_earlier_life_wrote_names_the_block_before(tmp_path: Path) -> No
             before = store.take_before()
             assert before == CHAIN
             held = {each for each, _ in store.scan()}
-            assert {id(each) for each in before.values()} <= {id(each) for each in held}
+            assert {id(each) for each in before.values()} <= {id(each) for each in (BEGINS, *held)}
             assert store.take_before() == {}, "told once: it takes memory"
             assert loaded(store, range(10)) == [content(n, LAYOUT.nbytes) for n in range(10)]
 
 
-def test_a_store_of_the_release_before_is_read_and_written_on(tmp_path: Path) -> None:
-    """Its frames name nothing: they come as they did."""
+def test_what_is_no_frame_of_this_version_names_nothing(tmp_path: Path) -> None:
+    """It lies there until whoever asks for the names deletes it."""
     with opened(tmp_path) as store:
-        assert store.write([linked(n, None) for n in range(5)]) == [True] * 5
+        assert store.write([linked(n, CHAIN[key(n)]) for n in range(2)]) == [True] * 2
+        assert store.write([(key(2), [b"KVTF\x01" + bytes(59), bytes(4096)])]) == [True]
     with opened(tmp_path) as store:
-        assert store.take_before() == {}
-        assert store.write([linked(n, CHAIN[key(n)]) for n in range(5, 10)]) == [True] * 5
+        assert store.take_before() == {key(n): CHAIN[key(n)] for n in range(2)}
+        assert {each for each, _ in store.scan()} == {key(n) for n in range(3)}
+        store.delete([key(2)])
     with opened(tmp_path) as store:
-        assert store.take_before() == {key(n): key(n - 1) for n in range(5, 10)}
-        assert loaded(store, range(10)) == [content(n, LAYOUT.nbytes) for n in range(10)]
+        assert {each for each, _ in store.scan()} == {key(n) for n in range(2)}
 
 
 def test_frames_of_every_codec_name_it(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_frames_of_every_codec_name_it(tmp_path: Path) -> None:
     block = memoryview(numbers(LAYOUT))
     names = [key(codec.name) for codec in CODECS]
     frames = [
-        encode(name, block, LAYOUT, codec, before=key("before"))
+        encode(name, key("before"), block, LAYOUT, codec)
         for name, codec in zip(names, CODECS, strict=True)
     ]
     with opened(tmp_path) as store:
@@ -81,7 +82,7 @@ def test_a_damaged_word_for_it_is_none(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         store.write([linked(n, CHAIN[key(n)]) for n in (4, 5)])
     file, record = at(tmp_path, key(5))
-    overwrite(file, record + 4096 - LINKED_NBYTES + 60, b"wrong")
+    overwrite(file, record + 4096 - HEADER_NBYTES + 60, b"wrong")
     with opened(tmp_path) as store:
         assert store.take_before() == {key(4): key(3)}
         assert loaded(store, [4, 5]) == [content(4, LAYOUT.nbytes), None]

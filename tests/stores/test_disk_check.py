@@ -28,11 +28,16 @@ def test_a_whole_store_passes_and_can_be_listed(
     assert main(["check", "--blocks", str(tmp_path / "disk" / "layout")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines[:-1]} == {each.hex() for each in keys}
-    assert all(line.endswith("ok") for line in lines[:-1])
+    assert all(line.endswith("ok, begins a prompt") for line in lines[:-1])
     assert main(["inspect", str(tmp_path / "disk")]) == 0
     shown = capsys.readouterr().out
     assert "5 blocks 0.2 MiB" in shown
     assert "0 damaged headers" in shown
+    assert "another version" not in shown
+    with opened(tmp_path / "disk" / "layout") as store:
+        store.write(frames(["of another version"], 1000))
+    assert main(["inspect", str(tmp_path / "disk")]) == 0
+    assert "1 blocks with a frame of another version" in capsys.readouterr().out
 
 
 def test_what_is_damaged_is_named_with_its_place_and_the_check_that_failed(

@@ -5,7 +5,7 @@ import pytest
 
 from kvtier.codec.codecs import by_name
 from kvtier.codec.frame import decode, encode
-from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
+from kvtier.core.blocks import BEGINS, Attention, BlockLayout, LayerGroup
 from kvtier.errors import CorruptFrame, StoreUnavailable
 from kvtier.stores.base import Placed, Store
 from kvtier.stores.faulty import Fault, FaultyStore
@@ -83,7 +83,7 @@ def test_damage_is_what_the_frame_check_finds_wherever_it_is() -> None:
     pick = random.Random(5).randrange
     block = memoryview(random.Random(6).randbytes(LAYOUT.nbytes))
     inner = MemoryStore(2**20)
-    inner.write([(key("a"), encode(key("a"), block, LAYOUT, by_name("raw")))])
+    inner.write([(key("a"), encode(key("a"), BEGINS, block, LAYOUT, by_name("raw")))])
     whole = inner.read([key("a")])[0]
     for fault in (Fault.CORRUPT, Fault.TORN):
         store = FaultyStore(inner, lambda _, fault=fault: fault, pick=pick)

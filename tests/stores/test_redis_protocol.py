@@ -189,7 +189,7 @@ def test_an_envelope_that_is_wrong_in_a_byte_is_nobody_s_part(
 
 def test_names_of_parts_share_a_slot() -> None:
     assert (
-        len({slot(name) for name in (part_name(b"kvtier:2:main:x:{abc}", n) for n in range(9))})
+        len({slot(name) for name in (part_name(b"kvtier:3:main:x:{abc}", n) for n in range(9))})
         == 1
     )
 

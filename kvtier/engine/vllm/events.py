@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import msgpack
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.vllm_keys import HASH_NBYTES, Extra, block_hash, keys_of
 from kvtier.errors import RemoteProtocolError
 
@@ -82,7 +82,7 @@ class Residency:
     block_tokens: int
     adapters: Mapping[str, str] = field(default_factory=dict)
     held: dict[Hash, bytes] = field(default_factory=dict)  # to the whole hash
-    before: dict[BlockKey, BlockKey | None] = field(default_factory=dict)  # None: the first
+    before: dict[BlockKey, BlockKey] = field(default_factory=dict)  # of each, or BEGINS
     unknown: int = 0  # blocks not taken
 
     def apply(self, batch: Batch) -> Changes:
@@ -138,7 +138,7 @@ class Residency:
             raise ValueError(f"more than {MAX_HELD} blocks")
         parent = self._parent(event.get("parent_block_hash"))
         first = event.get("parent_block_hash") is None
-        before = None if first or parent is None else keys_of(self.root, [parent])[0]
+        before = BEGINS if first or parent is None else keys_of(self.root, [parent])[0]
         lora = event.get("lora_name")
         for index, name in enumerate(names):
             if parent is not None:

@@ -30,7 +30,7 @@ from kvtier.engine.vllm.hub import Hub, Identity
 from kvtier.engine.vllm.namespace import identity, weights_revision
 from kvtier.engine.vllm.owner import Owned, Restored
 from kvtier.engine.vllm.settings import TierSettings
-from kvtier.engine.vllm.transfers import Outcome
+from kvtier.engine.vllm.transfers import Outcome, befores
 
 BLOCKS = "vllm:kvtier_blocks"  # labels: operation, result
 NBYTES = "vllm:kvtier_bytes"  # label: operation
@@ -204,9 +204,12 @@ class KvtierTier(Told, SecondaryTierManager):
         if storing:  # a set of keys, in no order; a path has one, and its rows are neighbours
             at = job.req_context.get_offload_key_position
             blocks.sort(key=lambda block: (block[0][-4:], at(block[0]) or 0))
+        keys = [key for key, _ in blocks]
+        # vLLM's own record of a request's blocks, in order; it has no other name for it.
+        named = getattr(job.req_context, "_offload_key_positions", {}) if storing else {}
         self._hub.transfers.submit(
-            job.job_id, storing=storing, keys=[key for key, _ in blocks],
-            rows=[row for _, row in blocks],
+            job.job_id, storing=storing, keys=keys, rows=[row for _, row in blocks],
+            before=befores(named, keys) if named else None,
             request=getattr(job.req_context, "req_id", None),
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ class _Job:
 
     def __init__(
         self, number: int, storing: bool, keys: Sequence[bytes], rows: Sequence[int],
-        request: str | None, began: float, deadline: float,
+        before: Mapping[bytes, bytes] | None, request: str | None, began: float, deadline: float,
     ) -> None:  # fmt: skip
         self.number = number
         self.request = request
@@ -52,6 +52,7 @@ class _Job:
         self.storing = storing
         self.keys = keys
         self.rows = rows
+        self.before = before
         self.began = began
         self.deadline = deadline
         self.lock = threading.Lock()
@@ -103,11 +104,16 @@ class Transfers:
         storing: bool,
         keys: Sequence[bytes],
         rows: Sequence[int],
+        before: Mapping[bytes, bytes] | None = None,
         request: str | None = None,
     ) -> None:
-        """Begin a job, of vLLM's `request` where there is one; its outcome comes by `finished`."""
+        """Begin a job, of vLLM's `request` where there is one; its outcome comes by `finished`.
+
+        `before` says of blocks that are stored which one comes before each, the others begin
+        prompts; without it those of a group are taken to follow each other.
+        """
         now = self._clock()
-        job = _Job(number, storing, keys, rows, request, now, now + self._limits[storing])
+        job = _Job(number, storing, keys, rows, before, request, now, now + self._limits[storing])
         self._jobs[number] = job
         if storing:
             if self._storing and self._storing + len(keys) > self._max_storing:
@@ -197,7 +203,7 @@ class Transfers:
         start = 0
         while start < len(keys) and not job.ended:
             most = min(self._piece, max(1, attached.client.arena.slots // PIECE_SHARE))
-            end = _piece_end(job.keys, start, most)
+            end = _piece_end(job, start, most)
             if not copy(attached, job, keys, start, end):
                 return
             start = end
@@ -230,29 +236,66 @@ class Transfers:
     def _store(
         self, attached: Attached, job: _Job, keys: Sequence[BlockKey], start: int, end: int
     ) -> bool:
-        with attached.client.write(keys[:end], start, job.use) as lease:
+        run = start
+        while run and _follows(job, run):
+            run -= 1
+        before = (job.before or {}).get(job.keys[run])
+        path = [*(self._keys([before]) if before is not None else ()), *keys[run:end]]
+        shift = end - len(path)  # from the path's indexes to the job's
+        with attached.client.write(path, start - shift, job.use) as lease:
             with job.lock:
                 if job.ended:
                     return False
-                self._take(attached, job, lease)
+                self._take(attached, job, lease, shift)
             # What was not granted is held already, or, at the end of the path, found no room.
-            last = lease.indexes[-1] + 1 if lease.indexes else start
+            last = lease.indexes[-1] + 1 + shift if lease.indexes else start
         whole = last == end or attached.client.match(keys[last:end]).blocks == end - last
         with job.lock:
             if not job.ended:
                 job.done = end if whole else last
         return whole
 
-    def _take(self, attached: Attached, job: _Job, lease: WriteLease) -> None:
+    def _take(self, attached: Attached, job: _Job, lease: WriteLease, shift: int) -> None:
         for index, slot in zip(lease.indexes, lease.slots, strict=True):
-            np.copyto(attached.slots[slot], self._region[job.rows[index]])
+            np.copyto(attached.slots[slot], self._region[job.rows[index + shift]])
         lease.filled = len(lease.slots)
         job.nbytes += len(lease.slots) * self._region.shape[1]
 
 
-def _piece_end(keys: Sequence[bytes], start: int, most: int) -> int:
-    """Where the piece from `start` on ends: it has one group of layers only."""
-    end = start + 1
-    while end < min(len(keys), start + most) and keys[end][-4:] == keys[start][-4:]:
+def _piece_end(job: _Job, start: int, most: int) -> int:
+    """Where the piece from `start` on ends: its blocks follow each other, in one group of layers.
+
+    Those of a load only have to be of one group.
+    """
+    keys, end = job.keys, start + 1
+    while end < min(len(keys), start + most) and (
+        _follows(job, end) if job.storing else keys[end][-4:] == keys[start][-4:]
+    ):
         end += 1
     return end
+
+
+def _follows(job: _Job, at: int) -> bool:
+    """Whether a block that is stored comes right behind the one before it in the job."""
+    if job.before is None:
+        return job.keys[at][-4:] == job.keys[at - 1][-4:]
+    return job.before.get(job.keys[at]) == job.keys[at - 1]
+
+
+def befores(named: Mapping[bytes, object], keys: Iterable[bytes]) -> dict[bytes, bytes]:
+    """The block before each of `keys`, of those that have one in their group of layers.
+
+    `named` are all blocks of their request, each group in order, the newest last.
+    """
+    wanted, found = set(keys), dict[bytes, bytes]()
+    after: dict[bytes, bytes] = {}  # by group: whose block before it comes next
+    for name in reversed([*named]):
+        group = name[-4:]
+        if group in after:
+            found[after.pop(group)] = name
+        if name in wanted:
+            wanted.remove(name)
+            after[group] = name
+        elif not wanted and not after:
+            break
+    return found

@@ -25,7 +25,7 @@ class State(StrEnum):
 class Slot(NamedTuple):
     """One slot of a segment; `header` is None where there is none that is whole.
 
-    `before` is the block before, where the frame names it.
+    `before` is the block before; None where the frame's own header is not one of this version.
     """
 
     shape: Shape

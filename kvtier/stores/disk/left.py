@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
-from kvtier.core.blocks import BlockKey
+from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.stores.disk.files import Folder
 from kvtier.stores.disk.space import Record, Segment, Space
 from kvtier.stores.disk.transfer import Transfer, at_once
@@ -13,7 +13,10 @@ _HEADERS: Final = 16  # read at once: small requests, so more of them in flight
 
 
 class Left(NamedTuple):
-    """The segments, the records in the order of writing, and the block before each if named."""
+    """The segments, the records in the order of writing, and the block before each.
+
+    That is missing where the header of the frame is not to be used.
+    """
 
     segments: list[Segment]
     records: list[Record]
@@ -38,6 +41,7 @@ def left_behind(folder: Folder, space: Space, transfer: Transfer) -> Left:
         found = [each for part in at_once(pool, transfer.headers, segments) for each in part]
     found.sort(key=lambda each: each[0].header.sequence)
     same = {record.header.key: record.header.key for record, _ in found}  # one object a key
+    same[BEGINS] = BEGINS
     before = {
         record.header.key: same.get(parent, parent)
         for record, parent in found

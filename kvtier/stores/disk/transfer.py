@@ -129,7 +129,7 @@ class Transfer:
         return Placed(head) if whole else None
 
     def headers(self, segment: Segment) -> list[tuple[Record, BlockKey | None]]:
-        """The records of a segment by their headers, and the block before each if that is said.
+        """The records of a segment by their headers, and the block before each by its frame's.
 
         One that cannot be read is left out, and counted.
         """

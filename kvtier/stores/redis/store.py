@@ -29,7 +29,7 @@ from kvtier.stores.redis.parts import (
 from kvtier.stores.redis.resp import Reply, ReplyError, room
 from kvtier.stores.redis.servers import Servers
 
-FORMAT: Final = 2  # of the keys and of what lies under them
+FORMAT: Final = 3  # of the keys and of what lies under them
 ROUND_NBYTES: Final = 8 * 2**20  # that may take `timeout_s`
 _STAGED_S: Final = 60  # that a part lives beyond its write's deadline before its frame is whole
 _FIRST_COUNT: Final = 16  # keys asked for in the first round trip of `count`
