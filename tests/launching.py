@@ -26,7 +26,8 @@ def fixed_ports(count: int) -> list[int]:
     """Free ports for servers that are to come back at the same place.
 
     They lie below those that the kernel gives to outgoing connections: while such a server is
-    dead, nobody's connection can take its port by chance.
+    dead, nobody's connection can take its port by chance. And no other test process gets them as
+    long as this one lives, also those of another checkout.
     """
     text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
     lowest = int(text.split()[0])
@@ -37,20 +38,41 @@ def fixed_ports(count: int) -> list[int]:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        if not _taken(port):
+            continue
         found.append(port)
         if len(found) == count:
             return found
     raise AssertionError(f"no {count} free ports below {lowest}")
 
 
+_held: list[socket.socket] = []  # closed by the end of this process: what says it is taken
+
+
+def _taken(port: int) -> bool:
+    """Whether a port is ours now: of a name in the abstract namespace there is one."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0kvtier tests: port {port}")
+    except OSError:
+        name.close()
+        return False
+    _held.append(name)
+    return True
+
+
 class Process:
     """`kvtier NAME --config ...` in a process of its own; `address` is where it listens.
 
-    `setup` is Python that runs before it, to make limits longer or shorter.
+    `setup` is Python that runs before it, to make limits longer or shorter. It fails where the
+    process is not ready in `ready_s`.
     """
 
-    def __init__(self, name: str, toml: str, folder: Path, setup: str = "") -> None:
+    def __init__(
+        self, name: str, toml: str, folder: Path, setup: str = "", *, ready_s: float = DEADLINE_S
+    ) -> None:
         self.name = name
+        self._ready_s = ready_s
         program = f"import sys\n{setup}\nfrom kvtier.cli import main\nsys.exit(main())"
         self._program = ("-c", program) if setup else ("-m", "kvtier.cli")
         self.config = folder / f"{name}-{time.monotonic_ns()}.toml"
@@ -66,7 +88,7 @@ class Process:
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ}
             )
         assert self.process.stdout is not None
-        watchdog = threading.Timer(DEADLINE_S, self.process.kill)
+        watchdog = threading.Timer(self._ready_s, self.process.kill)
         watchdog.start()
         line = self.process.stdout.readline()
         watchdog.cancel()

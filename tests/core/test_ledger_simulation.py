@@ -11,7 +11,18 @@ from tests.core.planted import BUGS, Bug, planted
 
 SEEDS = 300
 STEPS = 250
-_met_at: dict[Bug, int] = {}  # the seed that met a bug: where the next search for it begins
+# Which of the first seeds, of all in order, is the first to meet these bugs: a search begins
+# there. Where that is no longer so, it takes longer and finds the same.
+FIRST_MET_AT = {
+    "a load that fails takes its copy from under a copy down": 27,
+    "no answer counts as not there": 34,
+    "what was found bad is kept": 27,
+    "what was found bad is read again": 64,
+    "a copy starts during a load": 152,
+    "what was found bad stays in the store": 204,
+    "the slot of a load that nobody waits for is taken": 448,
+}
+_met_at: dict[str, int] = {**FIRST_MET_AT}  # a bug's name: where the next search for it begins
 
 
 def test_no_seed_breaks_a_promise_and_together_they_reach_every_state():
@@ -30,12 +41,15 @@ def test_one_seed_gives_one_run():
 
 def hunt(bug: Bug, buggy: type[ledger.Ledger]) -> BaseException | None:
     """What a seed that is broken by a ledger says."""
-    begin, end = _met_at.get(bug, 0), 2 * SEEDS  # some need a host tier that is full of what moves
+    begin, end = (
+        _met_at.get(bug.name, 0),
+        2 * SEEDS,
+    )  # some need a host tier that is full of what moves
     for seed in [*range(begin, end), *range(begin)]:
         try:
             simulate(seed, STEPS, Counter(), buggy)
         except (AssertionError, KeyError) as error:
-            _met_at[bug] = seed
+            _met_at[bug.name] = seed
             return error
     return None
 
@@ -53,6 +67,10 @@ def test_a_planted_bug_is_found_without_looking_inside(bug: Bug):
     """By what clients, stores and routers see: not by the ledger's own `check`."""
     with planted(bug) as buggy:
         assert hunt(bug, type("Blind", (buggy,), {"check": lambda self: None})) is not None
+
+
+def test_searches_begin_at_bugs_that_there_are():
+    assert FIRST_MET_AT.keys() <= {bug.name for bug in BUGS}
 
 
 def test_planting_nothing_finds_nothing():

@@ -10,7 +10,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from kvtier.engine.client import TierClient
 from kvtier.errors import KVTierError
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import feed_pb2, feed_pb2_grpc, router_pb2_grpc
-from tests.launching import Process, disk_toml, node_toml
+from tests.launching import Process, disk_toml, fixed_ports, node_toml
 from tests.router.chaos_worker import TOKENS, expected
 from tests.router.stub_engine import BLOCK, keys
 from tests.router.support import GRPC, generate_request, route_request
@@ -41,15 +40,6 @@ ROOT = Path(__file__).parents[2]
 ENDS = {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
-def free_port() -> int:
-    """Not one that the kernel gives to clients: it must be free at every restart."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 def leading(chain: list[bytes], held: set[bytes]) -> int:
     return next((i for i, key in enumerate(chain) if key not in held), len(chain))
 
@@ -63,7 +53,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.port = free_port()
+        self.port = fixed_ports(1)[0]
         self.address = f"127.0.0.1:{self.port}"
 
     async def start(self) -> None:
@@ -121,7 +111,7 @@ class World:
         self.workers = [Worker(f"w{i}") for i in range(NODES)]
         self.daemons: list[Served] = []
         for i in range(NODES):
-            at, port = folder / f"n{i}", free_port()
+            at, port = folder / f"n{i}", fixed_ports(1)[0]
             at.mkdir()
             toml = node_toml(at, more=disk_toml(at)).replace("127.0.0.1:0", f"127.0.0.1:{port}")
             self.daemons.append(Served("node", toml, at, port))
@@ -131,7 +121,7 @@ class World:
         )
         self.routers: list[Served] = []
         for i in range(ROUTERS):
-            port = free_port()
+            port = fixed_ports(1)[0]
             toml = f"""
                 [router]
                 listen = "127.0.0.1:{port}"

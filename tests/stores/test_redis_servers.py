@@ -24,6 +24,7 @@ from kvtier.stores.redis.purge import purge
 from kvtier.stores.redis.servers import slot
 from kvtier.testing.stores import StoreTests, content, frames, key
 from kvtier.testing.valkey import ValkeyCluster, ValkeyServer
+from tests.launching import fixed_ports
 from tests.stores.redis_support import (
     MIB,
     all_fail,
@@ -144,9 +145,7 @@ def sentinels_of(
     )
     sentinel = ValkeyServer(folder=folder, settings=settings, sentinel=True, password=password)
     stack.enter_context(sentinel)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        dead = free.getsockname()[1]
+    (dead,) = fixed_ports(1)
     return sentinel, f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{sentinel.port}/blocks"
 
 

@@ -1,6 +1,7 @@
 """Nodes with a worker on vLLM each, and a router in front."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -15,7 +16,7 @@ from kvtier.wire.pb import (
     worker_pb2_grpc,
 )
 from tests.launching import Process, disk_toml, node_toml, wait_for
-from tests.vllm.driver import BLOCK
+from tests.vllm.driver import BLOCK, READY_S
 
 TOKENS = 8  # of an answer
 
@@ -43,7 +44,7 @@ class Service:
         self, folder: Path, workers: dict[str, Callable[[Path], str]], *, lends: bool
     ) -> None:
         members, lenders = [], []
-        for name, settings in workers.items():
+        for name in workers:
             at = folder / name
             at.mkdir()
             peers = f"[peers]\nmembers = [{', '.join(lenders)}]\n" if lends else ""
@@ -52,8 +53,9 @@ class Service:
             self.nodes[name] = Process("node", toml, at)
             if lends:
                 lenders.append(f'{{node = "{name}", address = "{self.nodes[name].lends_at()}"}}')
-            self.workers[name] = Process("worker", settings(at) + f'node = "{name}"\n', at)
-            daemon, worker = self.nodes[name].address, self.workers[name].address
+        self._start_workers(folder, workers)
+        for name, node in self.nodes.items():
+            daemon, worker = node.address, self.workers[name].address
             members.append(f'{{node = "{name}", daemon = "{daemon}", worker = "{worker}"}}')
         toml = f'[router]\nlisten = "127.0.0.1:0"\nmembers = [{", ".join(members)}]\n'
         # So that a source is named whatever this machine computes in a second.
@@ -65,6 +67,18 @@ class Service:
             for name, each in self.workers.items()
         }
         wait_for("the router to have every worker", lambda: self.ready(len(workers)))
+
+    def _start_workers(self, folder: Path, workers: dict[str, Callable[[Path], str]]) -> None:
+        """All at the same time, which takes each longer: most of a start runs on one core."""
+
+        def start(name: str) -> None:
+            toml = workers[name](folder / name) + f'node = "{name}"\n'
+            self.workers[name] = Process("worker", toml, folder / name, ready_s=READY_S)
+
+        with ThreadPoolExecutor(len(workers)) as pool:
+            starting = [pool.submit(start, name) for name in workers]
+        for each in starting:
+            each.result()
 
     def _channel(self, address: str) -> grpc.Channel:
         channel = grpc.insecure_channel(address)
@@ -154,9 +168,10 @@ class Service:
         for channel in self._channels:
             channel.close()
         router = [self.router] if hasattr(self, "router") else []
-        for each in (*router, *self.workers.values(), *self.nodes.values()):
-            if each.process.poll() is None:
-                each.terminate()
+        for together in (router, list(self.workers.values()), list(self.nodes.values())):
+            running = [each for each in together if each.process.poll() is None]
+            with ThreadPoolExecutor() as pool:  # an engine takes seconds to end
+                list(pool.map(Process.terminate, running))
 
 
 def prompt(ids: list[int]) -> router_pb2.Prompt:

@@ -16,7 +16,7 @@ import pytest
 
 from kvtier.wire.pb import feed_pb2, worker_pb2
 from tests.launching import fixed_ports, wait_for
-from tests.vllm.driver import BLOCK, ROOT, ROW, transfer
+from tests.vllm.driver import BLOCK, READY_S, ROOT, ROW, transfer
 from tests.vllm.service import Service, worker_toml
 
 VRAM, HOST = feed_pb2.TIER_VRAM, feed_pb2.TIER_HOST
@@ -136,7 +136,7 @@ def test_a_router_in_front_of_a_plain_vllm(model, tmp_path, prompts):
     service = None
     (tmp_path / "red").write_text("the secret of red, long enough")
     try:
-        wait_for("vLLM to serve", plain.up, 240)
+        wait_for("vLLM to serve", plain.up, READY_S)
         more = (
             f'url = "http://127.0.0.1:{plain.port}"\nevents = "{plain.events}"\n'
             f'replay = "{plain.replay}"\nannounced = "{plain.who}"\n'
