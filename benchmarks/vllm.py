@@ -5,7 +5,6 @@ of the engine's processes and of the node daemon (or LMCache's server) together.
 of `host`: vLLM's own prefix cache has the same part of the prompt. Run it with .venv-vllm's Python.
 """
 
-import os
 import random
 import statistics
 import sys
@@ -30,7 +29,6 @@ ALIKE = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 LMCACHE_GB = 1.5  # of its L1: all prompts fit
 # Without any tier, with kvtier, with kvtier that saves at the second use, with vLLM's own tiers.
 UNIQUE = ("off", "on", "on, second-use", "own tiers")
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Size:
         return self.repeats * (self.prompt // BLOCK + 2) + 32
 
 
-FULL = Size(prompt=3000, repeats=5, unique=6, unique_tokens=640, rounds=4)
+FULL = Size(prompt=3000, repeats=7, unique=6, unique_tokens=640, rounds=6)
 TINY = Size(prompt=200, repeats=1, unique=2, unique_tokens=100, rounds=1)
 
 
@@ -181,7 +179,7 @@ def measure(model: Path, folder: Path, size: Size, peers: str) -> dict[str, Samp
                     timed(found[name], engine, pid, each)
         # One life of an engine computes faster than the next, and who started first has it best.
         with start(second_use) as second, start(None) as off:
-            compare_unique(found, (off, on, second, own), node, size, prompt)
+            compare_unique(found, (off, on, second, own), node, size, prompt, backwards=True)
     return found
 
 
@@ -200,10 +198,13 @@ def fill_lmcache(
 
 def compare_unique(
     found: dict[str, Sample], engines: Sequence[Engine], node: Process, size: Size,
-    prompt: Callable[[int], list[int]],
+    prompt: Callable[[int], list[int]], *, backwards: bool = False,
 ) -> None:  # fmt: skip
-    """Rounds of prompts that nobody has seen, by each of the engines that `UNIQUE` names."""
-    rows = list(zip(UNIQUE, engines, strict=True))
+    """Rounds of prompts that nobody has seen, by each of the engines that `UNIQUE` names.
+
+    Another engine begins each round. `backwards`: who was before another comes after it.
+    """
+    rows = list(zip(UNIQUE, engines, strict=True))[:: -1 if backwards else 1]
     for _, engine in rows:  # as many as in a round: first uses pay for much
         engine.generate([prompt(size.unique_tokens) for _ in range(size.unique)], 4)
     for number in range(size.rounds):
@@ -228,8 +229,8 @@ def taken(sample: Sample, engine: Engine, pid: int) -> Iterator[None]:
     cpu, start = cpu_s(pids), time.perf_counter()
     yield
     sample.wall.append(time.perf_counter() - start)
-    sample.cpu.append(max(cpu_s(pids) - cpu, 1 / TICKS))
-    print(f"{sample.name}: {sample.wall[-1]:.3f} s, {sample.cpu[-1]:.2f} CPU s", file=sys.stderr)
+    sample.cpu.append(cpu_s(pids) - cpu)
+    print(f"{sample.name}: {sample.wall[-1]:.3f} s, {sample.cpu[-1]:.3f} CPU s", file=sys.stderr)
 
 
 def tree(pid: int) -> list[int]:
@@ -241,12 +242,9 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pids: list[int]) -> float:
-    """User and system seconds of these processes."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICKS
+    """User and system seconds of these processes, to the nanosecond: ticks are of 10 ms."""
+    # The clock of another process, as clock_getcpuclockid(3) gives it.
+    return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids) / 1e9
 
 
 if __name__ == "__main__":
