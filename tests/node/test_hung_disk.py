@@ -22,7 +22,7 @@ from kvtier.engine.client import TierClient
 from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.node import daemon
 from kvtier.node.manager import TierManager
-from kvtier.node.movers import LowerTier
+from kvtier.node.movers import FORGET_BLOCKS, LowerTier
 from kvtier.node.reading import Reading
 from kvtier.stores.base import Parts
 from kvtier.stores.disk.files import Buffers, SegmentFile
@@ -260,12 +260,12 @@ def hung() -> float:
 
 
 @asynccontextmanager
-async def noded() -> AsyncIterator[tuple[TierManager, Hanging]]:
+async def noded(store: Hanging | None = None) -> AsyncIterator[tuple[TierManager, Hanging]]:
     specs = [
         TierSpec(tier=Tier.HOST, capacity=SLOTS * BLOCK, drain_at=0),
         TierSpec(tier=Tier.DISK, capacity=80 * BLOCK, drain_at=80 * BLOCK),
     ]
-    store = Hanging()
+    store = store or Hanging()
     lower = [LowerTier(Tier.DISK, store, codecs.RAW, THREADS, 0.02, hung_s=2.0)]
     manager = TierManager(LAYOUT, Arena.create(BLOCK, SLOTS), specs, lower, lambda _: None)
     await manager.start()
@@ -423,6 +423,29 @@ async def test_an_answer_to_what_was_asked_before_it_hung_does_not_do() -> None:
         store.counting.set()
         await until("an answer", lambda: answers(manager))
         assert store.probes > asked, "it was used again without any I/O"
+
+
+async def test_many_blocks_are_deleted_by_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start may find a disk full of old frames: one call for all of them would seem to hang."""
+    calls: list[int] = []
+    real = MemoryStore.delete
+
+    def delete(self: MemoryStore, keys: Sequence[BlockKey]) -> None:
+        calls.append(len(keys))
+        if len(calls) == 2:
+            raise StoreUnavailable("one of them could not be erased")
+        real(self, keys)
+
+    monkeypatch.setattr(MemoryStore, "delete", delete)
+    old = new_keys(4 * FORGET_BLOCKS - 1)
+    store = Hanging()
+    assert all(store.write([(key, [b"KVTF\x01"]) for key in old]))
+    async with noded(store) as (manager, _):
+        await until("the calls", lambda: sum(calls) == len(old))
+        assert max(calls) == FORGET_BLOCKS
+        await until("the last call", lambda: len([*store.scan()]) == FORGET_BLOCKS)
+        assert fill(manager, PATH) == len(PATH)
+        await at_rest(manager)
 
 
 # --- a layout that gives way ----------------------------------------------------------
