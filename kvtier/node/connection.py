@@ -245,6 +245,8 @@ class Connection(asyncio.Protocol):
         except ValueError as error:
             raise RemoteProtocolError(str(error)) from None
         manager = await self._node.open_layout(layout)
+        if self._refused:  # meanwhile: it gets no arena, and so is hung up on
+            return
         self.manager = manager
         self._hello_due.cancel()
         reply = local.encode(
@@ -310,7 +312,8 @@ class Connection(asyncio.Protocol):
 
     def _reply_read(self, lease: Lease) -> None:
         self._leases.add(lease.id)
-        self._gate.hearing.begin(self)
+        if not self._refused:  # while it loaded
+            self._gate.hearing.begin(self)
         slots = local.pack_numbers(lease.slots)
         self._reply(lease.id, slots, bytes(lease.sources), lease.arrived())
 

@@ -75,7 +75,7 @@ class NodeDaemon:
         self._learned: dict[str, LearnedFile] = {}
         self.draining = False
         self._opening = asyncio.Lock()
-        self._closing: set[asyncio.Task[None]] = set()  # of layouts that have given way
+        self._closing: dict[asyncio.Task[None], str] = {}  # of layouts that have given way
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         self.recorder = Recorder()
@@ -125,7 +125,8 @@ class NodeDaemon:
 
     async def _open_new(self, layout: BlockLayout) -> TierManager:
         share = self._config.node.max_layouts
-        if len(self.layouts) + len(self._closing) >= share:
+        closing = self._closing.values()
+        if layout.id in closing or len(self.layouts) + len(closing) >= share:
             await self._make_room(layout)
         manager = await self._open(layout, share)
         self.layouts[layout.id] = manager
@@ -134,6 +135,8 @@ class NodeDaemon:
     async def _make_room(self, layout: BlockLayout) -> None:
         """A layout that was only found on disk gives way to one that is asked for."""
         for name, manager in list(self.layouts.items()):
+            if layout.id in self._closing.values():  # no place helps it: its folder is not free
+                break
             if not self.local.attached(manager) and not manager.leases:  # of other nodes
                 await manager.drain(DRAIN_S)
                 if self.local.attached(manager) or manager.leases:  # somebody has come back
@@ -142,8 +145,8 @@ class NodeDaemon:
                 held = manager.held().items()
                 self._announce([(tier, key, False) for tier, keys in held for key in keys])
                 closing = asyncio.create_task(self._close(manager))
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
+                self._closing[closing] = name
+                closing.add_done_callback(self._closing.pop)
                 await asyncio.wait([closing], timeout=CLOSE_S)
                 if not closing.done():  # its memory and its folder are not free yet
                     break

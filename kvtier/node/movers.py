@@ -27,6 +27,7 @@ from kvtier.stores.base import BROKEN, Parts, Placed, Store
 # that their first blocks arrive early; of demotions one piece is encoded while another is written.
 LOAD_NBYTES: Final = 4 << 20
 DRAIN_NBYTES: Final = 8 << 20
+FORGET_BLOCKS: Final = 256  # of one store call: a long one would be taken for one that hangs
 HOST: Final = 0
 
 log = logging.getLogger(__name__)
@@ -171,13 +172,7 @@ class Movers:
         """
         assert not self._shared(tier), "what is shared is not deleted"
 
-        def work() -> None:
-            try:
-                self.stores[tier - 1].delete(keys)
-            except StoreUnavailable:
-                metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
-
-        deleted = self._forget_pools[tier - 1].submit(work)
+        deleted = self._forget_pools[tier - 1].submit(self._delete, tier, keys)
         self._forgetting[tier - 1] = (*self._due(tier), deleted)
 
     def _due(self, tier: int) -> After:
@@ -196,6 +191,13 @@ class Movers:
             store.close()
 
     # --- on a pool's thread -----------------------------------------------------------
+
+    def _delete(self, tier: int, keys: Sequence[BlockKey]) -> None:
+        for at in range(0, len(keys), FORGET_BLOCKS):
+            try:
+                self.stores[tier - 1].delete(keys[at : at + FORGET_BLOCKS])
+            except StoreUnavailable:
+                metrics.STORE_ERRORS.labels(self._tiers[tier - 1].tier.label).inc()
 
     def _run(self, work: Callable[[list[Move]], list[Moved]], batch: list[Move]) -> None:
         """One batch; whatever happens, every move of it is reported."""

@@ -118,8 +118,16 @@ def test_what_comes_before_a_block_is_known_by_all_of_its_request():
     assert befores(named, [*named]) == links
     assert befores(named, first[4:]) == {each: links[each] for each in first[4:]}
     assert befores(named, [other[0], first[0], first[3]]) == {first[3]: first[2]}
-    assert befores(named, keys(1, start=9)) == {}
-    assert befores({}, first) == {}
+    assert befores(named, []) == {}
+
+
+def test_another_record_of_a_request_is_none():
+    """vLLM has no name for it: a release may keep another, and an error would end the engine."""
+    first = keys(6)
+    named = dict.fromkeys(first)
+    others = [None, {}, [], [*first], 7, object(), {0: first}, dict.fromkeys(first[1:]),
+              {7: 0, **named}, {**named, None: 0}, {(0, key): 0 for key in first}]  # fmt: skip
+    assert [befores(other, first) for other in others] == [None] * len(others)
 
 
 def test_the_daemon_tells_which_block_comes_before_what_was_stored(tier, node):

@@ -22,7 +22,7 @@ from kvtier.engine.client import TierClient
 from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.node import daemon
 from kvtier.node.manager import TierManager
-from kvtier.node.movers import LowerTier
+from kvtier.node.movers import FORGET_BLOCKS, LowerTier
 from kvtier.node.reading import Reading
 from kvtier.stores.base import Parts
 from kvtier.stores.disk.files import Buffers, SegmentFile
@@ -260,12 +260,12 @@ def hung() -> float:
 
 
 @asynccontextmanager
-async def noded() -> AsyncIterator[tuple[TierManager, Hanging]]:
+async def noded(store: Hanging | None = None) -> AsyncIterator[tuple[TierManager, Hanging]]:
     specs = [
         TierSpec(tier=Tier.HOST, capacity=SLOTS * BLOCK, drain_at=0),
         TierSpec(tier=Tier.DISK, capacity=80 * BLOCK, drain_at=80 * BLOCK),
     ]
-    store = Hanging()
+    store = store or Hanging()
     lower = [LowerTier(Tier.DISK, store, codecs.RAW, THREADS, 0.02, hung_s=2.0)]
     manager = TierManager(LAYOUT, Arena.create(BLOCK, SLOTS), specs, lower, lambda _: None)
     await manager.start()
@@ -425,12 +425,40 @@ async def test_an_answer_to_what_was_asked_before_it_hung_does_not_do() -> None:
         assert store.probes > asked, "it was used again without any I/O"
 
 
+async def test_many_blocks_are_deleted_by_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start may find a disk full of old frames: one call for all of them would seem to hang."""
+    calls: list[int] = []
+    real = MemoryStore.delete
+
+    def delete(self: MemoryStore, keys: Sequence[BlockKey]) -> None:
+        calls.append(len(keys))
+        if len(calls) == 2:
+            raise StoreUnavailable("one of them could not be erased")
+        real(self, keys)
+
+    monkeypatch.setattr(MemoryStore, "delete", delete)
+    old = new_keys(4 * FORGET_BLOCKS - 1)
+    store = Hanging()
+    assert all(store.write([(key, [b"KVTF\x01"]) for key in old]))
+    async with noded(store) as (manager, _):
+        await until("the calls", lambda: sum(calls) == len(old))
+        assert max(calls) == FORGET_BLOCKS
+        await until("the last call", lambda: len([*store.scan()]) == FORGET_BLOCKS)
+        assert fill(manager, PATH) == len(PATH)
+        await at_rest(manager)
+
+
 # --- a layout that gives way ----------------------------------------------------------
 
 
-async def test_a_layout_whose_disk_hangs_does_not_keep_others_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+OTHER = BlockLayout(LAYOUT.groups, 32, LAYOUT.dtype)
+
+
+@asynccontextmanager
+async def full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, layouts: int
+) -> AsyncIterator[tuple[daemon.NodeDaemon, threading.Event]]:
+    """A daemon whose disk hangs in a write of LAYOUT's, until the event; it may have so many."""
     gate, inside = threading.Event(), threading.Event()
     real = SegmentFile.write
 
@@ -443,23 +471,48 @@ async def test_a_layout_whose_disk_hangs_does_not_keep_others_waiting(
     monkeypatch.setattr(daemon, "DRAIN_S", 0.05)
     monkeypatch.setattr(daemon, "CLOSE_S", 0.05)
     config = Config(
-        node=NodeConfig(socket=f"{tmp_path}/node.sock", max_layouts=1),
+        node=NodeConfig(socket=f"{folder}/node.sock", max_layouts=layouts),
         host=HostConfig(bytes=SLOTS * BLOCK, drain_at=0.0),
-        disk=DiskConfig(path=f"{tmp_path}/disk", bytes=64 << 20, drain_at=0.0),
+        disk=DiskConfig(path=f"{folder}/disk", bytes=64 << 20, drain_at=0.0),
     )
     node = daemon.NodeDaemon(config)
     try:
         async with asyncio.timeout(DEADLINE_S):
             fill(await node.open_layout(LAYOUT), PATH)
             await until("a call that hangs", inside.is_set)
-            other = BlockLayout(LAYOUT.groups, 32, LAYOUT.dtype)
-            for wanted in (other, other, LAYOUT):
-                with pytest.raises(ConfigError, match=r"max_layouts \(1\); one that gives way"):
-                    await node.open_layout(wanted)
-            gate.set()
-            await until("the end of the first", lambda: not node._closing)
-            for wanted in (other, LAYOUT):
-                assert fill(await node.open_layout(wanted), new_keys(3)) == 3
+            yield node, gate
     finally:
         gate.set()
         await node.close(0.0)
+
+
+async def test_a_layout_that_gave_way_and_hangs_takes_no_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is its own until it has closed: another's place would not help it."""
+    async with full(tmp_path, monkeypatch, 2) as (node, gate):
+        await node.open_layout(OTHER)
+        third = BlockLayout(LAYOUT.groups, 48, LAYOUT.dtype)
+        with pytest.raises(ConfigError, match="one that gives way"):
+            await node.open_layout(third)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="one that gives way"):
+                await node.open_layout(LAYOUT)
+            assert [*node.layouts] == [OTHER.id]
+        gate.set()
+        await until("the end of the first", lambda: not node._closing)
+        assert fill(await node.open_layout(LAYOUT), new_keys(3)) == 3
+
+
+async def test_a_layout_whose_disk_hangs_does_not_keep_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with full(tmp_path, monkeypatch, 1) as (node, gate):
+        for wanted in (OTHER, OTHER, LAYOUT):
+            with pytest.raises(ConfigError, match=r"max_layouts \(1\); one that gives way"):
+                await node.open_layout(wanted)
+        gate.set()
+        await until("the end of the first", lambda: not node._closing)
+        monkeypatch.setattr(daemon, "CLOSE_S", DEADLINE_S)
+        for wanted in (OTHER, LAYOUT):
+            assert fill(await node.open_layout(wanted), new_keys(3)) == 3

@@ -1,14 +1,28 @@
 """An engine that is refused lives on, and may be copying just then: its slots stay its own."""
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import pytest
+
+from kvtier.config import Config, HostConfig, NodeConfig
+from kvtier.core.blocks import BlockLayout
+from kvtier.core.ledger import Lease
 from kvtier.engine.client import TierClient
+from kvtier.node import connection
+from kvtier.node.connection import Connection
+from kvtier.node.daemon import NodeDaemon
+from kvtier.node.manager import TierManager
+from kvtier.node.reading import Reading
+from kvtier.wire import local
+from kvtier.wire.local import Op
 from tests.launching import DEADLINE_S, Process, node_toml, wait_for
 from tests.node.conftest import LAYOUT, new_keys, restore, save, status
+from tests.node.test_hung_disk import until
 
 AT_ONCE = "from kvtier.node import connection; connection.LINGER_S = 0.0"
 ALL = 32  # blocks of the arena
@@ -120,3 +134,84 @@ sys.stdin.readline()
             assert says(stranger, "refused")
             wait_for("its place is free", lambda: status(node).clients == 0)
             stranger.kill()
+
+
+# --- refused while something of it is under way ---------------------------------------
+
+HELLO = local.encode(Op.HELLO, local.VERSION, LAYOUT.describe(), "test")
+KEYS = local.pack_keys(new_keys(3))
+
+
+class Staying(asyncio.Protocol):
+    """Does not hang up when it is told why it should."""
+
+    def eof_received(self) -> bool:
+        return True
+
+
+@asynccontextmanager
+async def greeted(folder: Path) -> AsyncIterator[tuple[NodeDaemon, Connection, asyncio.Transport]]:
+    """A daemon, the connection of an engine that has said hello, and the engine's end of it."""
+    path = f"{folder}/node.sock"
+    config = Config(node=NodeConfig(socket=path), host=HostConfig(bytes=2**20))
+    node = NodeDaemon(config)
+    await node.local.start()
+    loop = asyncio.get_running_loop()
+    engine, _ = await loop.create_unix_connection(Staying, path)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await until("an engine", lambda: node.local.clients == 1)
+            (it,) = node.local._gate.inside
+            engine.write(HELLO)
+            await until("its hello", lambda: it._task is not None)
+            yield node, it, engine
+    finally:
+        engine.close()
+        await node.close(0.0)
+
+
+async def test_nobody_goes_on_listening_to_one_whose_read_ends_after_it_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its notes are not read any more, and were looked for 200 times a second until it left."""
+    loaded, real = asyncio.Event(), TierManager.read
+
+    async def read(self: TierManager, asked: Reading) -> Lease:
+        await loaded.wait()
+        result = real(self, asked)
+        return result if isinstance(result, Lease) else await result
+
+    monkeypatch.setattr(TierManager, "read", read)
+    async with greeted(tmp_path) as (node, it, engine):
+        await until("the tiers", lambda: node.layouts and it._task.done())
+        engine.write(local.encode(Op.READ, KEYS, 0, 3, 0, 0, 0, 0, -1))
+        await until("a read", lambda: not it._task.done())
+        engine.write(local.encode(99))
+        await until("a refusal", lambda: it._refused)
+        loaded.set()
+        await until("the end of the read", it._task.done)
+        assert [manager.leases for manager in node.layouts.values()] == [1]
+        assert not node.local._gate.hearing._leasing
+
+
+async def test_one_that_is_refused_while_its_tiers_are_opened_is_a_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never had a slot, and would keep its place until it hangs up."""
+    opened, real = asyncio.Event(), NodeDaemon.open_layout
+    monkeypatch.setattr(connection, "LINGER_S", DEADLINE_S)
+
+    async def open_layout(self: NodeDaemon, layout: BlockLayout) -> TierManager:
+        await opened.wait()
+        return await real(self, layout)
+
+    monkeypatch.setattr(NodeDaemon, "open_layout", open_layout)
+    async with greeted(tmp_path) as (node, it, engine):
+        engine.write(local.encode(Op.MATCH, KEYS))
+        await until("a refusal", lambda: it._refused)
+        opened.set()
+        await until("the end of the hello", it._task.done)
+        (manager,) = node.layouts.values()
+        assert not node.local.attached(manager)
+        it._close_on_stranger()  # once it has had its time to read why
+        await until("its place", lambda: node.local.clients == 0)

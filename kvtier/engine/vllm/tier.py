@@ -206,10 +206,10 @@ class KvtierTier(Told, SecondaryTierManager):
             blocks.sort(key=lambda block: (block[0][-4:], at(block[0]) or 0))
         keys = [key for key, _ in blocks]
         # vLLM's own record of a request's blocks, in order; it has no other name for it.
-        named = getattr(job.req_context, "_offload_key_positions", {}) if storing else {}
+        named = getattr(job.req_context, "_offload_key_positions", None) if storing else None
         self._hub.transfers.submit(
             job.job_id, storing=storing, keys=keys, rows=[row for _, row in blocks],
-            before=befores(named, keys) if named else None,
+            before=befores(named, keys),
             request=getattr(job.req_context, "req_id", None),
         )  # fmt: skip
 

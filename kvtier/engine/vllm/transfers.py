@@ -282,14 +282,19 @@ def _follows(job: _Job, at: int) -> bool:
     return job.before.get(job.keys[at]) == job.keys[at - 1]
 
 
-def befores(named: Mapping[bytes, object], keys: Iterable[bytes]) -> dict[bytes, bytes]:
+def befores(named: object, keys: Iterable[bytes]) -> dict[bytes, bytes] | None:
     """The block before each of `keys`, of those that have one in their group of layers.
 
-    `named` are all blocks of their request, each group in order, the newest last.
+    `named` are all blocks of their request, each group in order, the newest last. None where it is
+    anything else, as it may be in another release of vLLM.
     """
     wanted, found = set(keys), dict[bytes, bytes]()
+    if not isinstance(named, dict) or not wanted <= named.keys():
+        return None
     after: dict[bytes, bytes] = {}  # by group: whose block before it comes next
     for name in reversed([*named]):
+        if not isinstance(name, bytes):
+            return None
         group = name[-4:]
         if group in after:
             found[after.pop(group)] = name

@@ -38,7 +38,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RedisStore:
-    """Frames under "PREFIX:2:NAMESPACE:LAYOUT:{KEY IN HEX}" on the servers of `config.url`.
+    """Frames under "PREFIX:3:NAMESPACE:LAYOUT:{KEY IN HEX}" on the servers of `config.url`.
 
     A refused write (False) is the server's "out of memory". Up to MAX_CONNECTIONS threads at once
     for each server. A call takes at most `timeout_s`, for each 8 MiB that it moves. A server that
