@@ -177,6 +177,7 @@ class Link:
                 await self._watch(self.channel)
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
+                self._settle()  # nobody else waits for it
                 if str(gap) != self._refused:
                     log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
                 if not gap.replay:
@@ -293,7 +294,8 @@ class Link:
         else:
             log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
             self._refused = str(gap)
-        self._settle()  # nobody else waits for it
+        # What it said of its load would count for as long as it is refused, perhaps for ever.
+        self.heartbeat = feed_pb2.Heartbeat(draining=self.heartbeat.draining)
         return gap
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
