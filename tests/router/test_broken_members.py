@@ -102,3 +102,20 @@ async def test_streams_that_never_last_are_opened_ever_more_rarely(engines, rout
     await routers(worker, ready=False)
     await eventually(lambda: worker.opened >= 10, "it was opened anew")
     await eventually(lambda: max(pauses) >= asking.PAUSE_S[1] / 2, "the pauses grow")
+
+
+class Growing(StubWorker):
+    """Holds one block more at every look, and says of none what comes before it."""
+
+    def _snapshot(self) -> list[feed_pb2.FeedMessage]:
+        part = feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"".join(KEYS[: self.watched]))
+        body = feed_pb2.Snapshot(held=[part], last=True)
+        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, snapshot=body)]
+
+
+async def test_a_refusal_is_said_once_whatever_its_numbers(engines, routers, caplog):
+    worker = await engines(Growing("a"))
+    await routers(worker, ready=False)
+    await eventually(lambda: worker.watched >= 4, "it was refused several times")
+    said = [each for each in caplog.messages if "lie in no chain" in each]
+    assert len(said) == 1, said
