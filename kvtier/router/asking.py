@@ -67,6 +67,7 @@ class Asks:
         self._keeping: asyncio.Task[None] | None = None
         self._retired = False
         self._why = ""
+        self._tries = 0  # to open it, since one that lasted
 
     @property
     def open(self) -> bool:
@@ -129,30 +130,34 @@ class Asks:
             await asyncio.gather(self._keeping, return_exceptions=True)
 
     async def _keep(self, stream: "_Stream") -> None:
+        clock = asyncio.get_running_loop().time
         again: _Stream | None = stream
         while again is not None:
-            self._stream = again
+            self._stream, opened_at = again, clock()
             self._changed()
             why = await again.run(self._changed)
             self._stream = None
+            if clock() - opened_at > PAUSE_S[1]:
+                self._tries = 0  # or whoever ends each at once would be asked without a pause
             again = await self._opened_anew(why)
 
     async def _opened_anew(self, why: str) -> "_Stream | None":
         """A new stream, however often it takes; None once retired."""
-        tries, said = 0, ""
-        while not self._retired:
-            if not tries:
+        said = ""
+        if not self._retired:
+            if not self._tries:
                 log.info("%s: its stream of requests is lost: %s", self._name, why)
-                self._changed()
+            self._changed()
+        while not self._retired:
             first, last = PAUSE_S
-            pause = min(last, first * 2**tries)
-            tries = min(tries + 1, 16)
+            pause = min(last, first * 2**self._tries)
+            self._tries = min(self._tries + 1, 16)
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
             try:
                 return await self._opened()
             except (grpc.RpcError, RemoteProtocolError) as error:
                 # Whose feed is there still is `connecting` for a reason that nobody else tells.
-                if tries > 1 and (line := line_of(error)) != said:
+                if self._tries > 1 and (line := line_of(error)) != said:
                     said = line
                     log.warning("%s: its stream of requests cannot be opened: %s", self._name, line)
         return None

@@ -153,7 +153,9 @@ def _give_up(model: str, avoided: dict[str, Outcome], lost: int, tokens: int) ->
 
 
 def _status(name: str) -> grpc.StatusCode:
-    return grpc.StatusCode.__members__.get(name, grpc.StatusCode.UNKNOWN)
+    """Of an error; one that says OK, which no call can be aborted with, says nothing."""
+    code = grpc.StatusCode.__members__.get(name, grpc.StatusCode.UNKNOWN)
+    return grpc.StatusCode.UNKNOWN if code is grpc.StatusCode.OK else code
 
 
 class _Attempt:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -116,7 +117,7 @@ class Link:
         self._closing: set[asyncio.Task[None]] = set()
         self._fed = False  # its feed has told what it holds, in this life
         self._silent = False  # its feed has said nothing for `stale_s`
-        self._refused = ""  # why its feed was, last time
+        self._refused = ""  # in which way its feed was, last time
         self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
@@ -177,7 +178,8 @@ class Link:
                 await self._watch(self.channel)
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
-                if str(gap) != self._refused:
+                self._settle()  # nobody else waits for it
+                if _way(gap) != self._refused:
                     log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
                 if not gap.replay:
                     self._context.directory.remove(self.source)
@@ -288,12 +290,13 @@ class Link:
     def _broken(self, error: RemoteProtocolError) -> FeedGap:
         """Whoever breaks the protocol will do so again: said once, and asked ever more rarely."""
         gap = FeedGap(str(error))
-        if str(gap) == self._refused:
+        if _way(gap) == self._refused:
             self._tries = max(self._tries, _SLOWEST)
         else:
             log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
-            self._refused = str(gap)
-        self._settle()  # nobody else waits for it
+            self._refused = _way(gap)
+        # What it said of its load would count for as long as it is refused, perhaps for ever.
+        self.heartbeat = feed_pb2.Heartbeat(draining=self.heartbeat.draining)
         return gap
 
     async def _next(self, call: grpc.aio.UnaryStreamCall) -> feed_pb2.FeedMessage:
@@ -374,6 +377,11 @@ async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, w
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()
+
+
+def _way(gap: FeedGap) -> str:
+    """How a feed broke; the numbers change with what its source holds."""
+    return re.sub(r"\d+", "0", str(gap))
 
 
 def _rate(said: float) -> float:

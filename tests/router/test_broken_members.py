@@ -1,0 +1,121 @@
+"""Members that break the protocol in ways that no release of ours does: what they cost others."""
+
+import asyncio
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvtier.router import asking
+from kvtier.wire.pb import feed_pb2, worker_pb2
+from tests.router.stub_engine import StubWorker, aborts, keys
+from tests.router.support import PATIENCE_S, Status, eventually, generate_request, refused
+
+PROMPT = "a prompt of eight and more blocks"
+KEYS = keys(PROMPT)
+
+
+async def serves(router) -> bool:
+    health = health_pb2_grpc.HealthStub(router.channel)
+    said = await health.Check(health_pb2.HealthCheckRequest())
+    return said.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class Jumps(StubWorker):
+    """The pieces of its snapshot do not follow each other."""
+
+    def _snapshot(self) -> list[feed_pb2.FeedMessage]:
+        pieces = super()._snapshot()
+        pieces[-1].seq += 1
+        return pieces
+
+
+async def test_a_snapshot_that_is_never_whole_holds_nobody_up(engines, routers):
+    good, bad = await engines(StubWorker("good")), await engines(Jumps("bad", KEYS))
+    router = await routers(good, bad, ready=False)
+    await eventually(lambda: bad.watched >= 3, "it was watched anew")
+    await eventually(lambda: serves(router), "the router serves without it")
+
+
+class Refused(StubWorker):
+    """Its feed is good until `bad` is set, and never again."""
+
+    bad = False
+
+    def _snapshot(self) -> list[feed_pb2.FeedMessage]:
+        if not self.bad:
+            return super()._snapshot()
+        body = feed_pb2.Heartbeat()
+        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, heartbeat=body)]
+
+
+async def test_who_is_refused_is_not_believed_busy_for_ever(engines, routers):
+    worker = Refused("a")
+    worker.heartbeat.load.waiting_tokens = 1_000_000
+    worker.heartbeat.load.running = 100
+    await engines(worker)
+    router = await routers(worker)
+
+    async def told(waiting: int, decoding: int) -> bool:
+        terms = (await router.explain(PROMPT))[0].terms
+        return (terms.waiting_tokens, terms.decoding) == (waiting, decoding)
+
+    await eventually(lambda: told(1_000_000, 100), "its load was told")
+    worker.bad = True
+    worker.send(feed_pb2.FeedMessage(epoch=worker.epoch, seq=worker.seq))
+    await eventually(lambda: worker.watched >= 4, "its feed was refused, and refused again")
+    await eventually(lambda: told(0, 0), "what it said once no longer counts")
+
+
+async def test_an_error_that_says_ok_is_no_answer(engines, routers):
+    worker = await engines(StubWorker("a"))
+    worker.script = aborts(Status.OK, "what?")
+    router = await routers(worker)
+    async with asyncio.timeout(PATIENCE_S), refused(Status.UNAVAILABLE, "no worker"):
+        async for _ in router.stub.Generate(generate_request(PROMPT)):
+            pass
+
+
+class Brief(StubWorker):
+    """Ends every stream of requests as soon as it was opened."""
+
+    opened = 0
+
+    async def Multiplex(self, requests, context) -> None:
+        self.opened += 1
+        hello = worker_pb2.MuxHello(max_open=1)
+        await context.write(worker_pb2.MuxResponse(hello=hello))
+
+
+async def test_streams_that_never_last_are_opened_ever_more_rarely(engines, routers, monkeypatch):
+    pauses: list[float] = []
+    rest = asyncio.sleep
+
+    async def slept(pause_s: float) -> None:
+        pauses.append(pause_s)
+        await rest(min(pause_s, 0.01))
+
+    class Sleeping:
+        def __getattr__(self, name: str) -> object:
+            return slept if name == "sleep" else getattr(asyncio, name)
+
+    monkeypatch.setattr(asking, "asyncio", Sleeping())
+    worker = await engines(Brief("a"))
+    await routers(worker, ready=False)
+    await eventually(lambda: worker.opened >= 10, "it was opened anew")
+    await eventually(lambda: max(pauses) >= asking.PAUSE_S[1] / 2, "the pauses grow")
+
+
+class Growing(StubWorker):
+    """Holds one block more at every look, and says of none what comes before it."""
+
+    def _snapshot(self) -> list[feed_pb2.FeedMessage]:
+        part = feed_pb2.TierKeys(tier=feed_pb2.TIER_VRAM, keys=b"".join(KEYS[: self.watched]))
+        body = feed_pb2.Snapshot(held=[part], last=True)
+        return [feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, snapshot=body)]
+
+
+async def test_a_refusal_is_said_once_whatever_its_numbers(engines, routers, caplog):
+    worker = await engines(Growing("a"))
+    await routers(worker, ready=False)
+    await eventually(lambda: worker.watched >= 4, "it was refused several times")
+    said = [each for each in caplog.messages if "lie in no chain" in each]
+    assert len(said) == 1, said
