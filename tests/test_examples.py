@@ -45,6 +45,18 @@ def test_plain_tensors_come_back_equal() -> None:
     assert run("plain_tensors.py") == "saved 8 blocks\nrestored 8 from host equal: True\n"
 
 
+def test_plain_tensors_come_back_from_a_daemon_that_takes_its_time() -> None:
+    """No call waits for it here, as where it takes its memory on a busy machine."""
+    slow = "import kvtier.engine.tier as t; t.ATTACH_S = 0.0; import runpy, sys; "
+    path = str(EXAMPLES / "plain_tensors.py")
+    done = subprocess.run(
+        [sys.executable, "-c", slow + "runpy.run_path(sys.argv[1])", path],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "saved 8 blocks\nrestored 8 from host equal: True\n"
+
+
 def test_an_openai_client_is_answered(tmp_path: Path) -> None:
     http = f"127.0.0.1:{fixed_ports(1)[0]}"
     command = [sys.executable, "-m", "tests.router.chaos_worker", "w", "0"]

@@ -67,7 +67,8 @@ async def _print_status(address: str, config: Config) -> None:
             raise ConfigError(f"no node daemon at {address}: {why}") from None
     state = "draining" if status.draining else "serving"
     lends = f", lends blocks at {status.lends_at}" if status.lends_at else ""
-    print(f"node {status.node}, {state}, {status.clients} engines attached{lends}")
+    engines = "1 engine" if status.clients == 1 else f"{status.clients} engines"
+    print(f"node {status.node}, {state}, {engines} attached{lends}")
     for layout in status.layouts:
         print(f"layout {layout.layout}: {layout.leases} leases, {layout.moves} moves under way")
         for tier in layout.tiers:

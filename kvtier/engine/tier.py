@@ -157,6 +157,14 @@ class EngineTier:
             self._shielded("save", None, work)
         return sum(saved)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the daemon has taken us in, after at most so long; till then all is a miss."""
+        until = self._clock() + timeout_s
+        while not self._shielded("attach", False, lambda _: True):
+            if self._clock() >= until or self._closed.wait(SOON_S):
+                return False
+        return True
+
     def bytes_per_s(self) -> dict[Tier, float]:
         """How fast restores from each tier have been, waiting included."""
         return self._speeds.bytes_per_s()

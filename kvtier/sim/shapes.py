@@ -89,7 +89,9 @@ def load(model: str) -> Shape:
         raise ConfigError(f"--model {path}: over {MAX_CONFIG_NBYTES} bytes, so no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--model {path}: not JSON: {error}") from None
+    except OSError as error:
         raise ConfigError(f"--model {path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--model {path}: not a JSON object")

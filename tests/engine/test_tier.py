@@ -146,6 +146,17 @@ def test_no_daemon_is_a_miss_with_a_counter_and_it_is_found_when_it_comes(tmp_pa
     assert failures("restore") == before + 1
 
 
+def test_a_program_may_wait_for_the_daemon_instead_of_missing(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    try:
+        assert not engine.tier.wait(0.0)
+        with Process("node", node_toml(tmp_path), tmp_path):
+            assert engine.tier.wait(60.0)
+            assert engine.save(range(64)) == 4
+    finally:
+        engine.tier.close()
+
+
 def test_a_restarted_daemon_is_found_again_without_a_failure(tmp_path: Path) -> None:
     toml = node_toml(tmp_path, more=disk_toml(tmp_path))
     with Process("node", toml, tmp_path) as node:

@@ -85,7 +85,7 @@ def test_a_folder_and_the_text_part_of_a_multimodal_config_are_read(tmp_path: Pa
     ("text", "message"),
     [
         ("[]", "not a JSON object"),
-        ("{", "Expecting property name"),
+        ("{", "not JSON: Expecting property name"),
         ('{"num_hidden_layers": 2}', "hidden_size is missing"),
         ('{"num_hidden_layers": -1}', "num_hidden_layers is -1, must be a number of 0 to 4096"),
         ('{"num_hidden_layers": true}', "num_hidden_layers is True"),
