@@ -15,7 +15,7 @@ log2(MAX_STRIP) times on the way to a full strip. A strip is cut where a second 
 its middle, and there stays so; where blocks leave that nobody else has; and where it has more than
 128 segments, which bounds what the change of one block takes.
 
-Memory: a block takes 80 to 105 bytes (its entry in the table, 28 to 54 as that is just grown or
+Memory: a block takes 80 to 110 bytes (its entry in the table, 28 to 54 as that is just grown or
 full; the fingerprint there, 32; its key in a strip, 16), a strip about 230, 60 for each of its
 holders and 16 for each segment, whatever its length. Two blocks with one fingerprint (2^-60 for any
 two) are not both known: the later one counts as held by nobody.
@@ -192,6 +192,7 @@ class StripIndex(Strips):
         assert self._strips[strip.handle] is strip
         assert 1 <= len(strip) <= MAX_STRIP
         assert len(strip.ends) == len(strip.masks)
+        assert self._halves(strip) == (strip,)
         assert all(start < stop for start, stop, _ in strip.segments())
         assert strip.ends[-1] == len(strip)
         assert all(strip.masks)
