@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvtier.core.shapes import bits
+from kvtier.core.segments import bits
 from kvtier.core.strips import Run
 from kvtier.core.tiers import Tier
 
@@ -23,9 +23,6 @@ class Warmth(NamedTuple):
     def blocks(self) -> int:
         """All of them."""
         return sum(self)
-
-
-_COLD: Final = Warmth()
 
 
 _Group = tuple[int, list[int]]  # candidates with the same history so far, and their warmth
@@ -59,59 +56,44 @@ class Audience:
 
     def warmth(self, runs: Iterable[Run]) -> dict[str, Warmth]:
         """What each candidate has of a prompt that goes through these runs."""
-        found = dict.fromkeys(self._names, _COLD)
+        ended: list[_Group] = []
         groups: list[_Group] = [((1 << len(self._names)) - 1, [0, 0, 0, 0])]
         known = self._known
+        all_on: set[int] = set()  # masks with which all of the only group go on in VRAM
+        had = groups[0][1]
         for blocks, mask in runs:
+            if mask in all_on:
+                had[0] += blocks
+                continue
             by_tier = known.get(mask) or self._tiers(mask)
             if len(groups) == 1:  # mostly all of them go on, and nothing is to be parted
                 members, had = groups[0]
                 if members & by_tier[0] == members:
                     had[0] += blocks
+                    all_on.add(mask)
                     continue
-            groups = self._parted(found, groups, blocks, by_tier)
+            all_on.clear()
+            groups = _parted(ended, groups, blocks, by_tier)
             if not groups:
                 break
-        for members, had in groups:
-            self._end(found, members, had)
-        return found
-
-    def _parted(
-        self,
-        found: dict[str, Warmth],
-        groups: Iterable[_Group],
-        blocks: int,
-        by_tier: tuple[int, ...],
-    ) -> list[_Group]:
-        """What becomes of the groups in a run of so many blocks; for some it ends here."""
-        going: list[_Group] = []
-        for members, had in groups:
-            for tier, holders in enumerate(by_tier):
-                having = members & holders
-                if not having:
-                    continue
-                members ^= having
-                more = [*had] if members else had
-                more[tier] += blocks
-                going.append((having, more))
-                if not members:
-                    break
-            else:
-                self._end(found, members, had)
-        return going
-
-    def _end(self, found: dict[str, Warmth], members: int, had: list[int]) -> None:
-        """This is all that these candidates have."""
-        if any(had):
+        ended += groups
+        # Mostly nearly all of them end at the same block: who they are need not be listed.
+        most = max(range(len(ended)), key=lambda n: ended[n][0].bit_count())
+        found = dict.fromkeys(self._names, Warmth(*ended.pop(most)[1]))
+        for members, had in ended:
             found.update(dict.fromkeys(self._named(members), Warmth(*had)))
+        return found
 
     def _tiers(self, mask: int) -> tuple[int, ...]:
         """The candidates that can have what the holders in a mask have, by tier."""
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        owned = [0] * len(OWNED)
-        for bit in bits(mask & self._mask):
-            place, members = self._members[bit]
+        owned, members_of = [0] * len(OWNED), self._members
+        rest = mask & self._mask
+        while rest:  # not by `bits`: every first look-up comes here
+            bit = rest & -rest
+            rest ^= bit
+            place, members = members_of[bit]
             owned[place] |= members
         known = self._known[mask] = *owned, (-1 if mask & self._shared else 0)
         return known
@@ -124,3 +106,24 @@ class Audience:
             names = [self._names[bit.bit_length() - 1] for bit in bits(members)]
             self._lists[members] = names
         return names
+
+
+def _parted(
+    ended: list[_Group], groups: Iterable[_Group], blocks: int, by_tier: tuple[int, ...]
+) -> list[_Group]:
+    """What becomes of the groups in a run of so many blocks; for some it ends here."""
+    going: list[_Group] = []
+    for members, had in groups:
+        for tier, holders in enumerate(by_tier):
+            having = members & holders
+            if not having:
+                continue
+            members ^= having
+            more = [*had] if members else had
+            more[tier] += blocks
+            going.append((having, more))
+            if not members:
+                break
+        else:
+            ended.append((members, had))
+    return going

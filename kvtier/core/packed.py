@@ -43,13 +43,12 @@ def either_way(held: bytes, packed: bytes, i: int) -> tuple[int, int] | None:
     start = place(held, packed, i)
     if start is None:
         return None
-    size = len(held) // KEY_NBYTES
-    if start < size - 1:
-        return start, start + common(held, start, packed, i)
-    back, end = 1, min(size, len(packed) // KEY_NBYTES - i)
+    back, end = 1, min(start + 1, len(packed) // KEY_NBYTES - i)
     while back < end and _key(held, start - back) == _key(packed, i + back):
         back += 1
-    return size - back, size
+    if back > 1:
+        return start + 1 - back, start + 1
+    return start, start + common(held, start, packed, i)
 
 
 def _key(packed: bytes, i: int) -> bytes:

@@ -1,46 +1,29 @@
-"""Strips of blocks, and how they are cut and joined; see `kvtier.core.strips`."""
+"""All strips, and how they are found, cut and joined; see `kvtier.core.strips`."""
 
-from collections.abc import Iterator
 from typing import Final
 
 from kvtier.core.blocks import KEY_NBYTES
+from kvtier.core.segments import MAX_STRIP, Strip, bits
 from kvtier.core.table import NEW, SHARD_OF, IntSet, Order, print_at, prints, shards
 
-MAX_STRIP: Final = 512  # blocks
 _FULL: Final = MAX_STRIP * KEY_NBYTES
+_MAX_SEGMENTS: Final = 128  # of a strip: it bounds what a change of one block takes
+_FEW_SEGMENTS: Final = 96  # of two strips that become one, so that this is not soon cut again
 _MAX_MASKS: Final = 4096  # sets of holders of which all strips have the same int
 
 
-class Strip:
-    """Some blocks that the holders in `mask` have: never empty, never without a holder."""
-
-    __slots__ = ("age", "before", "handle", "mask", "packed", "then")
-
-    def __init__(self, handle: int, packed: bytes, mask: int) -> None:
-        self.handle = handle  # where it stands in the list of all strips
-        self.packed = packed  # the keys, one after the other
-        self.mask = mask
-        self.before: int | None = None  # fingerprint of the block before the first, if any
-        # One that follows it, if any: a guess, good until its keys say otherwise.
-        self.then: Strip | None = None
-        self.age = NEW  # in the order of those that `ranked` has
-
-    def __len__(self) -> int:
-        """How many blocks it has."""
-        return len(self.packed) // KEY_NBYTES
-
-
 class Strips:
-    """All strips, and the tables by which they are found."""
+    """The tables of strips."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranked: int) -> None:
+        self._ranked = ranked  # the holder whose strips are kept in the order of their use
         self._of = shards()  # to the handle of a strip
         self._after = shards()  # to that of the strip that follows a block, where it waits for it
         self._strips: list[Strip | None] = []  # by handle
         self._free: list[int] = []  # handles
         self._held: dict[int, IntSet] = {}  # handles by holder
         self._masks: dict[int, int] = {}  # by itself: one int for all strips with these holders
-        self._order = Order()  # handles of those that one holder has
+        self._order = Order()  # handles of those that `ranked` has some of
 
     def _find(self, packed: bytes, i: int) -> Strip | None:
         """The strip that the block at `i` is in, unless another has its fingerprint."""
@@ -53,25 +36,26 @@ class Strips:
         assert strip is not None
         return strip
 
-    def _make(self, packed: bytes, mask: int) -> Strip:
+    def _make(self) -> Strip:
+        """One without blocks yet."""
         handle = self._free.pop() if self._free else len(self._strips)
-        strip = Strip(handle, packed, mask)
+        strip = Strip(handle)
         if handle < len(self._strips):
             self._strips[handle] = strip
         else:
             self._strips.append(strip)
         return strip
 
-    def _turn(self, strip: Strip, holder: int) -> None:
-        """`holder`, which had the strip, has it no more, or the other way round."""
+    def _same(self, mask: int) -> int:
+        """The one int for these holders."""
         if len(self._masks) >= _MAX_MASKS:
             self._masks.clear()
-        mask = strip.mask ^ holder
-        strip.mask = self._masks.setdefault(mask, mask)
+        return self._masks.setdefault(mask, mask)
 
     def _free_handle(self, strip: Strip) -> None:
         self._follow(strip, None)
         strip.packed, strip.then = b"", None  # some strip may still take it for the one behind it
+        strip.ends = strip.masks = ()
         self._strips[strip.handle] = None
         self._free.append(strip.handle)
 
@@ -93,8 +77,25 @@ class Strips:
         strip = self._strip(handle)
         return strip if print_at(strip.packed, len(strip.packed)) == before else None
 
+    def _open_end(self, before: int | None) -> Strip | None:
+        """The strip that ends with this block and may go on; None where others go on from there.
+
+        Where it went on until now, prompts part: it is cut there.
+        """
+        handle = None if before is None else self._of[before >> SHARD_OF].get(before)
+        if before is None or handle is None:
+            return None
+        strip = self._strip(handle)
+        if print_at(strip.packed, len(strip.packed)) != before:
+            strip, _ = self._cut(strip, 1 + prints(strip.packed).index(before))
+            strip.forks = True
+        elif before in self._after[before >> SHARD_OF]:
+            strip.forks = True
+        full = len(strip.packed) >= _FULL or len(strip.masks) >= _MAX_SEGMENTS
+        return None if strip.forks or full else strip
+
     def _settle(self, strip: Strip) -> None:
-        """Tie it to the strips before and after it; join those that have the same holders."""
+        """Tie it to the strips before and after it, or make one of them."""
         before = self._ending(strip.before)
         if before is not None:
             strip = self._tie(before, strip)
@@ -107,50 +108,51 @@ class Strips:
         """`then` follows `first`; the one in which its blocks are now."""
         if first is then:
             return then
-        if first.mask == then.mask and len(first.packed) + len(then.packed) <= _FULL:
+        fit = (
+            len(first.packed) + len(then.packed) <= _FULL
+            and len(first.masks) + len(then.masks) <= _FEW_SEGMENTS
+        )
+        if fit and not first.forks:
             return self._join(first, then)
         first.then = then
         return then
 
     def _join(self, first: Strip, then: Strip) -> Strip:
         """Make one of two strips; the longer stays, so that the fewest blocks move."""
-        packed = first.packed + then.packed
         stays, goes = (first, then) if len(first) >= len(then) else (then, first)
         of, handle = self._of, stays.handle
         for each in prints(goes.packed):
             of[each >> SHARD_OF][each] = handle
-        for holder in bits(goes.mask):
+        for holder in bits(goes.holders):
             self._held[holder].remove(goes.handle)
+            self._held[holder].add(handle)
         if goes.age != NEW:
             self._order.remove(goes.handle, goes.age)
-        before, behind = first.before, then.then
+            if goes.age >= stays.age:  # as warm as the warmer of them
+                stays.age = self._order.touch(handle, stays.age)
+        before, behind, forks = first.before, then.then, then.forks
+        packed, ends, masks = then.packed, then.ends, then.masks
         self._follow(then, None)
+        if stays is then:
+            then.packed, then.ends, then.masks = first.packed, first.ends, first.masks
         self._free_handle(goes)
         if stays is then:
             self._follow(stays, before)
-        stays.packed, stays.then = packed, behind
+        stays.extend(packed, ends, masks)
+        stays.then, stays.forks = behind, forks
         return stays
-
-    def _carve(self, strip: Strip, start: int, stop: int) -> Strip:
-        """A strip with just these blocks; those before and after them become others."""
-        if stop < len(strip):
-            strip, _ = self._cut(strip, stop)
-        if start:
-            _, strip = self._cut(strip, start)
-        return strip
 
     def _cut(self, strip: Strip, at: int) -> tuple[Strip, Strip]:
         """The strip as two, the second of which follows the first; the longer stays what it is."""
-        packed = strip.packed
-        first, then = packed[: at * KEY_NBYTES], packed[at * KEY_NBYTES :]
-        middle = print_at(packed, at * KEY_NBYTES)
-        if len(first) >= len(then):
-            part = self._move(strip, first, then)
+        size, before = len(strip), strip.before
+        middle = print_at(strip.packed, at * KEY_NBYTES)
+        if 2 * at >= size:
+            part = self._move(strip, at, size, 0, at)
             self._follow(part, middle)
             part.then, strip.then = strip.then, part
+            part.forks, strip.forks = strip.forks, False
             return strip, part
-        before = strip.before
-        part = self._move(strip, then, first)
+        part = self._move(strip, 0, at, at, size)
         self._follow(strip, middle)
         self._follow(part, before)
         part.then = strip
@@ -158,23 +160,33 @@ class Strips:
             last.then = part
         return part, strip
 
-    def _move(self, strip: Strip, stays: bytes, goes: bytes) -> Strip:
-        """Give the blocks `goes` of `strip` to one of their own, with the same holders."""
-        part = self._make(goes, strip.mask)
-        strip.packed = stays
+    def _halves(self, strip: Strip) -> tuple[Strip, ...]:
+        """The strip, or as two where it has too many segments."""
+        if len(strip.masks) <= _MAX_SEGMENTS:
+            return (strip,)
+        return self._cut(strip, strip.ends[_MAX_SEGMENTS // 2])
+
+    def _move(self, strip: Strip, start: int, stop: int, kept: int, kept_stop: int) -> Strip:
+        """Give the blocks from `start` to `stop` to a strip of their own."""
+        part = self._make()
+        part.extend(
+            strip.packed[start * KEY_NBYTES : stop * KEY_NBYTES], *strip.within(start, stop)
+        )
+        strip.keep(kept, kept_stop)
         of, handle = self._of, part.handle
-        for each in prints(goes):
+        for each in prints(part.packed):
             of[each >> SHARD_OF][each] = handle
-        for holder in bits(strip.mask):
+        for holder in bits(part.holders):
             self._held[holder].add(handle)
-        if strip.age != NEW:
-            part.age = self._order.touch(handle, NEW)
+            if holder == self._ranked:
+                part.age = self._order.touch(handle, NEW)
+            if not strip.held_by(holder):
+                self._gone(strip, holder)
         return part
 
-
-def bits(mask: int) -> Iterator[int]:
-    """The bits that are set, each as an int, lowest first."""
-    while mask:
-        low = mask & -mask
-        mask ^= low
-        yield low
+    def _gone(self, strip: Strip, holder: int) -> None:
+        """`holder` has none of the strip's blocks any more."""
+        self._held[holder].remove(strip.handle)
+        if holder == self._ranked:
+            self._order.remove(strip.handle, strip.age)
+            strip.age = NEW

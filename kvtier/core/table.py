@@ -5,7 +5,7 @@ it takes as many microseconds. Ints alone lie in them, which the garbage collect
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle
 from struct import Struct
 from typing import Final
@@ -61,6 +61,9 @@ class IntSet:
     def __iter__(self) -> Iterator[int]:
         return (each for part in self._parts.values() for each in part)
 
+    def __contains__(self, item: int) -> bool:
+        return item in self._parts.get(item // _PART, ())
+
     def add(self, item: int) -> None:
         """Put it in."""
         part = self._parts.get(item // _PART)
@@ -75,14 +78,9 @@ class IntSet:
         if not part:
             del self._parts[item // _PART]
 
-    def pop(self) -> int:
-        """Take any out."""
-        number = next(iter(self._parts))
-        part = self._parts[number]
-        item, _ = part.popitem()
-        if not part:
-            del self._parts[number]
-        return item
+    def some(self) -> int:
+        """Any that is in; the last put into its part, so that none is passed over for it."""
+        return next(reversed(next(iter(self._parts.values()))))
 
 
 class Order:
@@ -116,3 +114,7 @@ class Order:
     def first(self) -> int:
         """The one used least recently."""
         return next(iter(next(iter(self._parts.values()))))
+
+    def parts(self) -> Iterator[Iterable[int]]:
+        """All of them, oldest first, in parts of like age."""
+        return iter(self._parts.values())

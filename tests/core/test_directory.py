@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvtier.core import shapes, strips
+from kvtier.core import segments, shapes, strips
 from kvtier.core.audience import Warmth
 from kvtier.core.blocks import BEGINS, BlockKey
 from kvtier.core.directory import STEP, Directory, Filling, Told
@@ -237,9 +237,21 @@ def test_what_moves_to_another_tier_block_by_block_is_one_strip_again():
     assert pieces(directory, PATH) == 1
 
 
+def count_searches(monkeypatch) -> list[int]:
+    """Where look-ups of a block in the large table are noted: they cost most of a look-up."""
+    searches: list[int] = []
+    find = shapes.Strips._find
+
+    def counted(self, packed, i):
+        searches.append(i)
+        return find(self, packed, i)
+
+    monkeypatch.setattr(shapes.Strips, "_find", counted)
+    return searches
+
+
 @pytest.mark.parametrize("order", ["in order", "backwards", "at random"])
-def test_short_strips_in_a_row_lead_from_one_to_the_next(order, monkeypatch):
-    """A search in the table costs most of a look-up: where holders differ there is one, not 80."""
+def test_a_prompt_stays_in_one_piece_where_its_holders_differ(order, monkeypatch):
     directory = Directory()
     path, whole = PATH[:500], in_pieces(PATH[:500], 16)
     holed = [told(Tier.HOST, path[i : i + 19], path[i - 1] if i else BEGINS)
@@ -257,27 +269,57 @@ def test_short_strips_in_a_row_lead_from_one_to_the_next(order, monkeypatch):
         seq[name] += 1
         assert directory.apply(name, 1, seq[name], [word], [])
     directory.check()
-    assert pieces(directory, path) > 50
-    searches = 0
-    find = shapes.Strips._find
-
-    def counted(self, packed, i):
-        nonlocal searches
-        searches += 1
-        return find(self, packed, i)
-
-    monkeypatch.setattr(shapes.Strips, "_find", counted)
+    assert pieces(directory, path) == 1
+    searches = count_searches(monkeypatch)
     found = directory.warmth(path, {name: [name] for name in seq})
     assert found == {"whole": Warmth(host=500), "holed": Warmth(host=19), "even": Warmth(host=16)}
-    assert searches == 1
+    assert len(searches) == 1
+    directory.remove("whole")
+    tidy(directory)
+    directory.check()
+    assert directory.blocks == len({key for name, word in words if name != "whole"
+                                    for key in each(word.packed)})  # fmt: skip
+    assert directory.warmth(path, {"even": ["even"]}) == {"even": Warmth(host=16)}
 
 
-def test_long_prompts_are_cut_where_a_strip_is_full():
+def test_long_prompts_are_cut_where_a_strip_is_full(monkeypatch):
     directory = Directory()
     directory.snapshot("node", 1, 0, in_pieces(PATH, 5))
     directory.check()
+    searches = count_searches(monkeypatch)
     assert warmth(directory, PATH, "node") == Warmth(host=len(PATH))
-    assert pieces(directory, PATH) <= 2 + len(PATH) // shapes.MAX_STRIP
+    assert len(searches) == 1  # each knows the one behind it
+    assert pieces(directory, PATH) <= 2 + len(PATH) // segments.MAX_STRIP
+
+
+def test_prompts_are_cut_where_they_part_and_stay_so():
+    directory = Directory()
+    ends = [[BlockKey(hashlib.md5(bytes([n, i])).digest()) for i in range(60)] for n in range(3)]
+    paths = [PATH[:40] + end for end in ends]
+    for name in ("one", "two"):
+        directory.snapshot(name, 1, 0, in_pieces(paths[0], 100))
+    assert pieces(directory, paths[0]) == 1
+    for seq, path in enumerate([*paths[1:], *paths], start=1):
+        assert directory.apply("one", 1, seq, in_pieces(path, 100), [])
+        directory.check()
+        assert [pieces(directory, paths[0]), pieces(directory, path)] == [2, 2]
+        assert warmth(directory, path, "one") == Warmth(host=100)
+
+
+@pytest.mark.parametrize("lost", [(0, 30), (30, 70), (70, 100)])
+def test_what_was_lost_and_comes_back_is_where_it_was(lost):
+    directory = Directory()
+    path, (start, stop) = PATH[:100], lost
+    gone = told(Tier.HOST, path[start:stop], path[start - 1] if start else BEGINS)
+    directory.snapshot("node", 1, 0, in_pieces(path, 100))
+    assert directory.apply("node", 1, 1, [], [gone])
+    directory.check()
+    assert directory.blocks == 100 - (stop - start)
+    assert warmth(directory, path, "node") == Warmth(host=start)
+    assert directory.apply("node", 1, 2, [gone], [])
+    directory.check()
+    assert warmth(directory, path, "node") == Warmth(host=100)
+    assert pieces(directory, path) == 1
 
 
 def test_a_false_word_on_what_comes_before_changes_no_answer():
