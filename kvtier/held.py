@@ -7,6 +7,7 @@ file itself stays: one that is removed while another process opens it would be h
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -41,11 +42,9 @@ def hold(path: Path) -> int:
     except BaseException:
         os.close(fd)
         raise
-    try:
+    with suppress(OSError):  # a full disk: it is held all the same
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    except OSError:
-        pass  # a full disk: it is held all the same
     return fd
 
 
