@@ -2,18 +2,18 @@
 
 Save and restore of blocks of 2 MiB through a real node daemon, in batches of 32 with all that an
 engine's call does (its place, the copy, telling of it), in turn with `torch.Tensor.copy_` of the
-same bytes between the same kinds of memory (private memory and a shared, prefaulted memfd).
+same bytes between the same kinds of memory (private memory and a shared, prefaulted memfd). Before
+each of them other memory is copied, so that all begin with the same caches: empty ones.
 
 Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
 asks for the next batch before it copies one. One batch is saved into slots that the engine has on
 credit (docs/decisions/0036): it waits for no lease, and the daemon enters the blocks afterwards.
-An engine has asked what is held before it restores: so it is here, before the time begins. That
-answer is all that a restore needs of blocks that stay where they were seen (docs/decisions/0043):
-it copies, looks whether they stayed, and tells the daemon. `restore, leased` is one whose engine
-has not asked: it leases, copies and releases, right after a copy that empties the caches.
-Alone, the daemon has done its part, or heard of the end of each lease, before the plain copy
-begins, so that nothing of ours runs beside it; in a row its work on all but the last is within
-the time.
+`restore` knows nothing of its blocks before: it asks where they lie, copies, looks whether they
+stayed there meanwhile, and tells the daemon (docs/decisions/0043 and 0055). `restore, matched` is
+one of an engine that has asked what is held before, as engines do to place a request: what is left
+within the time is the copy, the look and the word.
+Alone, the daemon has done its part before the plain copy begins, so that nothing of ours runs
+beside it; in a row its work on all but the last is within the time.
 `save, found` is how long it takes from the beginning of a save until another engine has found all
 of it, which all that the daemon does for it is part of.
 """
@@ -34,8 +34,8 @@ LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 32, 8, 64),), 32, "bfloat16")  
 BATCH = 32
 ROW = 8  # batches of a prompt of 8,192 tokens
 NAMES = (
-    "save", "save, found", "restore", "restore, leased", "copy_in", "copy_out",
-    "copy_out, leased",
+    "save", "save, found", "restore", "restore, matched", "copy_in", "copy_out",
+    "copy_out, matched",
 )  # fmt: skip
 BARS = ("save", "restore")
 
@@ -82,7 +82,7 @@ def _speeds(times: dict[str, list[float]]) -> dict[str, float]:
     return {
         "save": paired_ratio(times["save"], times["copy_in"]),
         "restore": paired_ratio(times["restore"], times["copy_out"]),
-        "restore, leased": paired_ratio(times["restore, leased"], times["copy_out, leased"]),
+        "restore, matched": paired_ratio(times["restore, matched"], times["copy_out, matched"]),
     }
 
 
@@ -99,6 +99,7 @@ class Paths:
         self._plain = Arena.create(LAYOUT.nbytes, slots)
         flat = torch.frombuffer(self._plain.view, dtype=torch.uint8)
         self._rows = flat.view(slots, LAYOUT.nbytes)
+        self._other = torch.ones((2, BATCH, LAYOUT.nbytes), dtype=torch.uint8)
         for tier in (self._saver, self._loader):  # attaching goes on beside
             until(lambda tier=tier: tier.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
 
@@ -116,28 +117,25 @@ class Paths:
         for number in range(-2, rounds):
             keys = [BlockKey(os.urandom(16)) for _ in blocks]
             at = number * count % slots
-            start = time.perf_counter()
+            start = self._begin()
             saved = self._saver.save(keys, 0, blocks)
             timed("save", start)
             found = self._loader.match(keys)
             timed("save, found", start)
-            start = time.perf_counter()
+            start = self._begin()
             for first in range(0, count, BATCH):
                 self._rows[at + first : at + first + BATCH].copy_(
                     self._storage[first : first + BATCH]
                 )
             timed("copy_in", start)
-            for how in ("", ", leased"):
-                if how:  # after a question about something else an engine knows nothing of these
-                    self._loader.match([BlockKey(os.urandom(16))])
-                self._rows[at : at + BATCH].copy_(self._storage[:BATCH])  # empties the caches
-                if not how:
-                    self._loader.match(keys)
-                start = time.perf_counter()
+            for how in ("", ", matched"):
+                # The last answer is of these blocks, or of others: then nothing is known of them.
+                self._loader.match(keys if how else [BlockKey(os.urandom(16))])
+                start = self._begin()
                 restored = self._loader.restore(keys, 0, blocks)
                 timed(f"restore{how}", start)
                 self._loader.match(keys[:1])
-                start = time.perf_counter()
+                start = self._begin()
                 for first in range(0, count, BATCH):
                     self._back[first : first + BATCH].copy_(
                         self._rows[at + first : at + first + BATCH]
@@ -149,8 +147,13 @@ class Paths:
                     each.clear()
         assert torch.equal(self._storage[:count], self._back[:count])
         unleased = metrics.UNLEASED_BLOCKS._value.get() - before
-        assert unleased == (rounds + 2) * count, "half of all that was restored"
+        assert unleased == 2 * (rounds + 2) * count, "a restore has leased"
         return times
+
+    def _begin(self) -> float:
+        """The time, right after caches were filled with something else."""
+        self._other[0].copy_(self._other[1])
+        return time.perf_counter()
 
     def close(self) -> None:
         self._saver.close()

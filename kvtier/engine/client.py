@@ -97,7 +97,7 @@ class TierClient:
             for fd in fds:
                 os.close(fd)
             raise
-        # From here on the kernel keeps the time: one system call to send, one to receive.
+        # From here on the kernel keeps the time.
         self._socket.settimeout(None)
         self._limit(socket.SO_SNDTIMEO, ANSWER_S)
         self.node, self.epoch = str(node), cast("int", epoch)
@@ -288,9 +288,6 @@ class TierClient:
     def _slots(self, raw: bytes) -> list[Slot]:
         return cast("list[Slot]", local.unpack_numbers(raw))
 
-    def _tell(self, op: Op, *arguments: Value) -> None:
-        self._deliver(op, local.encode(op, *arguments))
-
     def _deliver(self, op: Op, message: bytes) -> None:
         """Bytes of a request."""
         try:
@@ -324,7 +321,7 @@ class TierClient:
         if self._unanswered:  # and so this one's would be taken for that
             raise self._lost(f"{op.name} while an earlier request has no answer")
         self._unanswered = True
-        self._tell(op, *arguments)
+        self._deliver(op, local.encode(op, *arguments))
 
     def _answer(self, timeout_s: float, op: Op) -> list[Value]:
         """The second half."""
@@ -352,7 +349,8 @@ class TierClient:
 
     def _hear(self) -> None:
         """Take in what the daemon has told by itself; waits for nothing."""
-        while True:
+        count = RECEIVE_NBYTES
+        while count == RECEIVE_NBYTES:  # one that is shorter was all
             try:
                 count = self._socket.recv_into(self._received, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:

@@ -20,6 +20,9 @@ class _Now:
         """Nothing to wait for."""
 
 
+_NOW: Final = _Now()
+
+
 class _OnStream:
     """Copies queued on a CUDA stream."""
 
@@ -38,6 +41,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
+def _unit(nbytes: int) -> torch.dtype:
+    # Copies of wide numbers are half as fast again as copies of bytes (torch 2.13, CPU).
+    return torch.int64 if nbytes % 8 == 0 else torch.uint8
+
+
 class BlockTensor:
     """A `PagedKV` over one uint8 tensor of shape [blocks, layout.nbytes], on any device."""
 
@@ -47,20 +55,17 @@ class BlockTensor:
         if storage.shape[1] != layout.nbytes:
             raise ValueError(f"storage rows have {storage.shape[1]} bytes, blocks {layout.nbytes}")
         self.layout = layout
-        # Copies of wide numbers are half as fast again as copies of bytes (torch 2.13, CPU).
-        self._unit = torch.int64 if layout.nbytes % 8 == 0 else torch.uint8
+        self._unit = _unit(layout.nbytes)
         self._storage = storage.view(self._unit)
         self._stream = _side_stream(storage.device)
 
     def gather(self, block_ids: Sequence[int], out: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.gather`."""
-        pairs = self._pairs(block_ids, out)
-        return self._copy([here for here, _ in pairs], [there for _, there in pairs])
+        return self._copy([(there, here) for here, there in self._pairs(block_ids, out)])
 
     def scatter(self, block_ids: Sequence[int], source: Sequence[torch.Tensor]) -> _Now | _OnStream:
         """See `PagedKV.scatter`."""
-        pairs = self._pairs(block_ids, source)
-        return self._copy([there for _, there in pairs], [here for here, _ in pairs])
+        return self._copy(self._pairs(block_ids, source))
 
     def _pairs(
         self, block_ids: Sequence[int], host: Sequence[torch.Tensor]
@@ -73,27 +78,26 @@ class BlockTensor:
         if not isinstance(host, ArenaRows):
             rows = zip(block_ids, host, strict=True)
             return [(self._storage[block], row.view(self._unit)) for block, row in rows]
-        if not host.dense:
+        if host.words is None:
             there = (row.view(self._unit) for row in host)
             return [(self._storage[b], row) for b, row in zip(block_ids, there, strict=True)]
-        wide, pool = host.table.view(self._unit), self._storage
+        arena, pool = host.words, self._storage
         return [
-            (pool.narrow(0, block, count), wide.narrow(0, slot, count))
+            (pool.narrow(0, block, count), arena.narrow(0, slot, count))
             for block, slot, count in _runs(block_ids, host.slots)
         ]
 
-    def _copy(
-        self, source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]
-    ) -> _Now | _OnStream:
+    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Now | _OnStream:
+        """Fill the first of each pair with the second."""
         if self._stream is None:
-            for there, here in zip(target, source, strict=True):
-                there.copy_(here)
-            return _Now()
+            for target, source in pairs:
+                target.copy_(source)
+            return _NOW
         # The engine's own stream may still be writing the blocks.
         self._stream.wait_stream(torch.cuda.current_stream(self._storage.device))
         with torch.cuda.stream(self._stream):
-            for there, here in zip(target, source, strict=True):
-                there.copy_(here, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
         return _OnStream(self._stream)
 
 
@@ -122,17 +126,18 @@ def _neighbours(numbers: Sequence[int]) -> bool:
 class ArenaRows(Sequence[torch.Tensor]):
     """Some slots of an arena: uint8 tensors of the blocks' bytes, made when they are asked for.
 
-    `table` has all slots of the arena as its rows; `dense`: without gaps between them.
+    `table` has all slots of the arena as its rows; `words` is the same in the unit that copies are
+    made of, None where there are gaps between slots.
     """
 
-    def __init__(self, table: torch.Tensor, slots: Sequence[Slot]) -> None:
-        self.table = table
-        self.slots = slots
+    __slots__ = ("slots", "table", "words")
 
-    @property
-    def dense(self) -> bool:
-        """Whether neighbouring slots are neighbours in memory, to the byte."""
-        return self.table.is_contiguous()
+    def __init__(
+        self, table: torch.Tensor, words: torch.Tensor | None, slots: Sequence[Slot]
+    ) -> None:
+        self.table = table
+        self.words = words
+        self.slots = slots
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -143,7 +148,7 @@ class ArenaRows(Sequence[torch.Tensor]):
     def __getitem__(self, index: slice) -> "ArenaRows": ...
     def __getitem__(self, index: int | slice) -> "torch.Tensor | ArenaRows":
         if isinstance(index, slice):
-            return ArenaRows(self.table, self.slots[index])
+            return ArenaRows(self.table, self.words, self.slots[index])
         return self.table[self.slots[index]]
 
 
@@ -156,12 +161,14 @@ class ArenaTensor:
     def __init__(self, arena: Arena, *, pin: bool) -> None:
         flat = torch.frombuffer(arena.view, dtype=torch.uint8)
         self._rows = flat.view(arena.slots, stride(arena.slot_nbytes))[:, : arena.slot_nbytes]
+        dense = self._rows.is_contiguous()
+        self._words = self._rows.view(_unit(arena.slot_nbytes)) if dense else None
         self._flat = flat
         self.pinned = pin and self._register()
 
     def rows(self, slots: Sequence[Slot]) -> ArenaRows:
         """One uint8 tensor of the block's bytes for each slot; views of the arena."""
-        return ArenaRows(self._rows, slots)
+        return ArenaRows(self._rows, self._words, slots)
 
     def close(self) -> None:
         """Unlock the pages. Idempotent."""

@@ -12,10 +12,14 @@ class Newest:
 
     def __init__(self, keep: int) -> None:
         self._measured: deque[float] = deque(maxlen=keep)
-        self.usual = 0.0  # 0: there are fewer than FEW
 
     def measure(self, value: float) -> None:
         """One more."""
         self._measured.append(value)
+
+    @property
+    def usual(self) -> float:
+        """0 where there are fewer than FEW. Worked out when it is asked for, by any thread."""
+        measured = [*self._measured]
         # Not the mean: other work on the machine makes a few very slow.
-        self.usual = median(self._measured) if len(self._measured) >= FEW else 0.0
+        return median(measured) if len(measured) >= FEW else 0.0

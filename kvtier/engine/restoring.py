@@ -1,17 +1,16 @@
-"""Blocks out of the arena: from where a match saw them, and lease by lease where that is not known.
+"""Blocks out of the arena: from where a match saw them, and lease by lease what is not there.
 
 A copy from where a block was seen waits for no lease, and keeps the daemon's hands off the cores
 while it is made. Whether it is right is looked up afterwards, in the arena itself; what is not, and
-what was not seen, is asked for. See docs/decisions/0043.
+what lies lower, is leased. See docs/decisions/0043 and 0055.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier import metrics
 from kvtier.core.blocks import BlockKey, Slot
@@ -31,8 +30,7 @@ READ_SHARE: Final = 8  # of the arena: what one lease pins, the next cannot load
 STEP_NBYTES: Final = 2 << 20  # of blocks that have been loaded, before the first are copied
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What `EngineTier.restore` is asked for."""
 
     keys: Sequence[BlockKey]
@@ -72,13 +70,16 @@ class Restorer:
     ) -> None:
         """Add to `restored` where each block was, once it is there."""
         keys, first, wished = wanted.keys, wanted.first, len(wanted.block_ids)
-        self._copy_seen(client, arena, wanted, restored)
-        held = 0
-        lacking = wished - len(restored)
-        beyond = first + len(restored) + min(self._most(client), lacking)
-        if wanted.compute is not None and lacking and len(keys) > beyond:
-            held = self.match(client, keys[:MAX_KEYS])
-            self._copy_seen(client, arena, wanted, restored)
+        if self._seen.epoch != client.epoch:
+            self._seen = NOTHING
+        right, held = self._copy_seen(client, arena, wanted, restored), 0
+        if lacking := wished - len(restored):
+            at = first + len(restored)
+            beyond = at + min(self._most(client), lacking)
+            dear = wanted.compute is not None and len(keys) > beyond
+            if dear or (right and not self._seen.tells_of(keys, at)):
+                held = self.match(client, keys[:MAX_KEYS])
+                self._copy_seen(client, arena, wanted, restored)
         if len(restored) == wished:
             client.used(keys[: first + wished], wanted.use)
         else:
@@ -89,18 +90,18 @@ class Restorer:
 
     def _copy_seen(
         self, client: TierClient, arena: ArenaTensor, wanted: Wanted, restored: list[Tier]
-    ) -> None:
-        """Go on with what the last match saw, until something of it has left its slot since.
+    ) -> bool:
+        """Go on with what the last match saw; False if something of it has left its slot since.
 
         Others may write to a slot while it is copied. Such a copy is found out and made again,
         or never told of: what lies beyond `restored` is nothing that an engine may look at.
         """
         seen, done = self._seen, len(restored)
-        if seen.epoch != client.epoch:
-            return
+        begin, end = wanted.first + done, wanted.first + len(wanted.block_ids)
+        slots = seen.slots(wanted.keys, begin, end)
+        if not slots:
+            return True
         block_ids = wanted.block_ids[done:]
-        begin = wanted.first + done
-        slots = seen.slots(wanted.keys, begin, begin + len(block_ids))
         copies = deque[tuple[list[Slot], Done]]()  # one is made while another is looked at
         start, at, right = self._clock(), 0, True
         try:
@@ -125,6 +126,7 @@ class Restorer:
         if not right:
             self._seen = NOTHING  # it is old, all of it
         self._speeds.measure(restored[done:], self._clock() - start)
+        return right
 
     def _copy_leased(
         self,

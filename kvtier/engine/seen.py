@@ -23,10 +23,16 @@ class Seen:
     __slots__ = ("_keys", "_slots", "epoch", "turn")
 
     def __init__(self, keys: Sequence[BlockKey], slots: bytes, turn: int, epoch: int) -> None:
-        self._keys = [*keys[: len(slots) // local.NUMBER_NBYTES]]
+        # And the first that has none: by it a path is known again of which nothing was there.
+        self._keys = [*keys[: len(slots) // local.NUMBER_NBYTES + 1]]
         self._slots = slots
         self.turn = turn
         self.epoch = epoch
+
+    def tells_of(self, keys: Sequence[BlockKey], first: int) -> bool:
+        """Whether the match has looked for keys[first:], or ended before; `keys`: a path."""
+        last = min(first, len(self._slots) // local.NUMBER_NBYTES)
+        return self._keys[last : last + 1] == [*keys[last : last + 1]] != []
 
     def slots(self, keys: Sequence[BlockKey], first: int, end: int) -> list[Slot]:
         """Those of keys[first:end], from the first on, as far as this knows; `keys`: a path."""

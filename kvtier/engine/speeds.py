@@ -19,20 +19,19 @@ class TierSpeeds:
     def __init__(self, block_nbytes: int) -> None:
         self._block_nbytes = block_nbytes
         self._speeds: dict[Tier, Newest] = {}
-        self._bytes_per_s: dict[Tier, float] = {}
 
     def measure(self, sources: Sequence[Tier], seconds: float) -> None:
         """Learn from a read whose blocks came from `sources`, if one tier had them all."""
         if len(sources) < 2 or seconds <= 0:
             return
         tier = sources[0]
-        if any(each is not tier for each in sources):
+        if sources.count(tier) < len(sources):
             return
-        speeds = self._speeds.setdefault(tier, Newest(_RATES))
-        speeds.measure(len(sources) * self._block_nbytes / seconds)
-        if speeds.usual:
-            self._bytes_per_s[tier] = speeds.usual
+        if tier not in self._speeds:
+            self._speeds[tier] = Newest(_RATES)
+        self._speeds[tier].measure(len(sources) * self._block_nbytes / seconds)
 
     def bytes_per_s(self) -> dict[Tier, float]:
         """Of each tier that is known, waiting included."""
-        return dict(self._bytes_per_s)
+        usual = {tier: speeds.usual for tier, speeds in [*self._speeds.items()]}
+        return {tier: speed for tier, speed in usual.items() if speed}

@@ -30,7 +30,9 @@ SOON_TIMES: Final = 200
 END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
-BATCH: Final = 32  # blocks that a save leases at once: an arena smaller than a prompt serves it
+BATCH: Final = 32  # blocks that a save has on credit
+WRITE_BATCHES: Final = 2  # that it leases at once behind these, and at most
+WRITE_SHARE: Final = 8  # of the arena: one smaller than a prompt serves it
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,11 +44,11 @@ class EngineTier:
     No method raises for a failure of kvtier: the answer is then 0 or nothing, as for a miss. One
     thread calls them, and the blocks that they name stay as they are meanwhile.
 
-    Many blocks go in batches of `batch`, twice as many where they are read: while one is copied
-    the daemon works on the lease of the next, so that at most two are held. With `credit` the first
-    batch of a save needs no lease and waits for nothing, once the daemon has given this engine
-    slots ahead; `met` is what two of one engine share about that. A failure ends a call; what it
-    had done before counts.
+    Many blocks go in batches: `batch` of them at first, then twice as many, as in each lease of a
+    restore. While one is copied the daemon works on the lease of the next, so that at most two are
+    held. With `credit` the first batch of a save needs no lease and waits for nothing, once the
+    daemon has given this engine slots ahead; `met` is what two of one engine share about that. A
+    failure ends a call; what it had done before counts.
 
     A daemon that went is attached to again, beside the calls, as soon as it is back; one that never
     was there, or that failed, is tried again at most every RECONNECT_S by whichever call comes
@@ -299,18 +301,18 @@ class EngineTier:
     ) -> None:
         """Save batch by batch, each asked for before the one before it is copied."""
         assert self._arena is not None
+        most = max(self._batch, min(WRITE_BATCHES * self._batch, client.arena.slots // WRITE_SHARE))
 
-        def ask(at: int) -> AbstractContextManager[WriteLease] | None:
+        def ask(at: int, most: int) -> tuple[int, AbstractContextManager[WriteLease] | None]:
             if at >= len(block_ids):
-                return None
-            end = first + min(at + self._batch, len(block_ids))
-            return client.write(keys[:end], first + at, use)
+                return at, None
+            end = min(at + most, len(block_ids))
+            return end, client.write(keys[: first + end], first + at, use)
 
-        at, asked = 0, ask(0)
+        at, asked = ask(0, self._batch)  # so many are there on credit
         while asked is not None:
             with asked as lease:
-                at += self._batch
-                asked = ask(at)
+                at, asked = ask(at, most)
                 client.ask_credit(self._credit)
                 count = len(lease.slots)
                 if count:

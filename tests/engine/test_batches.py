@@ -16,7 +16,7 @@ from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
 from kvtier.engine.restoring import READ_BATCHES
-from kvtier.engine.tier import EngineTier
+from kvtier.engine.tier import WRITE_BATCHES, EngineTier
 from kvtier.errors import ArenaLost
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for
@@ -24,7 +24,10 @@ from tests.node.conftest import blocks, status
 
 BATCH = 4
 READ = READ_BATCHES * BATCH
+WRITE = WRITE_BATCHES * BATCH  # but the first
 POOL = 64
+# An engine has the first block of a prompt itself, and the node does not: what follows is leased.
+LEASED = 1
 
 
 class Seen(BlockTensor):
@@ -65,19 +68,19 @@ class Engine:
         self.save(tokens)
         return self.tier.match(self.tier.keys(tokens)) == 1
 
-    def save(self, tokens: Sequence[int]) -> int:
+    def save(self, tokens: Sequence[int], first: int = 0) -> int:
         keys = self.tier.keys(tokens)
         for block in range(len(keys)):
             self.pool[block] = content(tokens[: 16 * (block + 1)])
-        return self.tier.save(keys, 0, range(len(keys)))
+        return self.tier.save(keys, first, range(first, len(keys)))
 
-    def restore(self, tokens: Sequence[int]) -> list[Tier]:
+    def restore(self, tokens: Sequence[int], first: int = 0) -> list[Tier]:
         """Restore into shuffled places and check every byte."""
         keys = self.tier.keys(tokens)
-        places = random.Random(len(tokens)).sample(range(POOL), len(keys))
+        places = random.Random(len(tokens)).sample(range(POOL), len(keys) - first)
         self.pool.zero_()
-        restored = self.tier.restore(keys, 0, places)
-        for index, place in enumerate(places[: len(restored)]):
+        restored = self.tier.restore(keys, first, places)
+        for index, place in enumerate(places[: len(restored)], first):
             assert torch.equal(self.pool[place], content(tokens[: 16 * (index + 1)])), "wrong bytes"
         return restored
 
@@ -112,16 +115,16 @@ def test_while_a_batch_is_copied_the_lease_of_the_next_is_there(
         wait_for("the next lease", lambda: leases(node) == (2 if number < 2 else 1))
         held.append(leases(node))
 
-    tokens = prompt(1, 3 * BATCH)
+    tokens = prompt(1, BATCH + 2 * WRITE)
     engine.paged.watch(copying)
-    assert engine.save(tokens) == 3 * BATCH
+    assert engine.save(tokens) == BATCH + 2 * WRITE
     assert held == [2, 2, 1]
     held.clear()
-    more = prompt(2, 3 * READ)
+    more = prompt(2, LEASED + 3 * READ)
     engine.paged.watch(lambda number: None)
-    assert engine.save(more) == 3 * READ
+    assert engine.save(more, LEASED) == 3 * READ
     engine.paged.watch(copying)
-    assert engine.restore(more) == [Tier.HOST] * 3 * READ
+    assert engine.restore(more, LEASED) == [Tier.HOST] * 3 * READ
     assert held == [2, 2, 1]
     assert leases(node) == 0
 
@@ -155,26 +158,29 @@ def clear_host_once_on_disk(node: Process, count: int) -> None:
     wait_for("all to lie on disk only", cleared)
 
 
+@pytest.mark.parametrize("first", [0, LEASED])
 def test_a_copy_that_fails_costs_its_batch_and_those_after_it(
-    node: Process, engine: Engine
+    node: Process, engine: Engine, first: int
 ) -> None:
     def copying(number: int) -> None:
         if number == 1:
             raise RuntimeError("the GPU is gone")
 
-    tokens, before = prompt(5, 4 * READ), failures()
+    tokens, before = prompt(5, first + 4 * READ), failures()
     engine.paged.watch(copying)
-    assert engine.save(tokens) == BATCH
+    assert engine.save(tokens, first) == BATCH
     assert failures() == before + 1
     engine.paged.watch(lambda number: None)
     wait_for("the leases to end", lambda: leases(node) == 0)
-    wait_for("the engine to attach again", lambda: engine.save(tokens) == 4 * READ - BATCH)
+    wait_for("the engine to attach again", lambda: engine.save(tokens, first) == 4 * READ - BATCH)
     engine.paged.watch(copying)
-    assert engine.restore(tokens) == [Tier.HOST] * READ
+    # Without a lease a copy is looked at while the next one is made: here it never was.
+    assert engine.restore(tokens, first) == [Tier.HOST] * READ * bool(first)
+    assert failures() == before + 2
     engine.paged.watch(lambda number: None)
     wait_for("the leases to end", lambda: leases(node) == 0)
     whole = [Tier.HOST] * 4 * READ
-    wait_for("the engine to attach again", lambda: engine.restore(tokens) == whole)
+    wait_for("the engine to attach again", lambda: engine.restore(tokens, first) == whole)
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next_one(
@@ -194,22 +200,24 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next_one(
     wait_for("the leases to end", lambda: leases(node) == 0)
 
 
+@pytest.mark.parametrize("first", [0, LEASED])
 def test_a_daemon_killed_between_two_batches_costs_no_wrong_byte(
-    node: Process, engine: Engine, tmp_path: Path
+    node: Process, engine: Engine, tmp_path: Path, first: int
 ) -> None:
     def copying(number: int) -> None:
         if number == 1:
             node.kill()
 
-    tokens = prompt(7, 6 * READ)
+    tokens = prompt(7, first + 6 * READ)
     engine.paged.watch(copying)
-    assert engine.save(tokens) == BATCH, "what it had taken before"
+    assert engine.save(tokens, first) == BATCH, "what it had taken before"
     engine.paged.watch(lambda number: None)
     with Process("node", node_toml(tmp_path), tmp_path) as again:
-        wait_for("the engine to attach again", lambda: engine.save(tokens) == 6 * READ)
+        wait_for("the engine to attach again", lambda: engine.save(tokens, first) == 6 * READ)
         engine.paged.watch(lambda number: again.kill() if number == 1 else None)
-        # Those whose lease it had given are still in the mapping, and nobody writes there.
-        assert len(engine.restore(tokens)) in (2 * READ, 3 * READ)
+        # Those that it had told of are still in the mapping, and nobody writes there.
+        expected = (2 * READ, 3 * READ) if first else (6 * READ,)
+        assert len(engine.restore(tokens, first)) in expected
 
 
 def test_a_daemon_killed_under_two_leases_is_said_to_be_gone(
@@ -234,22 +242,23 @@ def test_a_daemon_killed_under_two_leases_is_said_to_be_gone(
 def test_an_engine_killed_with_two_leases_leaves_none(
     node: Process, engine: Engine, tmp_path: Path, copy: str
 ) -> None:
-    tokens = prompt(8, 4 * READ)
+    tokens = prompt(8, LEASED + 4 * READ)
     if copy == "scatter":
-        assert engine.save(tokens) == 4 * READ
+        assert engine.save(tokens, LEASED) == 4 * READ
     code = f"""
 import os
 from pathlib import Path
 from tests.engine.test_batches import Engine, prompt
 engine = Engine(Path({str(tmp_path)!r}))
 engine.paged.watch(lambda number: os.kill(os.getpid(), 9) if number == 1 else None)
-tokens = prompt(8, {4 * READ})
-engine.save(tokens) if {copy!r} == "gather" else engine.restore(tokens)
+tokens = prompt(8, {LEASED + 4 * READ})
+engine.save(tokens, {LEASED}) if {copy!r} == "gather" else engine.restore(tokens, {LEASED})
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     wait_for("its leases to end", lambda: leases(node) == 0)
     held = BATCH if copy == "gather" else 4 * READ
-    assert engine.restore(tokens) == [Tier.HOST] * held, "what was committed, and nothing else"
-    assert engine.save(tokens) == 4 * READ - held
-    assert engine.restore(tokens) == [Tier.HOST] * 4 * READ
+    restored = engine.restore(tokens, LEASED)
+    assert restored == [Tier.HOST] * held, "what was committed, and nothing else"
+    assert engine.save(tokens, LEASED) == 4 * READ - held
+    assert engine.restore(tokens, LEASED) == [Tier.HOST] * 4 * READ

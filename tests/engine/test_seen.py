@@ -119,10 +119,35 @@ def test_what_a_match_saw_is_restored_without_a_lease(
     assert two.restore(1, first=5) == HELD[5:], "and again, as long as all stays"
     assert leases == [0]
     assert counted() == (before[0] + 2 * COUNT - 5, before[1])
-    assert two.match(2) == 0
-    two.paged.before = lambda: leases.append(status(node).layouts[0].leases)
+
+
+def test_a_restore_that_was_not_asked_for_before_asks_itself(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT))
+    leases: list[int] = []
+    before = counted()
+    for asked in (lambda: None, lambda: two.match(2), lambda: two.match(1, 3)):
+        asked()  # nothing, of something else, of the beginning only
+        two.paged.before = lambda: leases.append(status(node).layouts[0].leases)
+        assert two.restore(1) == HELD
+    assert leases == [0, 0, 0]
+    assert counted() == (before[0] + 3 * COUNT, before[1])
+
+
+def test_what_a_restore_saw_itself_and_has_left_is_asked_for_again(
+    node: Process, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.save(prompt(1, COUNT))
+
+    def lost() -> None:
+        clear_host(node)
+        one.save(prompt(1, COUNT))
+
+    two.paged.before = lost
     assert two.restore(1) == HELD
-    assert leases[1:] == [2], "the newest match was of something else"
 
 
 def test_what_a_match_did_not_see_is_asked_for(engines: tuple[Engine, Engine]) -> None:

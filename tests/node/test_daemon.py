@@ -348,7 +348,7 @@ def test_leases_that_are_not_an_engines_own_are_refused(tmp_path: Path) -> None:
         one, two = connect(tmp_path), connect(tmp_path)
         keys = new_keys(2)
         with one.write(keys) as lease:
-            two._tell(local.Op.COMMIT, lease.id, 2)
+            two._deliver(local.Op.COMMIT, local.encode(local.Op.COMMIT, lease.id, 2))
             with pytest.raises(RemoteProtocolError, match="COMMIT of lease"):
                 two.match(keys)
             lease.filled = 0
