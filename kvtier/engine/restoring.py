@@ -116,11 +116,11 @@ class Restorer:
                 copy.wait()
                 unmoved = client.arena.unmoved(piece, seen.turn)
                 restored += [Tier.HOST] * unmoved
-                metrics.UNLEASED_BLOCKS.inc(unmoved)
                 right = unmoved == len(piece)
                 if not right:
                     metrics.OVERTAKEN_BLOCKS.inc(len(piece) - unmoved)
         finally:  # the blocks are copied to again, or are somebody else's next
+            metrics.UNLEASED_BLOCKS.inc(len(restored) - done)
             for _, copy in copies:
                 copy.wait()
         if not right:

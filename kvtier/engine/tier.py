@@ -157,7 +157,9 @@ class EngineTier:
                 self._save, keys=keys, first=first, block_ids=block_ids, use=use, saved=saved
             )
             self._shielded("save", None, work)
-        return sum(saved)
+        count = sum(saved)
+        metrics.SAVED_BLOCKS.inc(count)
+        return count
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the daemon has taken us in, after at most so long; till then all is a miss."""
@@ -320,7 +322,6 @@ class EngineTier:
                     self._paged.gather(blocks, self._arena.rows(lease.slots)).wait()
                 lease.filled = count
             saved.append(count)
-            metrics.SAVED_BLOCKS.inc(count)
 
 
 def _beside(work: Callable[[], T]) -> "Future[T]":
