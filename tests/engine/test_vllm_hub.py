@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -46,12 +46,15 @@ def keys(count: int, start: int = 0, group: int = 0) -> list[bytes]:
 class Tier:
     """A hub and its region, driven as vLLM's scheduler would."""
 
-    def __init__(self, socket: Path, *, layout: BlockLayout = LAYOUT, **settings: object) -> None:
+    def __init__(
+        self, socket: Path, *, layout: BlockLayout = LAYOUT,
+        identify: Callable[[], Identity] | None = None, **settings: object,
+    ) -> None:  # fmt: skip
         self.region = np.zeros((ROWS, ROW), np.int8)
         patient = {"lookup_s": 30.0, "load_s": 30.0, "store_s": 30.0, **settings}
         table = TierSettings.parse({"socket": str(socket), **patient})
         who = Identity(b"root", layout)
-        self.hub = Hub(memoryview(self.region), lambda: who, table)
+        self.hub = Hub(memoryview(self.region), identify or (lambda: who), table)
         self.numbers = itertools.count()
 
     def fill(self, row: int, value: int) -> None:
@@ -455,6 +458,26 @@ def test_a_vllm_that_names_blocks_otherwise_is_not_asked_ahead_and_told_once(tie
     (said,) = [line for line in caplog.messages if "_req_status" in line]
     assert "so none is asked for ahead" in said
     assert tier.held([*keys(8), *keys(2, 50)]) == 8, "all is found when it is looked up"
+
+
+def test_a_bug_on_the_way_to_the_daemon_is_a_miss_until_it_has_passed(tmp_path, node, caplog):
+    tries = itertools.count()
+
+    def identify() -> Identity:
+        if next(tries) < 4:  # more than there are lines
+            raise LookupError("shapes of another release")
+        return IDENTITY
+
+    tier = Tier(tmp_path / "node.sock", identify=identify)
+    try:
+        wait_for("a store", lambda: tier.store(keys(2), [0, 1]).whole)
+        assert tier.held(keys(2)) == 2
+        assert tier.hub.health.failures == 4
+        said = [line for line in caplog.messages if "kvtier is away" in line]
+        assert said, caplog.messages
+        assert all("shapes of another release" in line for line in said)
+    finally:
+        tier.hub.close()
 
 
 def test_a_bug_does_not_take_the_daemon_for_away(caplog):

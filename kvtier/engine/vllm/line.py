@@ -16,7 +16,6 @@ import numpy.typing as npt
 from kvtier.arena import stride
 from kvtier.core.blocks import BlockLayout
 from kvtier.engine.client import TierClient
-from kvtier.errors import KVTierError
 
 RECONNECT_S: Final = 0.5  # between two attempts to reach a daemon that is away
 MAX_FAULTS: Final = 64  # different ones that are said
@@ -166,7 +165,8 @@ class Line:
                 if self._populate:
                     self._attached.populate()
                 self._health.answered()
-            except (KVTierError, OSError) as error:
+            except Exception as error:
+                # As of work: a thread that has ended would leave every job to its deadline.
                 self._lost(error)
         return self._attached
 
@@ -176,6 +176,6 @@ class Line:
         self._hang_up()
 
     def _hang_up(self) -> None:
-        if self._attached is not None:
-            self._attached.client.close()
-            self._attached = None
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.client.close()

@@ -126,6 +126,7 @@ class KvtierTier(Told, SecondaryTierManager):
         self._owner = Owned(settings.owner) if settings.owner else None
         self._stats = OffloadingConnectorStats()
         self._told = (0, 0, 0)  # late, dropped, failures
+        self._not_begun: list[JobResult] = []  # which nobody else would tell vLLM of
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See `SecondaryTierManager`: a question now, its answer in a later step."""
@@ -144,8 +145,15 @@ class KvtierTier(Told, SecondaryTierManager):
         self._submit(job_metadata, storing=False)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        """See `SecondaryTierManager`."""
-        return [self._result(each) for each in self._hub.transfers.finished()]
+        """See `SecondaryTierManager`: each job once, whatever fails, or vLLM would wait for it."""
+        nothing: list[Outcome] = []
+        ended = self._shielded(nothing, self._hub.transfers.finished)
+        results, self._not_begun = self._not_begun, []
+        for each in ended:
+            bug: JobResult | None = None
+            result = self._shielded(bug, functools.partial(self._result, each))
+            results.append(result or self._missed(each.job, each, storing=each.storing))
+        return results
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """See `SecondaryTierManager`."""
@@ -153,7 +161,7 @@ class KvtierTier(Told, SecondaryTierManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         """See `SecondaryTierManager`."""
-        self._hub.lookups.end(req_context.req_id)
+        self._shielded(None, lambda: self._hub.lookups.end(req_context.req_id))
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See `SecondaryTierManager`."""
@@ -161,12 +169,13 @@ class KvtierTier(Told, SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         """See `SecondaryTierManager`: ends queued jobs, and waits for copies, not for a daemon."""
+        # Not shielded: vLLM uses the rows for other blocks once this has returned.
         self._hub.transfers.drain()
 
     def shutdown(self) -> None:
         """See `SecondaryTierManager`: stores get `drain_s` to end."""
         if self._owner is not None:
-            self._owner.close()
+            self._shielded(None, self._owner.close)
         self._shielded(None, self._hub.close)
 
     @classmethod
@@ -188,6 +197,9 @@ class KvtierTier(Told, SecondaryTierManager):
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """See `SecondaryTierManager`."""
+        return self._shielded(None, self._take_stats)
+
+    def _take_stats(self) -> OffloadingConnectorStats:
         hub, stats = self._hub, self._stats
         told = (hub.lookups.late, hub.transfers.dropped, hub.health.failures)
         for name, now, before in zip((LATE, DROPPED, FAILURES), told, self._told, strict=True):
@@ -200,6 +212,24 @@ class KvtierTier(Told, SecondaryTierManager):
         return stats
 
     def _submit(self, job: TransferJob, *, storing: bool) -> None:
+        def begun() -> bool:
+            self._begin(job, storing=storing)
+            return True
+
+        def missed() -> None:
+            self._not_begun.append(self._missed(job.job_id, job, storing=storing))
+
+        if not self._shielded(False, begun):
+            self._shielded(None, missed)
+
+    def _missed(self, number: int, job: TransferJob | Outcome, *, storing: bool) -> JobResult:
+        """A bug has ended it. What a load was to bring is a miss, or vLLM would ask again."""
+        if not storing:
+            self._shielded(None, lambda: self._hub.lookups.failed([*job.keys]))
+        return JobResult(job_id=number, success=False)
+
+    def _begin(self, job: TransferJob, *, storing: bool) -> None:
+        """Whatever may fail comes before `Transfers.submit`: a job that it has ends by itself."""
         blocks = list(zip(job.keys, map(int, job.chunk_ids), strict=True))
         if storing:  # a set of keys, in no order; a path has one, and its rows are neighbours
             at = job.req_context.get_offload_key_position
