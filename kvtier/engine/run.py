@@ -9,6 +9,7 @@ from typing import Final
 
 from kvtier.config import Config, vllm_speaks_on_stderr
 from kvtier.errors import ConfigError
+from kvtier.wire.rpc import check_free
 
 # What computes under each name: loaded only when asked for.
 _OTHERS: Final = {
@@ -25,6 +26,8 @@ async def serve(config: Config, *, started: Callable[[str], None], stop: asyncio
     Raises:
         ConfigError: The address is taken, the model cannot be loaded, or the engine is not there.
     """
+    # Whether it is free is decided once the model is loaded, but said here where it is not.
+    check_free(config.worker.listen, "worker.listen")
 
     def ready(address: str) -> None:
         gc.collect()

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from kvtier.core.policies import POLICIES
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
+from kvtier.node.claimed import Claimed
 from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.lender import Lender
@@ -326,35 +326,6 @@ def _lower_tier(
     return LowerTier(tier, tuner.metered(store), codecs.RAW, threads, retry_s, tuner)
 
 
-def _check_lower_tiers(config: Config) -> None:
-    """Refuse at the start what would else be seen only when the first engine comes.
-
-    Raises:
-        ConfigError: The disk's folder cannot be written, or the URL of Redis is none.
-    """
-    if config.disk:
-        if not config.disk.path:
-            raise ConfigError("disk.path is empty, must be a folder")
-        folder = Path(config.disk.path)
-        try:
-            if folder.exists() and not folder.is_dir():
-                raise ConfigError(f"disk.path {folder}: not a folder")
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ConfigError(f"disk.path {folder}: {error.strerror}") from None
-        if config.disk.bytes < config.host.bytes:
-            log.warning(
-                "disk.bytes is %d, less than host.bytes, %d: nearly all that it can hold lies in "
-                "host memory too, and a part of the saves is refused",
-                config.disk.bytes,
-                config.host.bytes,
-            )
-    if config.redis:
-        RedisStore(config.redis, "").close()  # connects at its first use only
-
-
 def _layout_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*/{LAYOUT_FILE}"))
 
@@ -371,7 +342,7 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
     Raises:
         ConfigError: An address or path is taken or unusable, or the memory is not there.
     """
-    access = Access(config)
+    access, claimed = Access(config), Claimed()
     daemon = NodeDaemon(config, access=access)
     services = ["kvtier.v1.Node", "kvtier.v1.Feed"]
     server = Server(config.node.listen, "node.listen", services, access=access)
@@ -380,8 +351,10 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
     at = config.node.metrics_host, config.node.metrics_port
     access.serve_metrics(*at, "node")
     try:
+        # What may be refused comes before what takes memory, or long.
         await asyncio.to_thread(daemon.local.claim)
-        await asyncio.to_thread(_check_lower_tiers, config)
+        daemon.lender.refuse_taken(peers_listen(config))
+        await asyncio.to_thread(claimed.disk, config)
         await daemon.reopen()
         await daemon.local.start()
         await daemon.lender.start(peers_listen(config))
@@ -394,5 +367,6 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
     finally:
         await server.healthy(False)
         await daemon.close(DRAIN_S)
+        claimed.close()
         daemon.feed.close()
         await server.stop(1.0)

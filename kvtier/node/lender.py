@@ -97,6 +97,15 @@ class Lender:
         """Whether anybody gets anything."""
         return bool(self.address) and self._most > 0
 
+    def refuse_taken(self, listen: str) -> None:
+        """Say early what `start` would say; that decides.
+
+        Raises:
+            ConfigError: As `start`.
+        """
+        if self._most and not self._any_port:
+            bind_tcp(listen, "peers.listen").close()
+
     async def start(self, listen: str) -> None:
         """Listen at host:port and serve, where anybody is to get anything.
 

@@ -45,13 +45,14 @@ class LocalServer:
         Of daemons that start at once over what a dead one has left, one has it. Idempotent.
 
         Raises:
-            ConfigError: Another daemon has it, the folder cannot be written, or it and the one
-                that it should lie in are not there.
+            ConfigError: Another daemon has it, something that is no socket is there, the folder
+                cannot be written, or it and the one that it should lie in are not there.
         """
         if self._lock is not None:
             return
         try:
             self._make_folder()
+            self._refuse_other()
             self._lock = hold(self._path.with_name(f"{self._path.name}.lock"))
         except HeldElsewhere as other:
             raise ConfigError(f"node.socket: {other} has {self._path}") from None
@@ -92,10 +93,13 @@ class LocalServer:
             folder.mkdir()
             folder.chmod(0o711 if len(self._uids) > 1 else 0o700)  # whatever the umask is
 
+    def _refuse_other(self) -> None:
+        if self._path.exists() and not self._path.is_socket():
+            raise ConfigError(f"node.socket: {self._path} is there already and is no socket")
+
     def _take_over(self) -> None:
         """A socket that nobody answers was left by a daemon that was killed."""
-        if not self._path.is_socket():
-            raise ConfigError(f"node.socket: {self._path} is there already and is no socket")
+        self._refuse_other()
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
             try:

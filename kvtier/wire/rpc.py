@@ -43,7 +43,7 @@ class Server:
         self._host, self._port = parse_address(listen, name)
         self.address = listen
         self._name = name
-        self._probe()
+        check_free(listen, name)
         self._access = access or Access(Config())
         self.grpc = grpc.aio.server(options=OPTIONS, interceptors=self._access.interceptors)
         self._services = ["", *services]
@@ -86,10 +86,17 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace_s)
 
-    def _probe(self) -> None:
-        """Bind as gRPC will; it would write lines of its own about a failure, with no reason."""
-        if self._host.strip("[]") != "::":  # gRPC takes all of IPv4 where there is no IPv6
-            bind_tcp(self.address, self._name).close()
+
+def check_free(listen: str, name: str) -> None:
+    """Bind as gRPC will, and let go: it would write lines of its own about a failure.
+
+    Raises:
+        ConfigError: The address `listen`, which the setting `name` gives, is taken or not this
+            machine's.
+    """
+    host, _ = parse_address(listen, name)
+    if host.strip("[]") != "::":  # gRPC takes all of IPv4 where there is no IPv6
+        bind_tcp(listen, name).close()
 
 
 def bind_tcp(listen: str, name: str) -> socket.socket:

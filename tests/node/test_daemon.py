@@ -265,20 +265,26 @@ def test_sigterm_saves_what_has_no_lower_copy_and_leaves_nothing(tmp_path: Path)
         assert restore(connect(tmp_path), keys) == [Tier.DISK] * 20
 
 
+def refused(toml: str, folder: Path) -> str:
+    """The last line of a daemon that does not start."""
+    path = folder / "second.toml"
+    path.write_text(toml)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtier.cli", "node", "--config", str(path), "--until-eof"],
+        stdin=subprocess.DEVNULL,  # one that starts all the same ends, too
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    return done.stderr.strip().splitlines()[-1]
+
+
 def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
     toml = node_toml(tmp_path, more=disk_toml(tmp_path))
 
     def second(toml: str) -> str:
-        path = tmp_path / "second.toml"
-        path.write_text(toml)
-        done = subprocess.run(
-            [sys.executable, "-m", "kvtier.cli", "node", "--config", str(path)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 2
-        return done.stderr.strip().splitlines()[-1]
+        return refused(toml, tmp_path)
 
     with Process("node", toml, tmp_path) as node:
         connect(tmp_path)
@@ -290,11 +296,27 @@ def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
         elsewhere = tmp_path / "elsewhere"
         taken = node_toml(elsewhere).replace("127.0.0.1:0", node.address)
         assert second(taken).startswith(f"kvtier: node.listen: cannot listen on {node.address}")
-        assert second(node_toml(elsewhere, more=disk_toml(tmp_path))) == (
-            f"kvtier: disk.path {tmp_path}/disk/{LAYOUT.id}: "
-            f"another kvtier process (pid {node.pid}) uses it"
+        in_use = (
+            f"kvtier: disk.path {tmp_path}/disk: another kvtier process (pid {node.pid}) uses it"
         )
+        assert second(node_toml(elsewhere, more=disk_toml(tmp_path))) == in_use
+        # Before any memory is taken.
+        assert second(node_toml(elsewhere, host="60TiB", more=disk_toml(tmp_path))) == in_use
         assert second(node_toml(elsewhere, host="100TiB")).startswith("kvtier: host.bytes")
+
+
+def test_a_disk_folder_is_one_daemons_also_before_any_layout_is_opened(tmp_path: Path) -> None:
+    """Each counts disk.bytes of its own: two, with other layouts, would write twice as much."""
+    home = tmp_path / "b"
+    home.mkdir()
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path))
+    with Process("node", toml, tmp_path) as node:
+        assert refused(node_toml(home, more=disk_toml(tmp_path)), home) == (
+            f"kvtier: disk.path {tmp_path}/disk: another kvtier process (pid {node.pid}) uses it"
+        )
+        node.kill()
+        with Process("node", node_toml(home, more=disk_toml(tmp_path)), home):
+            save(connect(home), new_keys(2))
 
 
 @pytest.mark.parametrize(("uids", "mode"), [("", 0o700), ("allow_uids = [4711]", 0o711)])

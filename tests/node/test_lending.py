@@ -458,7 +458,12 @@ def test_a_port_that_is_taken_is_refused_or_replaced(tmp_path: Path, stack: Exit
     taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     listen = f"127.0.0.1:{taken.getsockname()[1]}"
     path = tmp_path / "b.toml"
-    path.write_text(node_toml(tmp_path, more=f'[peers]\nlisten = "{listen}"\n'))
+    # Said before any memory is taken, as for a layout that an earlier life left on the disk.
+    left = tmp_path / "disk" / LAYOUT.id
+    left.mkdir(parents=True)
+    (left / "layout.json").write_text(LAYOUT.describe())
+    more = f'[peers]\nlisten = "{listen}"\n' + disk_toml(tmp_path)
+    path.write_text(node_toml(tmp_path, host="60TiB", more=more))
     command = [sys.executable, "-m", "kvtier.cli", "node", "--config", str(path)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert found.returncode

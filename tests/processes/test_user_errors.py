@@ -199,6 +199,22 @@ def test_a_worker_is_refused_in_one_line(mistakes: Mistakes, tiny_folder: Path) 
     assert [refusal(each) for each in processes] == list(said.values())
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "vllm-http"])
+def test_a_workers_taken_port_is_said_before_anything_is_loaded(
+    mistakes: Mistakes, engine: str
+) -> None:
+    """A model takes minutes; here there is none, nor what would load it."""
+    path = mistakes.folder / "worker.toml"
+    path.write_text(worker_toml(mistakes.folder, mistakes.folder / "none", mistakes.taken))
+    hidden = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None);"
+    program = f"{hidden} from kvtier.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "worker", "--engine", engine, "--config", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert refusal(process) == (
+        f"worker.listen: cannot listen on 127.0.0.1:{mistakes.taken}: Address already in use"
+    )
+
+
 def test_inspect_says_that_nobody_answers() -> None:
     (port,) = fixed_ports(1)
     line = refusal(started("inspect", f"127.0.0.1:{port}"))
