@@ -7,6 +7,7 @@ from pathlib import Path
 from kvtier import config as configuration
 from kvtier.cli.parser import ACCESS_HELP
 from kvtier.config import Config
+from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.errors import ConfigError
 
 
@@ -42,7 +43,8 @@ def _print_folder(path: Path) -> None:
         free = sum(each.state is State.FREE for each in found)
         bad = sum(each.state is State.DAMAGED for each in found)
         layout = folder / "layout.json"
-        print(f"{folder}: {layout.read_text() if layout.is_file() else 'of no known layout'}")
+        print(f"{folder}")
+        print(f"  {_shape(layout.read_text())[1] if layout.is_file() else 'of no known layout'}")
         strange = sum(each.before is None for each in found if each.state is State.BLOCK)
         print(f"  {len(blocks)} blocks {frames:.1f} MiB, {free} slots free, {bad} damaged headers")
         if strange:
@@ -67,10 +69,11 @@ async def _print_status(address: str, config: Config) -> None:
             raise ConfigError(f"no node daemon at {address}: {why}") from None
     state = "draining" if status.draining else "serving"
     lends = f", lends blocks at {status.lends_at}" if status.lends_at else ""
-    engines = "1 engine" if status.clients == 1 else f"{status.clients} engines"
-    print(f"node {status.node}, {state}, {engines} attached{lends}")
+    print(f"node {status.node}, {state}, {_count(status.clients, 'engine')} attached{lends}")
     for layout in status.layouts:
-        print(f"layout {layout.layout}: {layout.leases} leases, {layout.moves} moves under way")
+        name, shape = _shape(layout.layout)
+        print(f"layout {name}\n  {shape}")
+        print(f"  {_count(layout.leases, 'lease')}, {_count(layout.moves, 'move')} under way")
         for tier in layout.tiers:
             name = feed_pb2.Tier.Name(tier.tier).removeprefix("TIER_").lower()
             answer = "" if tier.available else "  (gives no answer)"
@@ -81,3 +84,27 @@ async def _print_status(address: str, config: Config) -> None:
                 write, read = tier.write_bytes_per_s / 1e9, tier.read_bytes_per_s / 1e9
                 by = {"probe": "a probe at the start"}.get(tier.measured_by, tier.measured_by)
                 print(f"          measured by {by}: {write:.3f} GB/s written, {read:.3f} read")
+
+
+def _shape(text: str) -> tuple[str, str]:
+    """A layout's name and what its blocks are, for a person; what cannot be read as it was told."""
+    try:
+        layout = BlockLayout.parse(text)
+    except ValueError:
+        return "of another release", text.strip()
+    groups = " + ".join(map(_group, layout.groups))
+    rank = f", rank {layout.rank} of {layout.ranks}" if layout.ranks > 1 else ""
+    tokens, nbytes = _count(layout.block_tokens, "token"), f"{layout.nbytes:,} bytes"
+    return layout.id, f"a block: {tokens}, {groups}, {layout.dtype}, {nbytes}{rank}"
+
+
+def _group(group: LayerGroup) -> str:
+    if group.attention is Attention.LATENT:  # or a row of vLLM's, whose layers nobody tells us
+        return f"{group.layers} x {group.head_dim} values a token"
+    window = f", the last {group.window} tokens" if group.window else ""
+    heads = f"{_count(group.kv_heads, 'KV head')} x {group.head_dim}"
+    return f"{_count(group.layers, 'layer')} ({heads}{window})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

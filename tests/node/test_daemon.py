@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import grpc
 import pytest
 
+from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.errors import ArenaLost, ConfigError, RemoteProtocolError
@@ -303,6 +304,39 @@ def test_a_second_daemon_is_refused_in_one_line(tmp_path: Path) -> None:
         # Before any memory is taken.
         assert second(node_toml(elsewhere, host="60TiB", more=disk_toml(tmp_path))) == in_use
         assert second(node_toml(elsewhere, host="100TiB")).startswith("kvtier: host.bytes")
+
+
+def test_inspect_tells_a_person_what_a_block_is(tmp_path: Path) -> None:
+    toml = node_toml(tmp_path, more=disk_toml(tmp_path)).replace(
+        "[node]", "[node]\nmax_layouts = 2"
+    )
+    windowed = LayerGroup(Attention.SLIDING, 5, 2, 64, window=512)
+    gemma = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 64), windowed), 16, "bfloat16", 1, 2)
+    shapes = {
+        LAYOUT: "  a block: 16 tokens, 4 layers (2 KV heads x 64), float16, 32,768 bytes",
+        gemma: (
+            "  a block: 16 tokens, 1 layer (1 KV head x 64) + "
+            "5 layers (2 KV heads x 64, the last 512 tokens), bfloat16, 45,056 bytes, rank 1 of 2"
+        ),
+    }
+
+    def shown(what: str) -> list[str]:
+        command = [sys.executable, "-m", "kvtier.cli", "inspect", what]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout.splitlines()
+
+    with Process("node", toml, tmp_path) as node, ExitStack() as stack:
+        for layout in shapes:
+            client = TierClient(f"{tmp_path}/node.sock", layout, "test")
+            stack.callback(client.close)
+        lines = shown(node.address)
+        for layout, said in shapes.items():
+            assert lines[lines.index(f"layout {layout.id}") + 1] == said
+    lines = shown(f"{tmp_path}/disk")
+    for layout, said in shapes.items():
+        assert lines[lines.index(f"{tmp_path}/disk/{layout.id}") + 1] == said
+    (tmp_path / "disk" / LAYOUT.id / "layout.json").write_text("[of another release]\n")
+    assert "  [of another release]" in shown(f"{tmp_path}/disk")
 
 
 def test_a_disk_folder_is_one_daemons_also_before_any_layout_is_opened(tmp_path: Path) -> None:
