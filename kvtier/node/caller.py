@@ -25,6 +25,7 @@ class Caller:
         self.socket = sock
         self.host = host
         self.known = False  # it has said who it is
+        self.token = ""  # by this one
         self.decoder = local.Decoder()
         sock.setblocking(False)
 

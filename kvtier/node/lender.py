@@ -44,6 +44,7 @@ MAX_CALLERS: Final = 512  # connections; a process has 1024 descriptors by defau
 MAX_OF_HOST: Final = 128  # of these
 MAX_STRANGERS: Final = 64  # of these that have not said yet who they are; then the oldest goes
 STALL_S: Final = 5.0  # in which an asker must take something of what it is sent
+RECHECK_S: Final = 1.0  # between looks at whether the tokens of who is connected still count
 PAUSE_S: Final = 1.0  # where the process has no descriptor left
 MAX_PINNED: Final = 256 << 20  # bytes of blocks that one request has pinned at a time
 SENT_AT_ONCE: Final = 1 << 20  # bytes of small blocks that go out in one call
@@ -88,7 +89,7 @@ class Lender:
         self._strangers: dict[str, list[Caller]] = {}  # by host, the oldest first
         self._hosts: Counter[str] = Counter()
         self._callers: dict[asyncio.Task[None], Caller] = {}
-        self._accepting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # that run as long as it serves
         self._pool: ThreadPoolExecutor | None = None
         self.address = ""  # while it serves
 
@@ -127,12 +128,14 @@ class Lender:
         self.address = f"{host}:{listener.getsockname()[1]}"
         self._access.warn_if_open("peers.listen", self.address)
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="lend")
-        self._accepting = asyncio.create_task(self._accept(listener))
+        self._tasks.append(asyncio.create_task(self._accept(listener)))
+        if self._access.tokens is not None:
+            self._tasks.append(asyncio.create_task(self._watch_tokens()))
 
     async def close(self) -> None:
         """Serve nobody any more, and wait until no slot is read for anybody."""
         self._most, self.address = 0, ""
-        tasks = [*self._callers, *([self._accepting] if self._accepting else [])]
+        tasks = [*self._callers, *self._tasks]
         for each in tasks:
             each.cancel()
         if tasks:
@@ -195,7 +198,7 @@ class Lender:
         try:
             async with asyncio.timeout(HELLO_S):
                 await self._greet(caller)
-            while request := await self._next(caller):
+            while (request := await self._next(caller)) and self._counts(caller.token):
                 await self._serve(caller, lending.parse_wanted(request))
         except (RemoteProtocolError, Unauthenticated) as error:
             metrics.LENDS_REFUSED.labels(
@@ -220,11 +223,33 @@ class Lender:
         hello = await caller.message()
         if hello is None:
             raise ConnectionResetError("hung up before its hello")
-        self._access.check_token(lending.parse_hello(hello))
+        token = lending.parse_hello(hello)
+        self._access.check_token(token)
+        caller.token = token
         caller.decoder.limit = local.MAX_MESSAGE
         caller.known = True
         self._is_met(caller)
         caller.say(local.encode(True, lending.VERSION, self._node))
+
+    def _counts(self, token: str) -> bool:
+        """Whether a token that once was one of ours still is."""
+        return self._access.tokens is None or self._access.tokens.accepts(token)
+
+    async def _watch_tokens(self) -> None:
+        """Hang up on whoever showed a token that is none of ours any more, in whatever it is at.
+
+        Without a word: one that has a new token comes again, and who has none is told then.
+        """
+        while True:
+            await asyncio.sleep(RECHECK_S)
+            there = [each for each in self._callers.values() if each.known]
+            accepted = {token: self._counts(token) for token in {each.token for each in there}}
+            for caller in there:
+                if not accepted[caller.token]:
+                    caller.known = False
+                    metrics.LENDS_REFUSED.labels("token").inc()
+                    log.info("another node at %s: its token is gone; hung up on", caller.host)
+                    caller.cut()
 
     @staticmethod
     async def _next(caller: Caller) -> list[local.Value] | None:

@@ -629,3 +629,36 @@ def test_a_new_certificate_and_a_new_token_are_used_from_the_next_connection_on(
     keys.path("new").rename(keys.path("token"))
     # The first one asks with the new token too: its file is the same.
     assert [fetched(at, keys, toml)[0] for toml in by_either] == [Result.FAILED, Result.LESS]
+
+
+def test_who_has_shown_a_token_that_is_gone_is_hung_up_on_in_whatever_it_is_at(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    keys = Keys(tmp_path)
+    keys.path("token").write_text(f"{TOKEN}\n{OTHER}\n")
+    patient = f"from kvtier.node import lender; lender.STALL_S = lender.MOST_S = {DEADLINE_S}"
+    more = "[peers]\nlends = 1\n" + keys.auth()
+    a = stack.enter_context(started(tmp_path, "a", more, host="64MiB", setup=patient))
+    at, at_a = a.lends_at(), stack.enter_context(engine(tmp_path, "a", LARGE))
+    wanted = new_keys(40)  # 55 MiB: more than lies between two ends of a connection
+    with at_a.write(wanted) as lease:
+        lease.filled = len(lease.slots)
+    idle, slow, good = (
+        stack.enter_context(Asker(at, local.encode(lending.VERSION, token)))
+        for token in (TOKEN, TOKEN, OTHER)
+    )
+    slow.ask(wanted, layout=LARGE.id)
+    assert slow.head().kind is Kind.BLOCK
+    keys.path("new").write_text(f"{OTHER}\n")
+    keys.path("new").rename(keys.path("token"))
+    assert idle.message() is None, "what was idle"
+    wait_for("the other", lambda: a.log.read_text().count("its token is gone") == 2)
+    assert slow.take(40 * LARGE.nbytes) == b"", "it ends before the blocks do"
+
+    def served() -> bool:
+        good.ask(wanted[:1], layout=LARGE.id)
+        return good.answer() == (1, Kind.END, "")
+
+    wait_for("its place to be another's, who shows one that counts", served)
+    nobodys = stack.enter_context(Asker(at, local.encode(lending.VERSION, TOKEN)))
+    assert nobodys.welcome == [False, "the bearer token is none that is accepted here"]
