@@ -83,7 +83,7 @@ class NodeDaemon:
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
         self.lender = Lender(config.peers, self.name, self.layouts, access, self.local.hear)
-        self.peers = Peers(config.peers, self.name, access)
+        self.peers = Peers(config.peers, self.name, access, self.layouts)
 
     async def reopen(self) -> None:
         """Open the layouts that an earlier life left on the disk, so that routers hear of them."""

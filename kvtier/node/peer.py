@@ -38,6 +38,7 @@ class Result(StrEnum):
     BUSY = "busy"  # the peer serves, or we pull, as many as may be
     LEFT_ALONE = "left_alone"  # it failed too often a moment ago
     UNKNOWN = "unknown"  # no such peer
+    GAVE_WAY = "gave_way"  # our layout did, to another one: nobody could use what comes
     JOINED = "joined"  # another request's pull had it under way
 
 

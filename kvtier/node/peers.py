@@ -12,7 +12,7 @@ another request waits for it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -54,9 +54,14 @@ class Peers:
         config: Who they are; None: there are none.
         own: This node's name.
         access: How this process shows who it is.
+        layouts: What this daemon has, by layout: one may give way while a pull for it connects.
     """
 
-    def __init__(self, config: PeersConfig | None, own: str, access: Access) -> None:
+    def __init__(
+        self, config: PeersConfig | None, own: str, access: Access,
+        layouts: Mapping[str, TierManager],
+    ) -> None:  # fmt: skip
+        self._layouts = layouts
         self._roster = Roster(config, own, lambda node, address: Peer(node, address, access))
         self._most = config.pulls if config else 0
         self._pool: ThreadPoolExecutor | None = None
@@ -216,11 +221,13 @@ class Peers:
         """Fill slots by a connection: `most` blocks, and seconds."""
         loop = asyncio.get_running_loop()
         start, (count, left_s) = loop.time(), most
-        begun = self._begin(manager, asked, count)
+        # From `_begin` on a lease keeps the layout; before it nothing does.
+        open_ = self._layouts.get(manager.layout.id) is manager
+        begun = self._begin(manager, asked, count) if open_ else None
         if begun is None:
             known.peer.give_back(stream)
             known.breaker.succeeded()  # it is there
-            return Fetched(result=Result.BUSY)
+            return Fetched(result=Result.BUSY if open_ else Result.GAVE_WAY)
         (lease, order), fetched = begun, Fetched()
         try:
             fetch = partial(known.peer.fetch, order, left_s, stream)

@@ -3,7 +3,7 @@
 import os
 import signal
 from concurrent import futures
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -11,12 +11,14 @@ import grpc
 from kvtier.config import PeerConfig, write_peers
 from kvtier.core.breakeven import ComputeCost
 from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
+from kvtier.errors import ConfigError
 from kvtier.testing.valkey import ValkeyServer
 from kvtier.wire.lending import Kind
 from kvtier.wire.pb import feed_pb2, node_pb2, node_pb2_grpc
-from tests.launching import disk_toml, redis_toml, wait_for
+from tests.launching import DEADLINE_S, disk_toml, redis_toml, wait_for
 from tests.node.conftest import lends_at, new_keys, restore, save, status, wait_for_blocks
-from tests.node.lending import Asker
+from tests.node.lending import END, Asker, Rogue
 from tests.node.nodes import (
     LARGE,
     WAIT_S,
@@ -267,3 +269,35 @@ def test_the_file_of_peers_counts_as_it_is_now(tmp_path: Path, stack: ExitStack)
     assert counter(b, "peer_pulls_total_unknown") == 2
     assert restore(at_b, keys) == [Tier.HOST] * 3
     nothing_leased(a, b, c)
+
+
+def test_a_pull_whose_layout_gives_way_says_nothing_of_the_peer(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    rogue = Rogue()
+    stack.callback(rogue.close)
+    rogue.greets.clear()
+    patient = f"from kvtier.node import peer; peer.CONNECT_S = {DEADLINE_S}"
+    b = stack.enter_context(started(tmp_path, "b", members(a=rogue.address), setup=patient))
+    keys = new_keys(2)
+    with asking(tmp_path / "b" / "node.sock", keys, wait_s=int(WAIT_S)):
+        wait_for("the pull to connect", lambda: rogue.connections)
+    clients: list[TierClient] = []
+
+    def attached() -> bool:
+        with suppress(ConfigError):  # the one that has left still counts
+            clients.append(stack.enter_context(engine(tmp_path, "b", LARGE)))
+        return bool(clients)
+
+    wait_for("another layout in its place", attached)
+    rogue.greets.set()
+    wait_for("the pull to end", lambda: counter(b, "peer_pulls_total_gave_way"))
+    assert rogue.requests == 0, "nobody could have used it"
+    rogue.sends = lambda keys: [END]
+    assert clients[0].pull(new_keys(2), 0, "a", wait_s=WAIT_S) == 0
+    assert rogue.requests == 1, "it is asked, by the connection that there is"
+    assert rogue.connections == 1
+    assert counter(b, "peer_pulls_total_failed") == 0
+    log = b.log.read_text()
+    assert "Traceback" not in log
+    assert "exception was never retrieved" not in log

@@ -64,7 +64,7 @@ async def test_a_bug_of_ours_while_a_peer_is_tried_again_does_not_leave_it_alone
     (port,) = fixed_ports(1)  # nobody listens there
     member = PeerConfig(node="a", address=f"127.0.0.1:{port}")
     config = Config(peers=PeersConfig(members=(member,), retry_s=0.05))
-    peers = Peers(config.peers, "b", Access(config, serving=False))
+    peers = Peers(config.peers, "b", Access(config, serving=False), {})
     tiers = [TierSpec(tier=Tier.HOST, capacity=4 * BLOCK, drain_at=0)]
     manager = TierManager(LAYOUT, Arena.create(BLOCK, 4), tiers, [], lambda _: None)
 
