@@ -32,6 +32,7 @@ from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.lender import Lender
 from kvtier.node.manager import Changes, TierManager
 from kvtier.node.movers import LowerTier
+from kvtier.node.opening import Opening
 from kvtier.node.peers import Peers
 from kvtier.node.probe import OpenTrial
 from kvtier.node.record import Recorder
@@ -74,7 +75,7 @@ class NodeDaemon:
         self.layouts: dict[str, TierManager] = {}
         self._learned: dict[str, LearnedFile] = {}
         self.draining = False
-        self._opening = asyncio.Lock()
+        self._opening = Opening()
         self._closing: dict[asyncio.Task[None], str] = {}  # of layouts that have given way
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
@@ -99,34 +100,26 @@ class NodeDaemon:
             except (OSError, ValueError) as error:
                 log.warning("disk tier: %s: %s; left as it is", path, error)
                 continue
-            await self.open_layout(layout)
+            await self.open_layout(layout, bounded=False)  # a large disk may take minutes
 
-    async def open_layout(self, layout: BlockLayout) -> TierManager:
+    async def open_layout(self, layout: BlockLayout, *, bounded: bool = True) -> TierManager:
         """The tiers of `layout`, made at its first use.
 
         Raises:
-            ConfigError: There is no room for another layout, or a tier cannot be opened.
+            ConfigError: There is no room for another layout, or a tier cannot be opened, or,
+                `bounded`, not in time.
         """
         if manager := self.layouts.get(layout.id):  # whatever hangs while another one is opened
             return manager
-        async with self._opening:
+        async with self._opening.lock:
             if manager := self.layouts.get(layout.id):
                 return manager
-            # An engine that leaves meanwhile must not cut this off: its threads would go on, and
-            # what they open (the arena's memory, the folder's lock) would be nobody's.
-            opening = asyncio.create_task(self._open_new(layout))
-            try:
-                return await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                await asyncio.wait([opening])  # the next one waits, too
-                if not opening.cancelled() and (error := opening.exception()):
-                    log.warning("layout %s: %s", layout.id, error)
-                raise
+            return await self._opening.run(layout, self._open_new, bounded=bounded)
 
     async def _open_new(self, layout: BlockLayout) -> TierManager:
         share = self._config.node.max_layouts
         closing = self._closing.values()
-        if layout.id in closing or len(self.layouts) + len(closing) >= share:
+        if layout.id in closing or len(self.layouts) + len(closing) + len(self._opening) >= share:
             await self._make_room(layout)
         manager = await self._open(layout, share)
         self.layouts[layout.id] = manager
@@ -141,6 +134,8 @@ class NodeDaemon:
                 await manager.drain(DRAIN_S)
                 if self.local.attached(manager) or manager.leases:  # somebody has come back
                     continue
+                if self.layouts.get(name) is not manager:  # it gave way to one that opened late
+                    continue
                 del self.layouts[name]
                 held = manager.held().items()
                 self._announce([(tier, key, False) for tier, keys in held for key in keys])
@@ -152,6 +147,7 @@ class NodeDaemon:
                     break
                 return closing.result()
         hangs = "; one that gives way has calls to a store that hang" if self._closing else ""
+        hangs += "; one is still being opened" if self._opening else ""
         raise ConfigError(
             f"layout {layout.describe()} would be one more than node.max_layouts "
             f"({self._config.node.max_layouts}){hangs}"
@@ -291,8 +287,11 @@ class NodeDaemon:
         # nobody may ask for anything that is loaded into its slots.
         await self.lender.close()
         await self.local.close()
-        for manager in [*self.layouts.values()]:
-            await self._close(manager)
+        while self.layouts or self._opening:
+            if not self.layouts:
+                await self._opening.ended()
+            for name in [*self.layouts]:
+                await self._close(self.layouts.pop(name))
         if self._closing:
             await asyncio.wait([*self._closing])
 

@@ -20,12 +20,13 @@ from kvtier.core.ledger import Lease
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.engine.client import TierClient
 from kvtier.errors import ConfigError, StoreUnavailable
-from kvtier.node import daemon
+from kvtier.node import daemon, opening
 from kvtier.node.manager import TierManager
 from kvtier.node.movers import FORGET_BLOCKS, LowerTier
 from kvtier.node.reading import Reading
 from kvtier.stores.base import Parts
-from kvtier.stores.disk.files import Buffers, SegmentFile
+from kvtier.stores.disk import DiskStore
+from kvtier.stores.disk.files import Buffers, Folder, SegmentFile, Shape
 from kvtier.stores.memory import MemoryStore
 from tests.launching import DEADLINE_S, disk_toml, node_toml, wait_for
 from tests.node.conftest import BLOCK, LAYOUT, content, new_keys, restore, save
@@ -37,7 +38,7 @@ import sys
 import threading
 from functools import partial
 from kvtier.cli import main, serve
-from kvtier.node import daemon
+from kvtier.node import daemon, opening
 from kvtier.stores.disk import DiskStore
 from kvtier.stores.disk.files import Folder, SegmentFile
 
@@ -516,3 +517,68 @@ async def test_a_layout_whose_disk_hangs_does_not_keep_others_waiting(
         monkeypatch.setattr(daemon, "CLOSE_S", DEADLINE_S)
         for wanted in (OTHER, LAYOUT):
             assert fill(await node.open_layout(wanted), new_keys(3)) == 3
+
+
+async def test_a_layout_whose_disk_hangs_as_it_is_opened_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    real = Folder.shapes
+
+    def shapes(self: Folder) -> list[Shape]:
+        assert self.path.name != LAYOUT.id or gate.wait(DEADLINE_S)
+        return real(self)
+
+    monkeypatch.setattr(Folder, "shapes", shapes)
+    config = Config(
+        node=NodeConfig(socket=f"{tmp_path}/node.sock", max_layouts=2),
+        host=HostConfig(bytes=SLOTS * BLOCK, drain_at=0.0),
+        disk=DiskConfig(path=f"{tmp_path}/disk", bytes=64 << 20, drain_at=0.0),
+    )
+    node = daemon.NodeDaemon(config)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            with monkeypatch.context() as patch:
+                patch.setattr(opening, "OPEN_S", 0.05)
+                with pytest.raises(ConfigError, match=f"{LAYOUT.id} does not open in 0.05 s"):
+                    await node.open_layout(LAYOUT)
+            assert fill(await node.open_layout(OTHER), new_keys(3)) == 3
+            with pytest.raises(ConfigError, match=f"{LAYOUT.id} does not open in"):
+                await node.open_layout(LAYOUT)  # at once: nobody else waits behind it
+            gate.set()
+            await until("it to open", lambda: LAYOUT.id in node.layouts)
+            assert fill(await node.open_layout(LAYOUT), new_keys(3)) == 3
+            assert {*node.layouts} == {LAYOUT.id, OTHER.id}
+    finally:
+        gate.set()
+        await node.close(0.0)
+
+
+async def test_a_daemon_that_closes_waits_for_what_it_still_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that has opened is closed, too: another daemon may use the folder then."""
+    gate = threading.Event()
+    real = Folder.shapes
+
+    def shapes(self: Folder) -> list[Shape]:
+        assert gate.wait(DEADLINE_S)
+        return real(self)
+
+    monkeypatch.setattr(Folder, "shapes", shapes)
+    monkeypatch.setattr(opening, "OPEN_S", 0.05)
+    path = tmp_path / "disk"
+    config = Config(
+        node=NodeConfig(socket=f"{tmp_path}/node.sock"),
+        host=HostConfig(bytes=SLOTS * BLOCK, drain_at=0.0),
+        disk=DiskConfig(path=str(path), bytes=64 << 20, drain_at=0.0),
+    )
+    node = daemon.NodeDaemon(config)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ConfigError, match="does not open"):
+            await node.open_layout(LAYOUT)
+        closing = asyncio.create_task(node.close(0.0))
+        asyncio.get_running_loop().call_soon(gate.set)
+        await closing
+    assert not node.layouts
+    DiskStore(path / LAYOUT.id, 64 << 20).close()
