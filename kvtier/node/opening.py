@@ -73,7 +73,8 @@ class Opening:
 
 def _too_late(layout: BlockLayout) -> ConfigError:
     return ConfigError(
-        f"layout {layout.id} does not open in {OPEN_S:g} s, as where a disk hangs; it is opened on"
+        f"layout {layout.id} is not open after {OPEN_S:g} s, as with very much memory or a disk "
+        "that hangs; it is opened on: try again"
     )
 
 

@@ -540,10 +540,10 @@ async def test_a_layout_whose_disk_hangs_as_it_is_opened_keeps_no_other_waiting(
         async with asyncio.timeout(DEADLINE_S):
             with monkeypatch.context() as patch:
                 patch.setattr(opening, "OPEN_S", 0.05)
-                with pytest.raises(ConfigError, match=f"{LAYOUT.id} does not open in 0.05 s"):
+                with pytest.raises(ConfigError, match=f"{LAYOUT.id} is not open after 0.05 s"):
                     await node.open_layout(LAYOUT)
             assert fill(await node.open_layout(OTHER), new_keys(3)) == 3
-            with pytest.raises(ConfigError, match=f"{LAYOUT.id} does not open in"):
+            with pytest.raises(ConfigError, match=f"{LAYOUT.id} is not open after"):
                 await node.open_layout(LAYOUT)  # at once: nobody else waits behind it
             gate.set()
             await until("it to open", lambda: LAYOUT.id in node.layouts)
