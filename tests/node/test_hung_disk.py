@@ -575,7 +575,7 @@ async def test_a_daemon_that_closes_waits_for_what_it_still_opens(
     )
     node = daemon.NodeDaemon(config)
     async with asyncio.timeout(DEADLINE_S):
-        with pytest.raises(ConfigError, match="does not open"):
+        with pytest.raises(ConfigError, match="is not open"):
             await node.open_layout(LAYOUT)
         closing = asyncio.create_task(node.close(0.0))
         asyncio.get_running_loop().call_soon(gate.set)
