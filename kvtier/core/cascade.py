@@ -24,8 +24,8 @@ could not go for want of a lower copy is copied down at once, whatever `drain_at
 that lie warmer give way, too: or a lower tier full of what the host tier keeps would stop it.
 """
 
-from collections.abc import Iterable, Mapping, Set
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Final
 
@@ -111,7 +111,7 @@ class Cascade(Residency):
 
         In a shared tier only this node's knowledge goes. O(copies in the tier).
         """
-        going = [key for key in self._tiers[tier].sizes if self._idle(key, tier)]
+        going = [key for key in self._tiers[tier].held if self._idle(key, tier)]
         for key in going:
             self._drop(key, tier)
         return len(going)
@@ -167,7 +167,11 @@ class Cascade(Residency):
         last_resort: list[BlockKey] = []
         shards = self._blocks.shards
         refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
-        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1):
+        coldest = islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1)
+        first = [*islice(coldest, wanted)]
+        if tier == HOST and len(first) == wanted and self._all_may_go(first):
+            return first, overdue
+        for key in chain(first, coldest):
             if self._may_go(key, tier):
                 victims.append(key)
                 if len(victims) == wanted:
@@ -181,7 +185,7 @@ class Cascade(Residency):
         return [*victims, *last_resort][:wanted], overdue
 
     def _pinned(self, key: BlockKey) -> bool:
-        pinned = self._pins[self._in_host.of.shards[key[-1]][key]]
+        pinned = self._pins[self._held[HOST][key[-1]][key]]
         if pinned or (key in self._spared and self._only_here(key)):
             self._hid = True
             return True
@@ -224,6 +228,20 @@ class Cascade(Residency):
             return False
         return below is None or not below.takes_copies
 
+    def _all_may_go(self, keys: Sequence[BlockKey]) -> bool:
+        """`_may_go` for all of these of the host tier at once, which holds for most."""
+        held, shards = self._held[HOST], self._blocks.shards
+        pinned = any(map(self._pins.__getitem__, [held[key[-1]][key] for key in keys]))
+        if pinned or not self._spared.isdisjoint(keys):
+            return False
+        below = self._tiers[1] if len(self._tiers) > 1 else None
+        if below is None:
+            return True
+        for block in [shards[key[-1]][key] for key in keys]:
+            if block.move is not None or (block.undrained_in == HOST and not below.paused):
+                return False
+        return True
+
     def _drain(self) -> None:
         """The cascade rule, for every tier that has one below it."""
         for tier, copies in enumerate(self._tiers[:-1]):
@@ -254,7 +272,7 @@ class Cascade(Residency):
         slot = block.slot if source == HOST else None
         block.move = Move(key, source, tier + 1, slot, block.before)
         self._start(block.move)
-        self._sort(key)
+        self._line_up(key, block, None)
         return True
 
     def _start(self, move: Move) -> None:

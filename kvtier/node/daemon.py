@@ -143,7 +143,7 @@ class NodeDaemon:
                     continue
                 del self.layouts[name]
                 held = manager.held().items()
-                self._announce([(tier, key, False) for tier, keys in held for key in keys])
+                self._announce([(tier, keys, False) for tier, keys in held])
                 closing = asyncio.create_task(self._close(manager))
                 self._closing[closing] = name
                 closing.add_done_callback(self._closing.pop)
@@ -255,7 +255,7 @@ class NodeDaemon:
         }
 
     def _announce(self, changes: Changes) -> None:
-        self.feed.changed(changes)
+        self.feed.changed((tier, key, held) for tier, keys, held in changes for key in keys)
 
     def _held(self) -> dict[Tier, list[BlockKey]]:
         held: dict[Tier, list[BlockKey]] = {}
