@@ -67,17 +67,17 @@ class Copies:
 
         This and `remove` are for lower tiers: in the host tier a copy comes with its slot.
         """
-        self.held[key] = nbytes
+        self.held.shards[key[-1]][key] = nbytes
         self.nbytes += nbytes
 
     def remove(self, key: BlockKey) -> None:
         """The copy is gone; its place in the undrained order is the caller's to give back."""
-        self.nbytes -= self.held.pop(key)
+        self.nbytes -= self.held.shards[key[-1]].pop(key)
         self.policy.remove(key)
 
     def add_undrained(self, key: BlockKey) -> None:
         """Nothing further down has `key`: it is the last in line to be copied there."""
-        nbytes = self.each or self.held[key]
+        nbytes = self.each or self.held.shards[key[-1]][key]
         self.undrained.put(key, nbytes)
         self.undrained_nbytes += nbytes
 
@@ -87,8 +87,7 @@ class Copies:
 
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more stay within the capacity, with all that is coming."""
-        reserved = self.coming * self.frame_nbytes
-        return self.nbytes + reserved + nbytes <= self.spec.capacity
+        return self.nbytes + self.coming * self.frame_nbytes + nbytes <= self.spec.capacity
 
     @property
     def takes_copies(self) -> bool:

@@ -60,15 +60,21 @@ class LRU:
 
     def __init__(self) -> None:
         self._order = Line()  # coldest first
+        self._last: Sequence[BlockKey] = ()  # what was touched last, if nothing left since
 
     def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
         """See `EvictionPolicy.touch`; O(len(path))."""
+        path = [*path] if here is None else here.among(path)
+        if path == self._last:  # a request is told in several steps
+            return
         put = self._order.put
-        for key in reversed(path if here is None else here.among(path)):
+        for key in reversed(path):
             put(key)
+        self._last = path
 
     def remove(self, *keys: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
+        self._last = ()
         for key in keys:
             self._order.remove(key)
 

@@ -136,8 +136,8 @@ BUGS = [
     ),
     bug(
         "copies go in a circle",
-        "if any(key in copies for copies in self._tiers[:tier]):",
-        "if False:",
+        "for shards in held[:tier]:",
+        "for shards in ():",
     ),
     bug(
         "larger frames are dropped again and again",
