@@ -24,7 +24,7 @@ from kvtier.core.duel import Duel
 from kvtier.core.ghosts import NO_CLASS, Back, Ghosts
 from kvtier.core.hazards import Hazards
 from kvtier.core.policy import NO_USE, Here, Keep, Learned, Use
-from kvtier.core.runs import Forest, Run, common
+from kvtier.core.runs import Forest, Run
 from kvtier.core.victims import Victims
 
 GHOSTS: Final = 16_384  # departures remembered, at least; else as many as keys are here
@@ -298,40 +298,23 @@ class PHD:
 
         O(1) a key at a run's deep end.
         """
-        while keys:
-            if next_ones := self._next_to_leave(keys):
-                keys = keys[next_ones:]
-            else:
-                self._remove(keys[0])
-                keys = keys[1:]
-
-    def _next_to_leave(self, keys: tuple[BlockKey, ...]) -> int:
-        """Remove the first of `keys` that go on with a run that is leaving; how many they were.
-
-        Most do, but for the last block of a run.
-        """
+        forest, shards = self._forest, self._shards
         blocks, gone = self._blocks, self._gone
-        most = min(len(keys), len(blocks) - 1, TOGETHER - len(gone))
-        if most < 1 or blocks[-1] != keys[0]:
-            return 0
-        leaving = blocks[: -most - 1 : -1]
-        if tuple(leaving) != keys[:most]:
-            most = common(leaving, keys, 0)
-            del leaving[most:]
-        shards = self._shards
-        for key in leaving:
-            del shards[key[-1]][key]
-        del blocks[-most:]
-        gone += leaving
-        self._forest.size -= most
-        return most
+        for key in keys:
+            # The next block of a run that is leaving, as most are.
+            if len(blocks) > 1 and blocks[-1] == key and len(gone) < TOGETHER:
+                del shards[key[-1]][key]
+                gone.append(blocks.pop())
+                forest.size -= 1
+            else:
+                self._remove(key)
+                blocks, gone = self._blocks, self._gone
 
     def _remove(self, key: BlockKey) -> None:
-        forest, gone = self._forest, self._gone
-        run = forest.remove(key)
+        run = self._forest.remove(key)
         if run is None:
             return
-        if run is not self._leaving or len(gone) >= TOGETHER:
+        if run is not self._leaving or len(self._gone) >= TOGETHER:
             self._remember()
             self._leaving, self._blocks = run, run.blocks
         self._gone.append(key)

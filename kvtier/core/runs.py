@@ -164,7 +164,7 @@ class Forest:
                 self._move(run, above)
             length = len(run.blocks)
             if path[i : i + length] != run.blocks:
-                length = common(run.blocks, path, i)
+                length = _common(run.blocks, path, i)
                 run = self.split(run, length)
             runs.append(run)
             above = run
@@ -251,7 +251,7 @@ class Forest:
         assert all(id(run) in children for run in self.leaves)
 
 
-def common(blocks: list[BlockKey], path: Sequence[BlockKey], start: int) -> int:
+def _common(blocks: list[BlockKey], path: Sequence[BlockKey], start: int) -> int:
     """How many of `blocks` the path goes on with at `start`, where they differ somewhere."""
     length = 0
     for block, key in zip(blocks, islice(path, start, None), strict=False):

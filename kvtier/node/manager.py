@@ -129,8 +129,10 @@ class TierManager:
 
     def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
-        lease = self._ledger.write(client, keys, first, use._replace(now=self.clock()))
-        metrics.REFUSED_BLOCKS.inc(lease.refused)
+        now = Use(self.clock(), use.request, use.output_tokens)
+        lease = self._ledger.write(client, keys, first, now)
+        if lease.refused:
+            metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
 
@@ -267,7 +269,8 @@ class TierManager:
 
         use = self.uses.named(asked.use)
         lease = self._ledger.read(asked.client, asked.keys, asked.first, worth, use)
-        metrics.DECLINED_BLOCKS.inc(lease.refused)
+        if lease.refused:
+            metrics.DECLINED_BLOCKS.inc(lease.refused)
         if not lease.loading:
             self._carry_out_soon()
             return lease
