@@ -36,10 +36,13 @@ CYCLE: Final = 256  # requests between two looks at what a class has learned
 
 
 class PHD:
-    """See the module. An `EvictionPolicy`; deterministic, without a clock of its own."""
+    """See the module. An `EvictionPolicy`; deterministic, without a clock of its own.
 
-    def __init__(self) -> None:
-        self._forest = Forest()
+    `most` is how many keys there can be, where that is known: few are kept closer together.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._forest = Forest(most)
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
         self._shards = self._forest.of.shards
         self._ghosts = Ghosts()

@@ -56,8 +56,8 @@ class Run:
 class Forest:
     """Runs by key, and those without children in an array, in no order."""
 
-    def __init__(self) -> None:
-        self.of = KeyMap[Run]()
+    def __init__(self, most: int | None = None) -> None:
+        self.of = KeyMap[Run](most)
         self.size = 0  # keys
         self.leaves: list[Run] = []
 

@@ -23,7 +23,7 @@ from kvtier.config import (
 )
 from kvtier.core.admission import AdmissionFactory, SecondUse
 from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.policies import POLICIES
+from kvtier.core.policies import POLICIES, sized
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
@@ -172,7 +172,7 @@ class NodeDaemon:
                 tier=Tier.HOST,
                 capacity=capacity,
                 drain_at=int(capacity * host.drain_at),
-                policy=POLICIES[host.policy],
+                policy=sized(host.policy, slots),
             )
         ]
         opened: list[tuple[TierSpec, LowerTier]] = []
