@@ -269,7 +269,7 @@ class Ledger(Leases):
         A failed copy down keeps the original. A failed load means that `move.source` has no such
         block any more, unless that tier is paused, and cuts the leases that wait for it.
         """
-        block = self._blocks[move.key]
+        block = self._blocks.shards[move.key[-1]][move.key]
         known = self._loads.get(move.key) if move.target == HOST else block.move
         assert known == move, "a move is reported once, as it was handed out"
         self._moves -= 1
