@@ -24,8 +24,8 @@ could not go for want of a lower copy is copied down at once, whatever `drain_at
 that lie warmer give way, too: or a lower tier full of what the host tier keeps would stop it.
 """
 
-from collections.abc import Iterable, Mapping, Set
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Final
 
@@ -36,6 +36,7 @@ from kvtier.core.policy import Keep
 from kvtier.core.residency import Residency
 
 LOOK = 64  # candidates that one search for a victim, or for a block to drain, looks at
+NEXT = 8  # of the former, that are looked at first
 HASTE = 16  # copies that one search starts besides, for what could not go
 _NOTHING: Final[Mapping[BlockKey, BlockKey]] = MappingProxyType({})
 
@@ -111,7 +112,7 @@ class Cascade(Residency):
 
         In a shared tier only this node's knowledge goes. O(copies in the tier).
         """
-        going = [key for key in self._tiers[tier].sizes if self._idle(key, tier)]
+        going = [key for key in self._tiers[tier].held if self._idle(key, tier)]
         for key in going:
             self._drop(key, tier)
         return len(going)
@@ -145,14 +146,16 @@ class Cascade(Residency):
 
         How many were dropped, `wanted` at most.
         """
-        dropped, overdue, self._hid = 0, list[BlockKey](), False
-        # A block that somebody else pins hides those above it; they go if nothing else can.
-        for keep in (self._pinned, None) if tier == HOST else (None,):
-            victims, overdue = self._search(tier, keep, wanted - dropped, pressed)
+        self._hid = False
+        keep = self._pinned if tier == HOST else None
+        victims, overdue = self._search(tier, keep, wanted, pressed)
+        self._drop_all(victims, tier)
+        dropped = len(victims)
+        if self._hid and dropped < wanted:
+            # A block that somebody else pins hides those above it; they go if nothing else can.
+            victims, overdue = self._search(tier, None, wanted - dropped, pressed)
             self._drop_all(victims, tier)
             dropped += len(victims)
-            if dropped == wanted or not self._hid:
-                break
         for key in overdue:
             if not self._copy_down(key, tier, pressed=tier == HOST):
                 break
@@ -167,7 +170,11 @@ class Cascade(Residency):
         last_resort: list[BlockKey] = []
         shards = self._blocks.shards
         refused = tier + 1 < len(self._tiers) and self._tiers[tier + 1].refusing
-        for key in islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1):
+        coldest = islice(self._tiers[tier].policy.coldest(keep), LOOK + wanted - 1)
+        first = [*islice(coldest, wanted)] if tier == HOST else []
+        if len(first) == wanted and self._all_may_go(first):
+            return first, overdue
+        for key in chain(first, coldest):
             if self._may_go(key, tier):
                 victims.append(key)
                 if len(victims) == wanted:
@@ -181,7 +188,7 @@ class Cascade(Residency):
         return [*victims, *last_resort][:wanted], overdue
 
     def _pinned(self, key: BlockKey) -> bool:
-        pinned = self._pins[self._in_host.of.shards[key[-1]][key]]
+        pinned = self._pins[self._held[HOST][key[-1]][key]]
         if pinned or (key in self._spared and self._only_here(key)):
             self._hid = True
             return True
@@ -191,7 +198,7 @@ class Cascade(Residency):
         return self._warmest(key, HOST + 1) is None
 
     def _idle(self, key: BlockKey, tier: int, *, alone: bool = False) -> bool:
-        block = self._blocks[key]
+        block = self._blocks.shards[key[-1]][key]
         if tier == HOST and key in self._spared and self._only_here(key):
             return False
         if block.move is not None or block.phase is Phase.LOADING:
@@ -218,33 +225,62 @@ class Cascade(Residency):
             return block.undrained_in != HOST or below is None or below.paused
         if not self._idle(key, tier):
             return False
-        if any(key in copies for copies in self._tiers[tier + 1 :]):
-            return True
-        if any(key in copies for copies in self._tiers[:tier]):
-            return False
+        place, held = key[-1], self._held
+        for shards in held[tier + 1 :]:
+            if key in shards[place]:
+                return True
+        for shards in held[:tier]:
+            if key in shards[place]:
+                return False
         return below is None or not below.takes_copies
+
+    def _all_may_go(self, keys: Sequence[BlockKey]) -> bool:
+        """`_may_go` for all of these of the host tier at once, which holds for most."""
+        held, shards = self._held[HOST], self._blocks.shards
+        pinned = any(map(self._pins.__getitem__, [held[key[-1]][key] for key in keys]))
+        if pinned or not self._spared.isdisjoint(keys):
+            return False
+        below = self._tiers[1] if len(self._tiers) > 1 else None
+        if below is None:
+            return True
+        for block in [shards[key[-1]][key] for key in keys]:
+            if block.move is not None or (block.undrained_in == HOST and not below.paused):
+                return False
+        return True
 
     def _drain(self) -> None:
         """The cascade rule, for every tier that has one below it."""
         for tier, copies in enumerate(self._tiers[:-1]):
             limit = 0 if self._draining_all else copies.spec.drain_at
-            while copies.undrained_nbytes > limit:
-                key = self._coldest_undrained(tier)
-                if key is None or not self._copy_down(key, tier):
-                    break
+            if copies.undrained_nbytes > limit:
+                self._drain_to(tier, limit)
 
-    def _coldest_undrained(self, tier: int) -> BlockKey | None:
-        for key in islice(self._tiers[tier].undrained, LOOK):
-            if self._blocks[key].phase is not Phase.LOADING and self._warmest(key) is not None:
-                return key
-        return None
+    def _drain_to(self, tier: int, limit: int) -> None:
+        copies, look = self._tiers[tier], NEXT
+        while copies.undrained_nbytes > limit:
+            keys = [*islice(copies.undrained, look)]
+            passed = 0
+            for key in keys:
+                if copies.undrained_nbytes <= limit:
+                    return
+                if (
+                    self._blocks.shards[key[-1]][key].phase is Phase.LOADING
+                    or self._warmest(key) is None
+                ):
+                    passed += 1
+                elif not self._copy_down(key, tier):
+                    return
+            if passed == len(keys):
+                if look == LOOK:
+                    return
+                look = LOOK
 
     def _copy_down(self, key: BlockKey, tier: int, *, pressed: bool = False) -> bool:
         """Start copying `key` from its warmest tier to the one below `tier`, if that has room.
 
         Not while it loads: then it is soon copied from a warmer tier.
         """
-        block, target = self._blocks[key], self._tiers[tier + 1]
+        block, target = self._blocks.shards[key[-1]][key], self._tiers[tier + 1]
         source = self._warmest(key)
         if block.phase is Phase.LOADING or source is None or not target.takes_copies:
             return False
@@ -254,7 +290,7 @@ class Cascade(Residency):
         slot = block.slot if source == HOST else None
         block.move = Move(key, source, tier + 1, slot, block.before)
         self._start(block.move)
-        self._sort(key)
+        self._line_up(key, block, None)
         return True
 
     def _start(self, move: Move) -> None:

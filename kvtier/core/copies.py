@@ -42,12 +42,13 @@ class Aside(NamedTuple):
 class Copies:
     """The copies in one tier: their sizes, who is coldest, and which have no copy further down."""
 
-    def __init__(self, spec: TierSpec, block_nbytes: int) -> None:
+    def __init__(self, spec: TierSpec, block_nbytes: int, slot_of: KeyMap[int]) -> None:
         self.spec = spec
         self.policy = spec.policy()
-        # Of each the bytes. Frames in lower tiers may be much smaller than blocks.
-        self.sizes = KeyMap[int](spec.capacity // block_nbytes if spec.tier is Tier.HOST else None)
-        self.nbytes = 0
+        # Of each the bytes, as frames may be much smaller than blocks; in the host tier the slot.
+        self.held: KeyMap[int] = slot_of if spec.tier is Tier.HOST else KeyMap()
+        self.each = block_nbytes if spec.tier is Tier.HOST else 0  # bytes, where all are alike
+        self.nbytes = 0  # of a lower tier
         self.coming = 0  # copies into this tier under way; loads into the host tier do not count
         self.frame_nbytes = block_nbytes  # reserved for each of them: the largest seen so far
         self.paused = False
@@ -59,35 +60,24 @@ class Copies:
         self.undrained_nbytes = 0
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key in self.sizes
+        return key in self.held
 
     def add(self, key: BlockKey, nbytes: int) -> None:
-        """A copy of `nbytes` is here now. It is given up by nobody before it is touched."""
-        self.sizes[key] = nbytes
-        self.nbytes += nbytes
+        """A copy of `nbytes` is here now. Nobody gives it up before it is touched.
 
-    def add_all(self, keys: Sequence[BlockKey], nbytes: int) -> None:
-        """`add` for each of `keys`, none of which was here, with `nbytes` each."""
-        shards = self.sizes.shards
-        for key in keys:
-            shards[key[-1]][key] = nbytes
-        self.nbytes += nbytes * len(keys)
+        This and `remove` are for lower tiers: in the host tier a copy comes with its slot.
+        """
+        self.held.shards[key[-1]][key] = nbytes
+        self.nbytes += nbytes
 
     def remove(self, key: BlockKey) -> None:
         """The copy is gone; its place in the undrained order is the caller's to give back."""
-        self.nbytes -= self.sizes.pop(key)
+        self.nbytes -= self.held.shards[key[-1]].pop(key)
         self.policy.remove(key)
-
-    def remove_all(self, keys: Sequence[BlockKey]) -> None:
-        """`remove` for each of `keys`."""
-        shards, remove = self.sizes.shards, self.policy.remove
-        for key in keys:
-            self.nbytes -= shards[key[-1]].pop(key)
-            remove(key)
 
     def add_undrained(self, key: BlockKey) -> None:
         """Nothing further down has `key`: it is the last in line to be copied there."""
-        nbytes = self.sizes[key]
+        nbytes = self.each or self.held.shards[key[-1]][key]
         self.undrained.put(key, nbytes)
         self.undrained_nbytes += nbytes
 
@@ -95,17 +85,9 @@ class Copies:
         """`key` needs no copy further down, or one is under way."""
         self.undrained_nbytes -= self.undrained.remove(key) or 0
 
-    def touch(self, path: Sequence[BlockKey], use: Use) -> None:
-        """A request used `path` (root first): what of it is here becomes warm, its root most."""
-        shards = self.sizes.shards
-        here = [key for key in path if key in shards[key[-1]]]
-        if here:
-            self.policy.touch(here, use)
-
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more stay within the capacity, with all that is coming."""
-        reserved = self.coming * self.frame_nbytes
-        return self.nbytes + reserved + nbytes <= self.spec.capacity
+        return self.nbytes + self.coming * self.frame_nbytes + nbytes <= self.spec.capacity
 
     @property
     def takes_copies(self) -> bool:

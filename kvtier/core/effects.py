@@ -1,5 +1,6 @@
 """What the ledger asks of the world, and what it tells it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvtier.core.blocks import BEGINS, BlockKey, Slot
@@ -38,16 +39,16 @@ class Settled(NamedTuple):
 
 
 class Held(NamedTuple):
-    """`key` can be read from `tier` from now on."""
+    """`keys` can be read from `tier` from now on."""
 
-    key: BlockKey
+    keys: Sequence[BlockKey]
     tier: int
 
 
 class Gone(NamedTuple):
-    """`key` can no longer be read from `tier`."""
+    """`keys` can no longer be read from `tier`."""
 
-    key: BlockKey
+    keys: Sequence[BlockKey]
     tier: int
 
 

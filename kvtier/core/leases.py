@@ -53,7 +53,7 @@ class Leases(Cascade):
         assert sum(map(len, self._of_client.values())) == len(self._leases)
         assert all([*self._of_client.values(), *self._waiting.values()]), "an empty set was kept"
         host = self._tiers[HOST]  # a read lease that has not ended pins what it loaded
-        assert all(key in host.policy or pins[key] for key in host.sizes), "a block stays for ever"
+        assert all(key in host.policy or pins[key] for key in host.held), "a block stays for ever"
         for key, ids in self._waiting.items():
             assert self._blocks[key].phase is Phase.LOADING
             assert all(key in self._leases[lease_id].loading for lease_id in ids)

@@ -138,11 +138,9 @@ class Ledger(Leases):
         if refused := lease.indexes[len(lease.slots) :]:
             lease.refused = len(keys) - refused[0]
             del lease.indexes[len(lease.slots) :]
-        for key, slot, index in zip(lease.keys, lease.slots, lease.indexes, strict=True):
-            block = self._known(key)
-            block.phase, block.slot, self._pins[slot] = Phase.FILLING, slot, 1
-            if index:
-                block.before = keys[index - 1]
+        for slot in lease.slots:
+            self._pins[slot] = 1
+        self._lay(lease.keys, lease.slots, Phase.FILLING, keys, lease.indexes)
         return lease
 
     def _absent(self, keys: Sequence[BlockKey], first: int) -> dict[BlockKey, int]:
@@ -198,15 +196,11 @@ class Ledger(Leases):
         aside = self._put_aside(keys, slots, use)
         fresh = self._room_beside(keys, len(absent) + len(aside))
         filled = [slots[index - first] for index in absent.values()]
-        for (key, index), slot in zip(absent.items(), filled, strict=True):
-            block = self._known(key)
-            block.slot = slot
-            if index:
-                block.before = keys[index - 1]
+        kept = [*absent]
+        self._lay(kept, filled, Phase.STABLE, keys, absent.values())
         mine.difference_update(filled, aside)
         self._on_credit(mine, fresh)
         self._end_credit(client)
-        kept = [*absent]
         self._filled(kept, filled, use)
         self._used(keys, use)
         self._drain()
@@ -275,7 +269,7 @@ class Ledger(Leases):
         A failed copy down keeps the original. A failed load means that `move.source` has no such
         block any more, unless that tier is paused, and cuts the leases that wait for it.
         """
-        block = self._blocks[move.key]
+        block = self._blocks.shards[move.key[-1]][move.key]
         known = self._loads.get(move.key) if move.target == HOST else block.move
         assert known == move, "a move is reported once, as it was handed out"
         self._moves -= 1

@@ -23,7 +23,7 @@ from kvtier.core.blocks import BlockKey
 from kvtier.core.duel import Duel
 from kvtier.core.ghosts import NO_CLASS, Back, Ghosts
 from kvtier.core.hazards import Hazards
-from kvtier.core.policy import NO_USE, Keep, Learned, Use
+from kvtier.core.policy import NO_USE, Here, Keep, Learned, Use
 from kvtier.core.runs import Forest, Run
 from kvtier.core.victims import Victims
 
@@ -36,10 +36,13 @@ CYCLE: Final = 256  # requests between two looks at what a class has learned
 
 
 class PHD:
-    """See the module. An `EvictionPolicy`; deterministic, without a clock of its own."""
+    """See the module. An `EvictionPolicy`; deterministic, without a clock of its own.
 
-    def __init__(self) -> None:
-        self._forest = Forest()
+    `most` is how many keys there can be, where that is known: few are kept closer together.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._forest = Forest(most)
         self._hazards = Hazards(SHARED + 1, frozenset({SHARED}))
         self._shards = self._forest.of.shards
         self._ghosts = Ghosts()
@@ -65,32 +68,50 @@ class PHD:
 
     # --- used -------------------------------------------------------------------------
 
-    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
         """See `EvictionPolicy.touch`; O(runs and new keys on the path)."""
-        keys = [*dict.fromkeys(path)]
+        runs, known = self._forest.through(path)
+        keys = path
+        if known < len(path):
+            keys = self._distinct(path, known, here)
+            if here is not None and not keys:
+                return
         if self._gone:
             self._remember()
         now, request, output = use
         self._victims.touched(now)
         self._duel.step(self._forest.size)
         if request is None:
-            self._enter(keys)
+            self._enter(keys, known, runs)
             return
         if request != self._last:
             self._last = request
             self._duel.judge(self._forest.size)
             self._learn()
-        self._use(keys, request, output)
+        self._use(keys, known, runs, request, output)
 
-    def _enter(self, keys: list[BlockKey]) -> None:
+    def _distinct(self, path: Sequence[BlockKey], known: int, here: Here) -> Sequence[BlockKey]:
+        """What of `path` is `here`, each key once; its first `known` are known, and not twice."""
+        first, rest = path[:known], path[known:]
+        if here is not None:
+            rest = here.among(rest)
+        if not rest:
+            return first
+        if known and self._forest.of.among(rest):
+            return [*dict.fromkeys([*first, *rest])]
+        return [*first, *dict.fromkeys(rest)]
+
+    # `runs` are those of keys[:i], in the two that follow.
+
+    def _enter(self, keys: Sequence[BlockKey], i: int, runs: list[Run]) -> None:
         """Blocks came by themselves: a use is still to come."""
-        i, above = 0, None
+        above = runs[-1] if runs else None
         while i < len(keys):
             runs, i = self._forest.walk(keys, i, above)
             above = runs[-1] if runs else above
             end = self._unknown_until(keys, i)
             if end > i:
-                above = self._forest.add(keys[i:end], above)
+                above = self._forest.add([*keys[i:end]], above)
                 above.cls, above.t, above.seq = (
                     _kind(0, None),
                     self._victims.now,
@@ -101,9 +122,12 @@ class PHD:
                 self._victims.used([above])
             i = end
 
-    def _use(self, keys: list[BlockKey], request: int, output: int | None) -> None:
+    def _use(
+        self, keys: Sequence[BlockKey], i: int, runs: list[Run], request: int, output: int | None
+    ) -> None:
         forest, length = self._forest, len(keys)
-        runs, i = forest.walk(keys, 0, None)
+        others, i = forest.walk(keys, i, runs[-1] if runs else None)
+        runs += others
         more, ghosts = self._ghosts.take(islice(keys, i, None), self._shards)
         new = self._new(keys, runs, i, ghosts, request)
         kind = _kind(new, output)
@@ -127,7 +151,7 @@ class PHD:
         self._victims.used(used)
 
     def _new(
-        self, keys: list[BlockKey], runs: list[Run], known: int, ghosts: Back, request: int
+        self, keys: Sequence[BlockKey], runs: list[Run], known: int, ghosts: Back, request: int
     ) -> int:
         """How many blocks of this request nobody had asked for, as far as it was told.
 
@@ -193,7 +217,7 @@ class PHD:
         return run
 
     def _append(
-        self, keys: list[BlockKey], ghosts: Back, above: Run | None, request: int, kind: int
+        self, keys: Sequence[BlockKey], ghosts: Back, above: Run | None, request: int, kind: int
     ) -> list[Run]:
         """New keys below `above`: the runs that they make up, or are put to."""
         runs: list[Run] = []
@@ -201,7 +225,7 @@ class PHD:
         now, turn, epoch = self._victims.now, self._victims.turn, self._duel.epoch
         start = 0
         for end, gap in self._stretches(ghosts, len(keys)):
-            blocks, cls = keys[start:end], gap + kind
+            blocks, cls = [*keys[start:end]], gap + kind
             if (
                 not start
                 and above is not None
@@ -250,7 +274,7 @@ class PHD:
         found.append((length, gap))
         return found
 
-    def _unknown_until(self, keys: list[BlockKey], start: int) -> int:
+    def _unknown_until(self, keys: Sequence[BlockKey], start: int) -> int:
         shards, i = self._shards, start
         for key in islice(keys, start, None):
             if key in shards[key[-1]]:
@@ -272,19 +296,28 @@ class PHD:
 
     # --- given up ---------------------------------------------------------------------
 
-    def remove(self, key: BlockKey) -> None:
-        """See `EvictionPolicy.remove`; it is remembered for a while. O(1) at a run's deep end."""
-        forest, blocks, gone = self._forest, self._blocks, self._gone
-        # The next block of a run that is leaving, as most are.
-        if len(blocks) > 1 and blocks[-1] == key and len(gone) < TOGETHER:
-            del self._shards[key[-1]][key]
-            gone.append(blocks.pop())
-            forest.size -= 1
-            return
-        run = forest.remove(key)
+    def remove(self, *keys: BlockKey) -> None:
+        """See `EvictionPolicy.remove`; they are remembered for a while.
+
+        O(1) a key at a run's deep end.
+        """
+        forest, shards = self._forest, self._shards
+        blocks, gone = self._blocks, self._gone
+        for key in keys:
+            # The next block of a run that is leaving, as most are.
+            if len(blocks) > 1 and blocks[-1] == key and len(gone) < TOGETHER:
+                del shards[key[-1]][key]
+                gone.append(blocks.pop())
+                forest.size -= 1
+            else:
+                self._remove(key)
+                blocks, gone = self._blocks, self._gone
+
+    def _remove(self, key: BlockKey) -> None:
+        run = self._forest.remove(key)
         if run is None:
             return
-        if run is not self._leaving or len(gone) >= TOGETHER:
+        if run is not self._leaving or len(self._gone) >= TOGETHER:
             self._remember()
             self._leaving, self._blocks = run, run.blocks
         self._gone.append(key)

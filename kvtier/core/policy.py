@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.shards import Line
+from kvtier.core.shards import KeyMap, Line
 
 
 class Use(NamedTuple):
@@ -21,6 +21,7 @@ class Use(NamedTuple):
 
 NO_USE = Use()
 Keep = Callable[[BlockKey], bool]
+Here = KeyMap[int] | None  # what is in a tier, with whatever number
 
 
 class EvictionPolicy(Protocol):
@@ -30,12 +31,15 @@ class EvictionPolicy(Protocol):
     every key entered as part of a path, no key comes before a key that continues it.
     """
 
-    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
-        """`path` (root first) was used: keys not known yet enter, the others become warm."""
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
+        """`path` (root first) was used: keys not known yet enter, the others become warm.
+
+        Of a path that is not all `here`, in the tier, only what is; if nothing is, it is no use.
+        """
         ...
 
-    def remove(self, key: BlockKey) -> None:
-        """`key` left the tier; unknown keys are ignored."""
+    def remove(self, *keys: BlockKey) -> None:
+        """`keys` left the tier, in this order; unknown keys are ignored."""
         ...
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
@@ -56,16 +60,23 @@ class LRU:
 
     def __init__(self) -> None:
         self._order = Line()  # coldest first
+        self._last: Sequence[BlockKey] = ()  # what was touched last, if nothing left since
 
-    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
         """See `EvictionPolicy.touch`; O(len(path))."""
+        path = [*path] if here is None else here.among(path)
+        if path == self._last:  # a request is told in several steps
+            return
         put = self._order.put
         for key in reversed(path):
             put(key)
+        self._last = path
 
-    def remove(self, key: BlockKey) -> None:
+    def remove(self, *keys: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
-        self._order.remove(key)
+        self._last = ()
+        for key in keys:
+            self._order.remove(key)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`."""

@@ -3,9 +3,9 @@
 `Cascade` adds what is copied down and dropped, `Ledger` the leases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from kvtier.core.blocks import BlockKey, Slot
+from kvtier.core.blocks import BEGINS, BlockKey, Slot
 from kvtier.core.copies import Aside, Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Learning, Use
@@ -29,11 +29,12 @@ class Residency:
         self.block_nbytes = block_nbytes
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
-        self._tiers = [Copies(spec, block_nbytes) for spec in tiers]
+        self._in_host = SlotTable(self.slots, left)
+        self._tiers = [Copies(spec, block_nbytes, self._in_host.of) for spec in tiers]
+        self._held = [copies.held.shards for copies in self._tiers]
         admission = tiers[1].admission if len(tiers) > 1 else None
         self.admission = admission() if admission else None  # of the tier below the host's
         self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
-        self._in_host = SlotTable(self.slots, left)
         self._pins = self._in_host.pins
         self.left = self._in_host.left
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
@@ -61,13 +62,13 @@ class Residency:
 
     def held(self) -> list[list[BlockKey]]:
         """The blocks of each tier."""
-        return [list(copies.sizes) for copies in self._tiers]
+        return [list(copies.held) for copies in self._tiers]
 
     def usage(self) -> list[TierUsage]:
         """What each tier takes, the host tier first."""
         in_use = self.slots - len(self._free) - self.credited
         host = TierUsage(in_use, in_use * self.block_nbytes)
-        return [host, *(TierUsage(len(each.sizes), each.nbytes) for each in self._tiers[1:])]
+        return [host, *(TierUsage(len(each.held), each.nbytes) for each in self._tiers[1:])]
 
     def learning(self) -> dict[int, Learning]:
         """The policies that learn, by tier."""
@@ -88,34 +89,61 @@ class Residency:
 
     def _known(self, key: BlockKey) -> Block:
         """What is known of `key`, from now on if nothing was."""
-        return self._blocks.shards[key[-1]].setdefault(key, Block())
+        shard = self._blocks.shards[key[-1]]
+        block = shard.get(key)
+        if block is None:
+            block = shard[key] = Block()
+        return block
+
+    def _lay(
+        self,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Slot],
+        phase: Phase,
+        path: Sequence[BlockKey],
+        indexes: Iterable[int],
+    ) -> None:
+        """Each of `keys`, which have none, has its one of `slots` now. They lie so in `path`."""
+        shards = self._blocks.shards
+        for key, slot, index in zip(keys, slots, indexes, strict=True):
+            shard = shards[key[-1]]
+            block = shard.get(key)
+            if block is None:
+                before = path[index - 1] if index else BEGINS
+                shard[key] = Block(phase, slot, None, None, before)
+                continue
+            block.phase, block.slot = phase, slot
+            if index:
+                block.before = path[index - 1]
 
     def _warmest(self, key: BlockKey, start: int = HOST) -> int | None:
         """The warmest tier from `start` down that has `key`, answers, and goes on having it."""
         tiers = self._tiers
         for tier in range(start, len(tiers)):
             copies = tiers[tier]
-            held = key in copies.sizes.shards[key[-1]]
+            held = key in self._held[tier][key[-1]]
             if held and not copies.paused and key not in copies.leaving:
                 return tier
         return None
 
     def _place(self, key: BlockKey, tier: int, nbytes: int, *, touch: bool = True) -> None:
         """`tier` has `key` now. Without `touch` the caller touches the path that it is part of."""
-        self._tiers[tier].add(key, nbytes)
-        if touch:
-            self._tiers[tier].policy.touch([key], NO_USE)
+        copies = self._tiers[tier]
         if tier == HOST:
             slot = self._blocks[key].slot
             assert slot is not None
             self._in_host.enter(key, slot)
-        self._effects.append(Held(key, tier))
+        else:
+            copies.add(key, nbytes)
+        if touch:
+            copies.policy.touch([key], NO_USE)
+        self._effects.append(Held((key,), tier))
         self._sort(key)
 
     def _used(self, path: Sequence[BlockKey], use: Use) -> None:
         """A request used `path`: what of it is somewhere becomes warm there."""
         for copies in self._tiers:
-            copies.touch(path, use)
+            copies.policy.touch(path, use, copies.held)
         if self.admission is not None:
             for key in self.admission.used(path, use.request):
                 self._sort(key)
@@ -127,30 +155,35 @@ class Residency:
         that order: what is old is copied down also while it is hot, once, and uses, on every
         engine's path, have less to do.
         """
-        self._tiers[HOST].add_all(keys, self.block_nbytes)
+        if not keys:
+            return
         self._in_host.enter_all(keys, slots)
         if self.admission is not None:
             self.admission.entered(keys, use.request)
-        self._effects += [Held(key, HOST) for key in keys]
-        shards, alone = self._blocks.shards, len(self._tiers) == 1
-        for key, slot in zip(reversed(keys), reversed(slots), strict=True):
-            shards[key[-1]][key].phase = Phase.STABLE
-            self._pins[slot] -= 1
-            if not alone:  # else there is no order that it could belong to
+        self._effects.append(Held(keys, HOST))
+        shards, pins, stable = self._blocks.shards, self._pins, Phase.STABLE
+        for key, slot in zip(keys, slots, strict=True):
+            shards[key[-1]][key].phase = stable
+            pins[slot] -= 1
+        if len(self._tiers) > 1:  # else there is no order that they could belong to
+            for key in reversed(keys):
                 self._sort(key)
 
     def _leave(self, key: BlockKey, tier: int, *, forget: bool, gone: bool) -> None:
         """`tier` no longer has `key`; a block that no tier has is forgotten."""
-        self._tiers[tier].remove(key)
-        if forget:
-            self._effects.append(Forget(key, tier))
-        if gone:
-            self._effects.append(Gone(key, tier))
+        copies = self._tiers[tier]
         if tier == HOST:
+            copies.policy.remove(key)
             self._in_host.leave(key)
             if self.admission is not None:
                 self.admission.left(key)
             self._free_slot(self._blocks[key])
+        else:
+            copies.remove(key)
+        if forget:
+            self._effects.append(Forget(key, tier))
+        if gone:
+            self._effects.append(Gone((key,), tier))
         self._sort(key)
 
     def _drop(self, key: BlockKey, tier: int) -> None:
@@ -164,19 +197,23 @@ class Residency:
             for key in keys:
                 self._drop(key, tier)
             return
-        self._tiers[HOST].remove_all(keys)
+        if not keys:
+            return
+        self._tiers[HOST].policy.remove(*keys)
         slots = self._in_host.leave_all(keys)
-        assert not any(self._pins[slot] for slot in slots)
+        assert not any(map(self._pins.__getitem__, slots))
         self._free += slots
-        self._effects += [Gone(key, HOST) for key in keys]
-        shards, once, alone = self._blocks.shards, self.admission, len(self._tiers) == 1
+        self._effects.append(Gone(keys, HOST))
+        shards, once = self._blocks.shards, self.admission
+        if len(self._tiers) == 1:  # nothing has them now
+            for key in keys:
+                del shards[key[-1]][key]
+            return
         for key in keys:
             block = shards[key[-1]][key]
             block.slot = None
             refused = once is not None and once.left(key)
-            if (
-                alone or refused or block.undrained_in == HOST
-            ):  # else what lies lower stays as it was
+            if refused or block.undrained_in == HOST:  # else what lies lower stays as it was
                 self._sort(key)
 
     def _free_slot(self, block: Block) -> None:
@@ -188,26 +225,28 @@ class Residency:
 
     def _sort(self, key: BlockKey) -> None:
         """Put `key` at the warm end of the undrained order that it now belongs to, if any."""
-        block = self._blocks[key]
-        lowest = None
-        for tier, copies in enumerate(self._tiers):
-            if key in copies.sizes.shards[key[-1]]:
-                lowest = tier
-        if lowest is None and block.slot is None:
+        place, held = key[-1], self._held
+        shard = self._blocks.shards[place]
+        block = shard[key]
+        lowest = last = len(held) - 1
+        while lowest >= HOST and key not in held[lowest][place]:
+            lowest -= 1
+        wanted = None if block.move or lowest == last or lowest < HOST else lowest
+        if lowest < HOST and block.slot is None:
             assert block.move is None
-            wanted = None
-            del self._blocks[key]
-        else:
-            wanted = None if block.move or lowest == len(self._tiers) - 1 else lowest
-            if wanted == HOST and self.admission is not None and key in self.admission:
-                wanted = None  # it may be dropped as if it lay lower
-        if block.undrained_in == wanted:
-            return
+            del shard[key]
+        elif wanted == HOST and self.admission is not None and key in self.admission:
+            wanted = None  # it may be dropped as if it lay lower
+        if block.undrained_in != wanted:
+            self._line_up(key, block, wanted)
+
+    def _line_up(self, key: BlockKey, block: Block, tier: int | None) -> None:
+        """Put `key` at the warm end of the undrained order of `tier`, if any, and of no other."""
         if block.undrained_in is not None:
             self._tiers[block.undrained_in].remove_undrained(key)
-        if wanted is not None:
-            self._tiers[wanted].add_undrained(key)
-        block.undrained_in = wanted
+        if tier is not None:
+            self._tiers[tier].add_undrained(key)
+        block.undrained_in = tier
 
     def check(self) -> None:
         """Assert every invariant; for tests and `kvtier check`: O(blocks)."""
@@ -226,7 +265,7 @@ class Residency:
         moves = [block.move for block in blocks.values() if block.move is not None]
         assert len(moves) + len(self._loads) == self._moves
         assert all(key in blocks for key in self._loads)
-        host = {key: blocks[key].slot for key in self._tiers[HOST].sizes}
+        host = {key: blocks[key].slot for key in self._tiers[HOST].held}
         assert dict(self._in_host.of.items()) == host, "a block is not where it should be"
         self._in_host.check()
         assert all(key in host for key in self.admission or ()), "a block is held back for ever"
@@ -234,12 +273,12 @@ class Residency:
         for tier, copies in enumerate(self._tiers):
             coming = sum(tier == move.target for move in moves)
             assert copies.coming == coming <= copies.spec.queue
-            assert copies.nbytes == sum(size for _, size in copies.sizes.items())
+            assert copies.nbytes == (tier and sum(size for _, size in copies.held.items()))
             assert copies.nbytes <= copies.spec.capacity, f"tier {tier} is over its capacity"
-            ranked = [key for key in copies.sizes if key in copies.policy]
+            ranked = [key for key in copies.held if key in copies.policy]
             assert len(copies.policy) == len(ranked)
-            assert tier == HOST or len(ranked) == len(copies.sizes)
-            assert all(key in blocks for key in copies.sizes)
+            assert tier == HOST or len(ranked) == len(copies.held)
+            assert all(key in blocks for key in copies.held)
             assert copies.undrained_nbytes == sum(size for _, size in copies.undrained.items())
         for key, block in blocks.items():
             self._check_block(key, block)

@@ -7,6 +7,7 @@ path of single blocks becomes one run in O(its length * log) and not in its squa
 """
 
 import math
+from collections.abc import Sequence
 from itertools import islice
 
 from kvtier.core.blocks import BlockKey
@@ -55,8 +56,8 @@ class Run:
 class Forest:
     """Runs by key, and those without children in an array, in no order."""
 
-    def __init__(self) -> None:
-        self.of = KeyMap[Run]()
+    def __init__(self, most: int | None = None) -> None:
+        self.of = KeyMap[Run](most)
         self.size = 0  # keys
         self.leaves: list[Run] = []
 
@@ -119,7 +120,29 @@ class Forest:
         run.parent = above
         return above
 
-    def walk(self, path: list[BlockKey], start: int, above: Run | None) -> tuple[list[Run], int]:
+    def through(self, path: Sequence[BlockKey]) -> tuple[list[Run], int]:
+        """The runs that `path` goes through from its first key on, and where they end.
+
+        Each as a whole and each the child of the one before it, as nearly all: no key is there
+        twice, and `walk` would change nothing.
+        """
+        runs: list[Run] = []
+        shards, i, above = self.of.shards, 0, None
+        while i < len(path):
+            key = path[i]
+            run = shards[key[-1]].get(key)
+            if run is None or (runs and run.parent is not above):
+                break
+            end = i + len(run.blocks)
+            if path[i:end] != run.blocks:
+                break
+            runs.append(run)
+            i, above = end, run
+        return runs, i
+
+    def walk(
+        self, path: Sequence[BlockKey], start: int, above: Run | None
+    ) -> tuple[list[Run], int]:
         """The runs that the known keys of path[start:] make up, up to the first unknown one.
 
         They are cut where the path leaves them, and each is made a child of the one before it,
@@ -228,7 +251,7 @@ class Forest:
         assert all(id(run) in children for run in self.leaves)
 
 
-def _common(blocks: list[BlockKey], path: list[BlockKey], start: int) -> int:
+def _common(blocks: list[BlockKey], path: Sequence[BlockKey], start: int) -> int:
     """How many of `blocks` the path goes on with at `start`, where they differ somewhere."""
     length = 0
     for block, key in zip(blocks, islice(path, start, None), strict=False):

@@ -7,7 +7,7 @@ does not look at.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Generic, TypeVar
 
 from kvtier.core.blocks import BlockKey
@@ -61,6 +61,11 @@ class KeyMap(Generic[V]):
         """Every key, in no order; ends at the next change."""
         for part in self._parts:
             yield from part
+
+    def among(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Those of `keys` that are here, in order."""
+        shards = self.shards
+        return [key for key in keys if key in shards[key[-1]]]
 
     def __len__(self) -> int:
         """O(SHARDS)."""

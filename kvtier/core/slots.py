@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from operator import eq
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.shards import KeyMap
@@ -32,7 +32,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int, left: Turns | None = None) -> None:
-        self.of = KeyMap[Slot](slots)
+        self.of = KeyMap[int](slots)  # `Slot`s
         self.pins = array("i", bytes(4 * slots))
         self.turn = 1
         self.left = array("Q", bytes(8 * slots)) if left is None else left
@@ -56,12 +56,13 @@ class SlotTable:
 
     def leave_all(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """`leave` for each of `keys`; the slots that they were in."""
-        slots = [*map(self.of.pop, keys)]
-        self.turn += 1
+        shards, key_at, left = self.of.shards, self._key_at, self.left
+        slots = [shards[key[-1]].pop(key) for key in keys]
+        self.turn = turn = self.turn + 1
         for slot in slots:
-            self._key_at[slot] = None
-            self.left[slot] = self.turn
-        return slots
+            key_at[slot] = None
+            left[slot] = turn
+        return cast("list[Slot]", slots)
 
     def leading(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """The slots of `keys` from the first one on, up to the first that is not there.
@@ -70,22 +71,26 @@ class SlotTable:
         instead of looked up one by one, which is what costs in a large ledger.
         """
         shards = self.of.shards
-        slots: list[Slot] = []
-        previous = -1
-        while len(slots) < len(keys):
-            key = keys[len(slots)]
+        slots: list[int] = []
+        at, count, after = 0, len(keys), -1
+        while at < count:
+            key = keys[at]
             slot = shards[key[-1]].get(key)
             if slot is None:
                 break
-            slots.append(slot)
-            if len(slots) == 1 or slot == previous + 1:
-                wanted = keys[len(slots) : len(slots) + RUN]
-                found = self._key_at[slot + 1 : slot + 1 + len(wanted)]
-                same = [*map(eq, wanted, found)]
-                run = same.index(False) if False in same else len(same)
-                slots += map(Slot, range(slot + 1, slot + 1 + run))
-            previous = slots[-1]
-        return slots
+            end = slot + 1
+            if at == 0 or slot == after:
+                wanted = keys[at + 1 : at + 1 + RUN]
+                found = self._key_at[end : end + len(wanted)]
+                if wanted == found:
+                    end += len(wanted)
+                else:
+                    same = [*map(eq, wanted, found)]
+                    end += same.index(False) if False in same else len(same)
+            slots += range(slot, end)
+            at += end - slot
+            after = end
+        return cast("list[Slot]", slots)
 
     def check(self) -> None:
         """Assert that both ways lead to the same; for tests."""

@@ -22,7 +22,7 @@ from kvtier.config import (
 )
 from kvtier.core.admission import AdmissionFactory, SecondUse
 from kvtier.core.blocks import BlockKey, BlockLayout
-from kvtier.core.policies import POLICIES
+from kvtier.core.policies import POLICIES, sized
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
@@ -138,7 +138,7 @@ class NodeDaemon:
                     continue
                 del self.layouts[name]
                 held = manager.held().items()
-                self._announce([(tier, key, False) for tier, keys in held for key in keys])
+                self._announce([(tier, keys, False) for tier, keys in held])
                 closing = asyncio.create_task(self._close(manager))
                 self._closing[closing] = name
                 closing.add_done_callback(self._closing.pop)
@@ -168,7 +168,7 @@ class NodeDaemon:
                 tier=Tier.HOST,
                 capacity=capacity,
                 drain_at=int(capacity * host.drain_at),
-                policy=POLICIES[host.policy],
+                policy=sized(host.policy, slots),
             )
         ]
         opened: list[tuple[TierSpec, LowerTier]] = []
@@ -251,7 +251,7 @@ class NodeDaemon:
         }
 
     def _announce(self, changes: Changes) -> None:
-        self.feed.changed(changes)
+        self.feed.changed((tier, key, held) for tier, keys, held in changes for key in keys)
 
     def _held(self) -> dict[Tier, list[BlockKey]]:
         held: dict[Tier, list[BlockKey]] = {}

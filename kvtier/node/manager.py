@@ -37,7 +37,7 @@ MAX_PROBED: Final = 4096  # keys of one request that are looked up in the shared
 SCAN_BATCH: Final = 4096
 _STRANGE: Final = "whose frames have a header of another version, or a damaged one"
 
-Changes = Iterable[tuple[Tier, BlockKey, bool]]
+Changes = Iterable[tuple[Tier, Sequence[BlockKey], bool]]
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,10 @@ class TierManager:
 
     def write(self, client: int, keys: Sequence[BlockKey], first: int, use: Use = NO_USE) -> Lease:
         """Reserve slots for the absent ones of keys[first:]; never waits, may grant fewer."""
-        lease = self._ledger.write(client, keys, first, use._replace(now=self.clock()))
-        metrics.REFUSED_BLOCKS.inc(lease.refused)
+        now = Use(self.clock(), use.request, use.output_tokens)
+        lease = self._ledger.write(client, keys, first, now)
+        if lease.refused:
+            metrics.REFUSED_BLOCKS.inc(lease.refused)
         self._carry_out_soon()
         return lease
 
@@ -267,7 +269,8 @@ class TierManager:
 
         use = self.uses.named(asked.use)
         lease = self._ledger.read(asked.client, asked.keys, asked.first, worth, use)
-        metrics.DECLINED_BLOCKS.inc(lease.refused)
+        if lease.refused:
+            metrics.DECLINED_BLOCKS.inc(lease.refused)
         if not lease.loading:
             self._carry_out_soon()
             return lease
@@ -315,16 +318,17 @@ class TierManager:
             return
         moves: list[Move] = []
         forgotten: dict[int, list[BlockKey]] = {}
-        changes: list[tuple[Tier, BlockKey, bool]] = []
+        changes: list[tuple[Tier, Sequence[BlockKey], bool]] = []
         for effect in self._ledger.take_effects():
             match effect:  # the most frequent first
-                case Held(key, tier):
-                    changes.append((self.specs[tier].tier, key, True))
-                case Gone(key, tier):
-                    # Written again since then: what is known now is of the new copy.
-                    if tier == HOST and len(self.lineage) and not self._ledger.has_slot(key):
-                        self.lineage.gone(key)
-                    changes.append((self.specs[tier].tier, key, False))
+                case Held(keys, tier):
+                    changes.append((self.specs[tier].tier, keys, True))
+                case Gone(keys, tier):
+                    for key in keys if tier == HOST and len(self.lineage) else ():
+                        # Written again since then: what is known now is of the new copy.
+                        if not self._ledger.has_slot(key):
+                            self.lineage.gone(key)
+                    changes.append((self.specs[tier].tier, keys, False))
                 case Move():
                     moves.append(effect)
                 case Forget(key, tier):

@@ -21,7 +21,7 @@ class Uses:
 
     def named(self, use: Use) -> Use:
         """`use`, now. A read is always for somebody, be it told or not."""
-        return use._replace(now=self._clock(), request=use.request or next(self._unnamed))
+        return Use(self._clock(), use.request or next(self._unnamed), use.output_tokens)
 
     def tell(self, keys: Sequence[BlockKey], use: Use) -> None:
         """An engine has copied blocks of the path `keys` without a lease."""

@@ -137,8 +137,7 @@ class Bare:
         kept.touch(prompt.keys, Use(prompt.at_s, request, prompt.output_tokens))
         over = len(kept) - self._capacity
         if over > 0:
-            for key in [*islice(kept.coldest(), over)]:
-                kept.remove(key)
+            kept.remove(*islice(kept.coldest(), over))
 
 
 def replay(

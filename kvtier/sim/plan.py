@@ -32,8 +32,7 @@ class Resident:
         self._policy.touch(path, use)
         over = len(self._policy) - self._capacity
         if over > 0:
-            for key in [*islice(self._policy.coldest(), over)]:
-                self._policy.remove(key)
+            self._policy.remove(*islice(self._policy.coldest(), over))
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,7 @@ class Cascade:
         tier, lower = self._tiers[n], self._tiers[n + 1 :]
         over = len(tier) - self._capacities[n]
         going = [*islice(tier.coldest(), over)] if over > 0 else []
-        for key in going:
-            tier.remove(key)
+        tier.remove(*going)
         if not lower:
             return
         sinking = {key: None for key in going if not any(key in each for each in lower)}

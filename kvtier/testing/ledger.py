@@ -17,7 +17,7 @@ from kvtier.core.admission import AdmissionFactory, SecondUse
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
-from kvtier.core.policy import LRU, NO_USE, Keep, PolicyFactory, Use
+from kvtier.core.policy import LRU, NO_USE, Here, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.testing.hanging import HangingWorld
 from kvtier.testing.seen import SeenWorld
@@ -60,13 +60,14 @@ class AnyOrder:
         self._rng = rng
         self._keys: dict[BlockKey, None] = {}
 
-    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
         """See `EvictionPolicy.touch`."""
-        self._keys.update(dict.fromkeys(path))
+        self._keys.update(dict.fromkeys(path if here is None else here.among(path)))
 
-    def remove(self, key: BlockKey) -> None:
+    def remove(self, *keys: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
-        self._keys.pop(key, None)
+        for key in keys:
+            self._keys.pop(key, None)
 
     def coldest(self, keep: Keep | None = None) -> Iterator[BlockKey]:
         """See `EvictionPolicy.coldest`; not what it says."""

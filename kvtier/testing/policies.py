@@ -1,13 +1,15 @@
 """What every eviction policy must do. Subclass `PolicyTests` with a `policy` fixture."""
 
 from collections.abc import Iterator
-from itertools import count
+from copy import deepcopy
+from itertools import count, islice
 from random import Random
 
 import pytest
 
 from kvtier.core.blocks import BlockKey
 from kvtier.core.policy import EvictionPolicy, Use
+from kvtier.core.shards import KeyMap
 
 
 def path(*steps: int) -> list[BlockKey]:
@@ -114,6 +116,28 @@ class PolicyTests:
         assert all(
             going.index(path(n, 1, 2)[1]) > going.index(path(n, 1, 2)[2]) for n in range(1, 49)
         )
+
+    def test_together_is_as_one_by_one(self, policy: EvictionPolicy) -> None:
+        """Many removed at once, and a path of which not all is in the tier."""
+        rng, here, twin = Random(2), KeyMap[int](), deepcopy(policy)
+        for use in uses(rng, asked=True, most=600):
+            whole = path(*(rng.randrange(3) for _ in range(rng.randint(1, 12))))
+            for key in rng.sample(whole, rng.randint(0, len(whole))):
+                here[key] = 1
+            policy.touch(whole, use, here)
+            if some := [key for key in whole if key in here]:
+                twin.touch(some, use)
+            going = [*islice(policy.coldest(), rng.choice([0, 0, 1, 3, 8, 20]))]
+            assert going == [*islice(twin.coldest(), len(going))]
+            going[3:3] = [rng.choice(whole)] if rng.random() < 0.3 else []
+            if rng.random() < 0.5 and here:
+                going += rng.sample(sorted(here), 1)
+            policy.remove(*going)
+            for key in going:
+                twin.remove(key)
+                here.shards[key[-1]].pop(key, None)
+        assert len(policy) == len(twin)
+        assert [*policy.coldest()] == [*twin.coldest()]
 
     def test_a_request_may_be_told_in_pieces(self, policy: EvictionPolicy) -> None:
         """A prompt that is found, then written bit by bit, is one path in the end."""

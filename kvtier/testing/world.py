@@ -132,12 +132,13 @@ class World:
                     assert not any(key == m.key and tier == m.source for m in self.moves)
                     self.seen["found beyond capacity"] += key not in self.announced[tier]
                     self.stores[tier].forget(key)
-                case Held(key, tier):
-                    assert key not in self.announced[tier] or self.specs[tier].shared
-                    self.announced[tier].add(key)
-                case Gone(key, tier):
-                    self.announced[tier].remove(key)
-                    self.gone(key, tier)
+                case Held(keys, tier):
+                    assert self.announced[tier].isdisjoint(keys) or self.specs[tier].shared
+                    self.announced[tier].update(keys)
+                case Gone(keys, tier):
+                    for key in keys:
+                        self.announced[tier].remove(key)
+                        self.gone(key, tier)
                 case Settled(lease_id):
                     assert lease_id not in self.settled, "settled twice"
                     assert not self.leases[lease_id].loading

@@ -1,7 +1,7 @@
 """A ledger as tests drive it: effects are looked at, moves ended, prompts named."""
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.ledger import HOST, Effect, Ledger, Move
+from kvtier.core.ledger import HOST, Effect, Gone, Held, Ledger, Move
 from kvtier.core.tiers import Tier, TierSpec
 
 NBYTES = 100  # of a block
@@ -18,6 +18,19 @@ def spec(tier: Tier, blocks: int, drain_at: int = 0, queue: int = 64) -> TierSpe
     return TierSpec(tier=tier, capacity=blocks * NBYTES, drain_at=drain_at * NBYTES, queue=queue)
 
 
+def told_singly(effects: list[Effect]) -> list[Effect]:
+    """What is told of several blocks at once, block by block."""
+    return [
+        single
+        for effect in effects
+        for single in (
+            [effect._replace(keys=(key,)) for key in effect.keys]
+            if isinstance(effect, Held | Gone)
+            else [effect]
+        )
+    ]
+
+
 class Node:
     """A ledger whose effects a test looks at and whose moves it ends."""
 
@@ -26,7 +39,7 @@ class Node:
         self.moves: list[Move] = []
 
     def effects(self) -> list[Effect]:
-        effects = self.ledger.take_effects()
+        effects = told_singly(self.ledger.take_effects())
         self.moves += [effect for effect in effects if isinstance(effect, Move)]
         self.ledger.check()
         return effects

@@ -11,9 +11,9 @@ import kvtier.core
 from kvtier.core.ledger import Ledger
 
 MODULES = (
+    "slots",
     "copies",
     "lease",
-    "slots",
     "residency",
     "cascade",
     "leases",
@@ -136,8 +136,8 @@ BUGS = [
     ),
     bug(
         "copies go in a circle",
-        "if any(key in copies for copies in self._tiers[:tier]):",
-        "if False:",
+        "for shards in held[:tier]:",
+        "for shards in ():",
     ),
     bug(
         "larger frames are dropped again and again",
@@ -197,13 +197,13 @@ BUGS = [
     ),
     bug(
         "neighbouring slots are believed to be neighbouring blocks",
-        "run = same.index(False) if False in same else len(same)",
-        "run = len(same)",
+        "end += same.index(False) if False in same else len(same)",
+        "end += len(same)",
     ),
     bug(
         "a slot is remembered beyond its block",
-        "            self._key_at[slot] = None\n            self.left",
-        "            self.left",
+        "            key_at[slot] = None\n            left",
+        "            left",
     ),
     bug(
         "a tier that takes nothing stops the host tier",
@@ -212,8 +212,24 @@ BUGS = [
     ),
     bug(
         "blocks that were filled stay pinned",
-        "self._pins[slot] -= 1\n            if not alone:",
-        "if not alone:",
+        "            pins[slot] -= 1\n",
+        "",
+    ),
+    bug("leased blocks go along with others", "if pinned or not", "if not"),
+    bug(
+        "what is spared goes along with others",
+        "if pinned or not self._spared.isdisjoint(keys):",
+        "if pinned:",
+    ),
+    bug(
+        "moving blocks go along with others",
+        "if block.move is not None or (block.undrained",
+        "if (block.undrained",
+    ),
+    bug(
+        "only copies go along with others",
+        "or (block.undrained_in == HOST and not below.paused)",
+        "",
     ),
     bug("the slots of victims are lost", "self._free += slots", "pass"),
     bug(
@@ -233,8 +249,8 @@ BUGS = [
     ),
     bug(
         "what was put lies in the new slots",
-        "block.slot = slot",
-        "block.slot = (fresh or filled)[0]",
+        "self._lay(kept, filled, ",
+        "self._lay(kept, (fresh or filled)[:1] * len(kept), ",
     ),
     bug(
         "the slots of what is there already are taken away",
@@ -260,19 +276,19 @@ BUGS = [
         "self._used(keys, use)\n        self._drain()\n        taken",
         "self._used(keys, use)\n        taken",
     ),
-    bug("no word of a block that left its slot", "self.left[slot] = self.turn", "pass"),
+    bug("no word of a block that left its slot", "left[slot] = turn", "pass"),
     bug(
         "word of one block of many that left their slots",
-        "self.left[slot] = self.turn",
-        "self.left[slots[0]] = self.turn",
+        "left[slot] = turn",
+        "left[slots[0]] = turn",
     ),
-    bug("a turn that is not counted", "self.turn += 1", "pass"),
+    bug("a turn that is not counted", "self.turn + 1", "self.turn"),
     bug("a match of tomorrow", "slots, self._in_host.turn)", "slots, self._in_host.turn + 1)"),
     bug("a match of yesterday", "slots, self._in_host.turn)", "slots, self._in_host.turn - 1)"),
     bug(
         "a slot that loads is as it was seen",
-        "for slot in slots:\n            self._key_at[slot] = None\n            self.left",
-        "for slot in slots[1:]:\n            self._key_at[slot] = None\n            self.left",
+        "for slot in slots:\n            key_at[slot] = None\n            left",
+        "for slot in slots[1:]:\n            key_at[slot] = None\n            left",
     ),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]

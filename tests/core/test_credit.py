@@ -26,7 +26,7 @@ def test_what_was_put_is_there_and_its_client_has_other_slots() -> None:
     kept, instead, _ = node.ledger.put(1, prompt("abc"), slots)
     assert kept == prompt("abc")
     assert [each for each in node.effects() if isinstance(each, Held)] == [
-        Held(key, HOST) for key in prompt("abc")
+        Held((key,), HOST) for key in prompt("abc")
     ]
     assert node.held(prompt("abcd")) == (3,)
     assert len(instead) == 3

@@ -84,7 +84,7 @@ def test_a_block_can_be_read_once_it_is_committed_and_not_before():
     assert node.held(prompt("abc")) == (0,)
     assert node.effects() == []
     node.ledger.commit(lease.id)
-    assert node.effects() == [Held(key, HOST) for key in prompt("abc")]
+    assert node.effects() == [Held((key,), HOST) for key in prompt("abc")]
     assert node.held(prompt("abcd")) == (3,)
     assert node.ledger.leases == 0
 
@@ -111,7 +111,7 @@ def test_a_partial_commit_keeps_what_was_filled_and_frees_the_rest():
     node = host_only(3)
     lease = node.ledger.write(1, prompt("abc"))
     node.ledger.commit(lease.id, 1)
-    assert node.effects() == [Held(prompt("a")[0], HOST)]
+    assert node.effects() == [Held((prompt("a")[0],), HOST)]
     assert node.held(prompt("abc")) == (1,)
     assert node.save(prompt("xy")) == 2
 
@@ -150,7 +150,7 @@ def test_a_full_host_tier_gives_up_the_coldest_prompt_from_its_deep_end():
     node.save(prompt("xy"))
     node.touch(prompt("ab"))
     node.ledger.commit(node.ledger.write(1, prompt("n")).id)
-    assert Gone(prompt("xy")[1], HOST) in node.effects()
+    assert Gone((prompt("xy")[1],), HOST) in node.effects()
     assert node.held(prompt("xy")) == (1,)
     assert node.held(prompt("ab")) == (2,)
 
@@ -211,7 +211,7 @@ def test_a_read_loads_what_lies_lower_and_the_lower_copy_stays():
     assert lease.sources == [DISK, DISK]
     assert node.held(prompt("ab")) == (0, 2)
     assert node.end_moves() == [
-        Held(prompt("ab")[0], HOST), Held(prompt("ab")[1], HOST), Settled(lease.id),
+        Held((prompt("ab")[0],), HOST), Held((prompt("ab")[1],), HOST), Settled(lease.id),
     ]  # fmt: skip
     assert [usage.blocks for usage in node.ledger.usage()] == [2, 2]
     assert node.ledger.undrained() == 0
@@ -237,7 +237,7 @@ def test_two_readers_share_one_load():
     node.effects()
     assert len(node.moves) == 1
     assert {*node.end_moves()} == {
-        Held(prompt("a")[0], HOST), Settled(first.id), Settled(second.id),
+        Held((prompt("a")[0],), HOST), Settled(first.id), Settled(second.id),
     }  # fmt: skip
 
 
@@ -249,10 +249,10 @@ def test_a_failed_load_cuts_the_lease_and_the_copy_is_gone():
     b = prompt("ab")[1]
     moves = {move.key: move for move in node.moves}
     node.ledger.moved(moves[b], False)
-    assert node.effects() == [Forget(b, DISK), Gone(b, DISK)]
+    assert node.effects() == [Forget(b, DISK), Gone((b,), DISK)]
     assert lease.keys == prompt("a")
     node.ledger.moved(moves[prompt("a")[0]], True)
-    assert node.effects() == [Held(prompt("a")[0], HOST), Settled(lease.id)]
+    assert node.effects() == [Held((prompt("a")[0],), HOST), Settled(lease.id)]
     node.ledger.moved(moves[prompt("abc")[2]], True)  # nobody waits for it, but it has arrived
     node.effects()
     assert node.held(prompt("abc")) == (1, 0)
@@ -365,7 +365,7 @@ def test_what_is_read_and_copied_at_once_makes_no_room_until_both_have_ended():
         assert node.ledger.clear(DISK) == 0
         ended(node, SHARED - first)
         node.ledger.found(DISK, [(prompt("x")[0], NBYTES)])
-        assert Gone(path[0], DISK) in node.effects()
+        assert Gone((path[0],), DISK) in node.effects()
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -379,7 +379,7 @@ def test_a_copy_that_a_load_found_bad_is_given_up_once_nobody_reads_it(copied: b
     again = node.ledger.write(1, path)
     assert again.keys == path, "and may be computed again"
     effects = ended(node, SHARED, ok=copied)
-    assert {Forget(path[0], DISK), Gone(path[0], DISK)} <= {*effects}
+    assert {Forget(path[0], DISK), Gone((path[0],), DISK)} <= {*effects}
     node.ledger.commit(again.id)
     node.effects()
     node.rest()
@@ -633,8 +633,10 @@ class Told(LRU):
         super().__init__()
         self.touches: list[tuple[int, Use]] = []
 
-    def touch(self, path, use=NO_USE):
-        self.touches.append((len(path), use))
+    def touch(self, path, use=NO_USE, here=None):
+        path = path if here is None else here.among(path)
+        if path:
+            self.touches.append((len(path), use))
         super().touch(path, use)
 
 

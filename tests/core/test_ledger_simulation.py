@@ -54,6 +54,31 @@ def hunt(bug: Bug, buggy: type[ledger.Ledger]) -> BaseException | None:
     return None
 
 
+class OneByOne(ledger.Ledger):
+    """Asks of each victim whether it may go."""
+
+    def _all_may_go(self, keys):
+        return False
+
+
+def all_told(seed: int, kind: type[ledger.Ledger]) -> list[ledger.Effect]:
+    told: list[ledger.Effect] = []
+
+    class Heard(kind):  # type: ignore[misc, valid-type]
+        def take_effects(self) -> list[ledger.Effect]:
+            effects = super().take_effects()
+            told.extend(effects)
+            return effects
+
+    simulate(seed, STEPS, Counter(), Heard)
+    return told
+
+
+def test_victims_that_are_chosen_together_are_those_chosen_one_by_one():
+    for seed in range(40):
+        assert all_told(seed, ledger.Ledger) == all_told(seed, OneByOne)
+
+
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_planted_bug_is_found(bug: Bug):
     with planted(bug) as buggy:

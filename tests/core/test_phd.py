@@ -277,6 +277,31 @@ def test_paths_in_any_order_and_with_repeats_never_tangle_it() -> None:
         assert [*policy.coldest()] == []
 
 
+def test_a_path_that_goes_through_whole_runs_is_as_any_other() -> None:
+    """What `through` finds, `walk` would have found as well, and changed nothing."""
+    keys, whole = [prompt(name, 9) for name in range(3)], 0
+    for seed in range(60):
+        rng, policy, twin, now, request = Random(seed), PHD(), PHD(), 0.0, 0
+        twin._forest.through = lambda path: ([], 0)  # type: ignore[method-assign]
+        for _ in range(200):
+            now += rng.random() * 9
+            if rng.random() < 0.7:
+                path = keys[0][: rng.randint(0, 9)] + rng.choice(keys)[: rng.randint(1, 9)]
+                request += rng.random() < 0.7
+                use = Use(now, request if rng.random() < 0.7 else None)
+                whole += policy._forest.through(path)[1] == len(path)
+                for each in (policy, twin):
+                    each.touch(path, use)
+            elif due := [*islice(policy.coldest(), rng.randint(1, 4))]:
+                assert due == [*islice(twin.coldest(), len(due))]
+                policy.remove(*due)
+                twin.remove(*due)
+        assert [*policy.coldest()] == [*twin.coldest()]
+        assert policy.save() == twin.save()
+        policy.check()
+    assert whole > 100  # or this shows nothing
+
+
 def test_a_search_that_meets_many_runs_that_cannot_go_takes_few_samples(monkeypatch):
     cache = Cache(PHD(), 6000)
     returning_users(cache.policy, capacity=6000)

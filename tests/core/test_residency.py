@@ -26,7 +26,7 @@ def test_above_its_mark_a_tier_copies_its_coldest_down():
     node.save(prompt("xy"))
     assert {move.key for move in node.moves} == {*prompt("ab")}
     assert {(move.source, move.target) for move in node.moves} == {(HOST, DISK)}
-    assert node.end_moves() == [Held(prompt("ab")[1], DISK), Held(prompt("ab")[0], DISK)]
+    assert node.end_moves() == [Held((prompt("ab")[1],), DISK), Held((prompt("ab")[0],), DISK)]
     assert node.held(prompt("ab")) == (2, 0)  # it is in both; the warmest counts
 
 
@@ -106,7 +106,7 @@ def test_a_full_last_tier_forgets_its_coldest():
     for name in "abc":
         assert node.save(prompt(name)) == 1
         effects = node.end_moves()
-    assert Held(prompt("c")[0], DISK) in effects
+    assert Held((prompt("c")[0],), DISK) in effects
     assert node.held(prompt("a")) == (0, 0)
     assert node.held(prompt("b")) == (0, 1)
     assert node.ledger.usage()[DISK] == TierUsage(2, 200)
@@ -121,7 +121,7 @@ def test_what_a_tier_drops_is_forgotten_in_its_store():
     effects = node.effects()
     a, b = prompt("a")[0], prompt("b")[0]
     assert effects == [
-        Gone(a, HOST), Held(b, HOST), Forget(a, DISK), Gone(a, DISK),
+        Gone((a,), HOST), Held((b,), HOST), Forget(a, DISK), Gone((a,), DISK),
         Move(b, HOST, DISK, lease.slots[0]),
     ]  # fmt: skip
 
@@ -321,7 +321,7 @@ def test_what_an_answering_tier_has_is_not_written_again():
 def test_a_restart_finds_what_a_disk_still_holds():
     node = with_disk(host=4, disk=8)
     node.ledger.found(DISK, [(key, 60) for key in prompt("abc")])
-    assert node.effects() == [Held(key, DISK) for key in prompt("abc")]
+    assert node.effects() == [Held((key,), DISK) for key in prompt("abc")]
     assert node.held(prompt("abc")) == (0, 3)
     assert node.ledger.usage()[DISK] == TierUsage(3, 180)
 
@@ -348,7 +348,7 @@ def test_hints_beyond_the_capacity_are_forgotten_silently():
     node = Node(spec(Tier.HOST, 4), spec(Tier.SHARED, 2))
     keys = [prompt(name)[0] for name in "abc"]
     node.ledger.found(1, [(key, NBYTES) for key in keys])
-    assert node.effects() == [Held(key, 1) for key in keys]  # and no Gone, no Forget
+    assert node.effects() == [Held((key,), 1) for key in keys]  # and no Gone, no Forget
     assert node.held(prompt("a")) == (0, 0)
 
 
@@ -358,7 +358,7 @@ def test_a_block_that_another_node_shared_is_loaded_like_any_other():
     assert node.ledger.usage()[1] == TierUsage(1, NBYTES)  # of unknown size: as a whole block
     lease = node.ledger.read(1, prompt("a"))
     node.effects()
-    assert node.end_moves() == [Held(prompt("a")[0], HOST), Settled(lease.id)]
+    assert node.end_moves() == [Held((prompt("a")[0],), HOST), Settled(lease.id)]
 
 
 def test_a_shared_block_that_is_not_there_is_gone_for_all_and_not_deleted():
@@ -366,7 +366,7 @@ def test_a_shared_block_that_is_not_there_is_gone_for_all_and_not_deleted():
     node.ledger.found(1, [(prompt("a")[0], NBYTES)])
     lease = node.ledger.read(1, prompt("a"))
     node.effects()
-    assert node.end_moves(ok=False) == [Settled(lease.id), Gone(prompt("a")[0], 1)]
+    assert node.end_moves(ok=False) == [Settled(lease.id), Gone((prompt("a")[0],), 1)]
 
 
 def test_a_lost_copy_is_made_again():
@@ -374,7 +374,7 @@ def test_a_lost_copy_is_made_again():
     node.save(prompt("ab"))
     node.rest()
     node.ledger.lost(DISK, [prompt("ab")[1], b"unknown"])
-    assert node.effects()[0] == Gone(prompt("ab")[1], DISK)
+    assert node.effects()[0] == Gone((prompt("ab")[1],), DISK)
     assert [move.key for move in node.moves] == [prompt("ab")[1]]
 
 

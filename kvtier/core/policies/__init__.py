@@ -1,5 +1,6 @@
 """Every eviction policy by name; one module each, with its source."""
 
+from functools import partial
 from typing import Final
 
 from kvtier.core.phd import PHD
@@ -21,3 +22,9 @@ POLICIES: Final[dict[str, PolicyFactory]] = {
     "wtinylfu": WTinyLFU,
     "gdsf": GDSF,
 }
+
+
+def sized(name: str, most: int) -> PolicyFactory:
+    """The policy `name`, for a tier of at most `most` blocks."""
+    policy = POLICIES[name]
+    return partial(PHD, most) if policy is PHD else policy

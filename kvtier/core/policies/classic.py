@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from kvtier.core.blocks import BlockKey
-from kvtier.core.policy import NO_USE, Keep, Use
+from kvtier.core.policy import NO_USE, Here, Keep, Use
 
 Queue = OrderedDict[BlockKey, None]
 """Keys, next to go first. Not a dict: finding the first key of one is slow after deletions."""
@@ -84,8 +84,10 @@ class Classic:
 
     # --- EvictionPolicy ---------------------------------------------------------------
 
-    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE) -> None:
+    def touch(self, path: Sequence[BlockKey], use: Use = NO_USE, here: Here = None) -> None:
         """See `EvictionPolicy.touch`; O(len(path)) and the victims that were not removed."""
+        if here is not None and not (path := here.among(path)):
+            return
         self._changes += 1
         self._return()
         self._owed = 0
@@ -105,8 +107,12 @@ class Classic:
                 self._link(path[at - 1], key)
             self._told.add(key)
 
-    def remove(self, key: BlockKey) -> None:
+    def remove(self, *keys: BlockKey) -> None:
         """See `EvictionPolicy.remove`."""
+        for key in keys:
+            self._remove(key)
+
+    def _remove(self, key: BlockKey) -> None:
         if key not in self._above:
             return
         self._changes += 1
