@@ -92,6 +92,10 @@ def test_each_option_says_what_it_is_and_what_it_is_left_at(parser: Parser) -> N
             ("trace", "show", "x", "--block-tokens", "many"),
             "kvtier trace show: argument --block-tokens: invalid int value: 'many'",
         ),
+        (
+            ("trace", "show", "x", "two\nlines\x1b[2J"),
+            "kvtier: unrecognized arguments: two lines [2J",
+        ),
     ],
 )
 def test_what_is_no_command_is_told_in_one_line(
@@ -105,6 +109,16 @@ def test_what_is_no_command_is_told_in_one_line(
     assert err.endswith(" --help`\n")
     assert err.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "n" * 200 + "\n" * 20_000], ids=len)
+def test_a_mistake_in_the_settings_is_told_in_one_line(name: str) -> None:
+    done = run("router", "--config", name)
+    assert done.returncode == 2
+    line = done.stderr.removesuffix("\n")
+    assert line.startswith(f"kvtier: config {name[:3]}")
+    assert line.isprintable()
+    assert len(line) < 2100
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 import asyncio
 
+import grpc
+import httpx2
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvtier.errors import MAX_LINE
 from kvtier.router import asking
 from kvtier.wire.pb import feed_pb2, worker_pb2
 from tests.router.stub_engine import StubWorker, aborts, keys
@@ -102,6 +106,49 @@ async def test_streams_that_never_last_are_opened_ever_more_rarely(engines, rout
     await routers(worker, ready=False)
     await eventually(lambda: worker.opened >= 10, "it was opened anew")
     await eventually(lambda: max(pauses) >= asking.PAUSE_S[1] / 2, "the pauses grow")
+
+
+class Talks(StubWorker):
+    """Ends each request with words of its own choice, as no worker of ours would."""
+
+    words = ""
+
+    async def Multiplex(self, requests, context) -> None:
+        hello = worker_pb2.MuxHello(max_open=8)
+        await context.write(worker_pb2.MuxResponse(hello=hello))
+        async for message in requests:
+            end = worker_pb2.MuxError(status="INVALID_ARGUMENT", message=self.words)
+            parts = [worker_pb2.MuxPart(id=each.id, error=end) for each in message.opens]
+            await context.write(worker_pb2.MuxResponse(parts=parts))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("CUDA error:\n  out of\tmemory\x1b[31m\r\n", "CUDA error: out of memory [31m"),
+        ("a\u2028b\u202ec\x00d\x85e", "a b c d e"),
+        ("no\n" * 10_000, "no no no "),
+        ("長" * 10_000, "長長"),  # three bytes a character, nine where gRPC carries it
+    ],
+)
+async def test_whatever_a_worker_says_callers_get_one_line(engines, routers, words, told):
+    worker = Talks("a")
+    worker.words = words
+    await engines(worker)
+    router = await routers(worker, http="127.0.0.1:0")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in router.stub.Generate(generate_request(PROMPT)):
+            pass
+    assert caught.value.code() is Status.INVALID_ARGUMENT
+    url = f"http://{router.http}/v1/completions"
+    async with httpx2.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+        answer = await client.post(url, json={"prompt": PROMPT})
+    assert answer.status_code == 400
+    for line in (caught.value.details(), answer.json()["error"]["message"]):
+        assert line.startswith(told)
+        assert line.isprintable(), "it is one line"
+        assert len(line.encode()) <= MAX_LINE
+        assert line.endswith("...") or line == told
 
 
 class Growing(StubWorker):
