@@ -20,7 +20,7 @@ from kvtier.router.text import Decoder
 from kvtier.wire.pb import router_pb2, worker_pb2
 
 SLACK_S: Final = 1.0  # that a worker gets more than the router, whose words then end the request
-DEFAULT_TOKENS: Final = 128  # of an answer whose request gives no max_tokens, see worker.proto
+DEFAULT_TOKENS: Final = 128  # of an answer whose request sets no max_tokens, see worker.proto
 
 Write = Callable[[Sequence[router_pb2.GenerateResponse]], Awaitable[object]]  # ready together
 
@@ -251,8 +251,8 @@ class _Attempt:
 
     def _request(self) -> worker_pb2.WorkerRequest:
         asked, ids = self._job.request, self._prompt.ids
-        max_tokens = asked.max_tokens
-        if self._job.fill and not max_tokens:
+        max_tokens = asked.max_tokens or None
+        if self._job.fill and max_tokens is None:
             max_tokens = self._to.info.max_tokens - len(ids)
         elif self._answer.ids:
             max_tokens = (max_tokens or DEFAULT_TOKENS) - len(self._answer.ids)
