@@ -1,6 +1,8 @@
 """Members that break the protocol in ways that no release of ours does: what they cost others."""
 
 import asyncio
+import logging
+from types import ModuleType
 
 import grpc
 import httpx2
@@ -8,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvtier.errors import MAX_LINE
-from kvtier.router import asking
+from kvtier.router import asking, link
 from kvtier.wire.pb import feed_pb2, worker_pb2
 from tests.router.stub_engine import StubWorker, aborts, keys
 from tests.router.support import PATIENCE_S, Status, eventually, generate_request, refused
@@ -21,6 +23,23 @@ async def serves(router) -> bool:
     health = health_pb2_grpc.HealthStub(router.channel)
     said = await health.Check(health_pb2.HealthCheckRequest())
     return said.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def slept(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long `module` sleeps each time from now on; none of it takes long."""
+    pauses: list[float] = []
+    rest = asyncio.sleep
+
+    async def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        await rest(min(pause_s, 0.01))
+
+    class Sleeping:
+        def __getattr__(self, name: str) -> object:
+            return sleep if name == "sleep" else getattr(asyncio, name)
+
+    monkeypatch.setattr(module, "asyncio", Sleeping())
+    return pauses
 
 
 class Jumps(StubWorker):
@@ -78,6 +97,93 @@ async def test_an_error_that_says_ok_is_no_answer(engines, routers):
             pass
 
 
+async def test_who_was_refused_and_is_mended_is_new_to_the_router(
+    engines, routers, caplog, monkeypatch
+):
+    monkeypatch.setattr(link, "LASTING_S", 0.0)
+    caplog.set_level(logging.INFO, "kvtier.router")
+    worker = Refused("a", KEYS)
+    await engines(worker)
+    router = await routers(worker, ready=False)
+
+    def said(words: str) -> int:
+        return len([each for each in caplog.messages if worker.address in each and words in each])
+
+    for life in range(1, 4):
+        worker.bad = True
+        await worker.restart()
+        await eventually(lambda life=life: said("before the snapshot") == life, "it was refused")
+        worker.bad = False
+        await worker.restart()
+        await router.ready()
+        await router.until_warmth(PROMPT, lambda w: w["a"] == {feed_pb2.TIER_VRAM: 32})
+        assert (await router.route(PROMPT)).worker_id == "a"
+        await eventually(lambda life=life: said("in order again") == life, "it was told")
+    assert said("before the snapshot") == 3
+
+
+class Old(StubWorker):
+    """Has no stream of requests, as a worker of an earlier release, until it is upgraded."""
+
+    upgraded = False
+
+    async def Multiplex(self, requests, context) -> None:
+        if not self.upgraded:
+            await context.abort(Status.UNIMPLEMENTED, "Method not found!")
+        await super().Multiplex(requests, context)
+
+
+async def test_a_worker_of_another_release_is_there_once_it_was_upgraded(
+    engines, routers, caplog, monkeypatch
+):
+    monkeypatch.setattr(link, "LASTING_S", 0.0)
+    worker = await engines(Old("a", KEYS))
+    router = await routers(worker, ready=False)
+
+    def said() -> int:
+        return len([each for each in caplog.messages if "of an earlier release" in each])
+
+    for life in range(1, 4):
+        await eventually(lambda life=life: said() == life, "it was named")
+        worker.upgraded = True
+        await worker.restart()
+        await router.ready()
+        await router.until_warmth(PROMPT, lambda w: w["a"] == {feed_pb2.TIER_VRAM: 32})
+        assert [each async for each in router.stub.Generate(generate_request(PROMPT))]
+        worker.heartbeat.load.running = life
+
+        async def beat(life=life) -> bool:
+            return (await router.explain(PROMPT))[0].terms.decoding == life
+
+        await eventually(beat, "its feed went on")
+        worker.upgraded = False
+        await worker.restart()
+
+
+class Ending(StubWorker):
+    """Ends its feed right after a heartbeat."""
+
+    async def Watch(self, request, context) -> None:
+        self.watched += 1
+        for message in self._snapshot():
+            yield message
+        body = feed_pb2.Heartbeat()
+        yield feed_pb2.FeedMessage(epoch=self.epoch, seq=self.seq, heartbeat=body)
+
+
+async def test_a_feed_that_ends_after_its_heartbeat_is_watched_ever_more_rarely(
+    engines, routers, monkeypatch
+):
+    pauses = slept(link, monkeypatch)
+    worker = await engines(Ending("a"))
+    await routers(worker, ready=False)
+    await eventually(lambda: worker.watched >= 12, "it was watched anew")
+    longest = link.PAUSE_S[1]
+    assert max(pauses[:2]) < longest / 2, "at first soon"
+    assert min(pauses[6:12]) >= longest / 2, "and then not"
+    assert len(set(pauses[6:12])) > 1, "never all at once"
+
+
 class Brief(StubWorker):
     """Ends every stream of requests as soon as it was opened."""
 
@@ -90,18 +196,7 @@ class Brief(StubWorker):
 
 
 async def test_streams_that_never_last_are_opened_ever_more_rarely(engines, routers, monkeypatch):
-    pauses: list[float] = []
-    rest = asyncio.sleep
-
-    async def slept(pause_s: float) -> None:
-        pauses.append(pause_s)
-        await rest(min(pause_s, 0.01))
-
-    class Sleeping:
-        def __getattr__(self, name: str) -> object:
-            return slept if name == "sleep" else getattr(asyncio, name)
-
-    monkeypatch.setattr(asking, "asyncio", Sleeping())
+    pauses = slept(asking, monkeypatch)
     worker = await engines(Brief("a"))
     await routers(worker, ready=False)
     await eventually(lambda: worker.opened >= 10, "it was opened anew")
