@@ -32,6 +32,7 @@ DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
 LASTING_S: Final = 10.0  # for which a feed must hold not to have been watched in vain
+SETTLE_S: Final = 60.0  # for which a starting router waits to hear all that a member holds
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MOST_WAITING: Final = float(1 << 63)  # tokens; `Terms` has 64 bits for them
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
@@ -100,7 +101,7 @@ class Link:
         self.channel: grpc.aio.Channel | None = None
         self.asks: Asks | None = None  # how a worker is asked, over `channel`
         self.heartbeat = feed_pb2.Heartbeat()
-        self.settled = False  # it told all that it holds, or could not be reached
+        self.settled = False  # it told all that it holds, or is not waited for
         self._context = context
         self.pulls_bytes_per_s = 0.0  # a daemon's, from other nodes; 0: it can't
         self._pull_bytes_per_s = 0.0  # of the daemon beside a worker
@@ -113,7 +114,9 @@ class Link:
         self._closing: set[asyncio.Task[None]] = set()
         self._fed = False  # its feed has told what it holds, in this life
         self._silent = False  # its feed has said nothing for `stale_s`
-        self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
+        loop = asyncio.get_running_loop()
+        self._waiting = loop.call_later(SETTLE_S, self._wait_no_longer)
+        self.task = loop.create_task(self._follow(), name=self.source)
 
     def pulls_at(self, bytes_per_s: float) -> bool:
         """What its node's daemon says of pulls; whether the worker can have any."""
@@ -156,6 +159,7 @@ class Link:
 
     async def stop(self, grace_s: float) -> None:
         """Follow no more, forget what it held; calls under way have `grace_s` to end."""
+        self._waiting.cancel()
         looks = [self._blaming] if self._blaming is not None else []
         for task in (self.task, *looks):
             task.cancel()
@@ -317,15 +321,21 @@ class Link:
     def _settle(self) -> None:
         if not self.settled:
             self.settled = True
+            self._waiting.cancel()
             self._context.changed()
+
+    def _wait_no_longer(self) -> None:
+        metrics.MEMBERS_LATE.labels(self.node).inc()
+        self._said.late(SETTLE_S)
+        self._settle()
 
     def _judge(self) -> None:
         """Say how it is doing, by its feed and by its stream of requests."""
         state = State.CONNECTING
         if self._fed and not (self.asks is not None and self.asks.lost):
             state = State.STALE if self._silent else State.READY
-        self.settled |= state is State.READY
         if state is State.READY:
+            self._settle()
             self._said.back(asyncio.get_running_loop().time())
         if state is not self.state:
             self.state = state

@@ -31,6 +31,12 @@ class Said:
         if away_s is not None:
             log.info("%s is there, after %.1f s", self._name, away_s)
 
+    def late(self, after_s: float) -> None:
+        """It has not told yet all that it holds."""
+        log.warning(
+            "%s: has not told all that it holds within %g s; not waited for", self._name, after_s
+        )
+
     def blame(self, why: str) -> None:
         """What a person must change for it to be reached; empty: nothing that is known."""
         if why != self._blamed:

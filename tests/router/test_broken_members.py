@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvtier import metrics
 from kvtier.errors import MAX_LINE
 from kvtier.router import asking, link
 from kvtier.wire.pb import feed_pb2, worker_pb2
@@ -56,6 +57,40 @@ async def test_a_snapshot_that_is_never_whole_holds_nobody_up(engines, routers):
     router = await routers(good, bad, ready=False)
     await eventually(lambda: bad.watched >= 3, "it was watched anew")
     await eventually(lambda: serves(router), "the router serves without it")
+
+
+class Endless(StubWorker):
+    """Its snapshot goes on and on."""
+
+    async def Watch(self, request, context) -> None:
+        self.watched += 1
+        piece = feed_pb2.FeedMessage(epoch=1, seq=1, snapshot=feed_pb2.Snapshot())
+        while True:
+            yield piece
+            await asyncio.sleep(0.01)
+
+
+async def test_a_snapshot_that_never_ends_is_not_waited_for_for_ever(
+    engines, routers, caplog, monkeypatch
+):
+    monkeypatch.setattr(link, "SETTLE_S", 0.5)
+    good, bad = await engines(StubWorker("good")), await engines(Endless("endless"))
+    router = await routers(good, bad, ready=False)
+    await eventually(lambda: serves(router), "the router serves without it")
+    name = f"worker at {bad.address}: "
+    told = f"{name}has not told all that it holds within 0.5 s; not waited for"
+    assert [each for each in caplog.messages if each.startswith(name)] == [told]
+    assert metrics.MEMBERS_LATE.labels("endless")._value.get() == 1
+    assert (await router.route(PROMPT)).worker_id == "good"
+
+
+async def test_a_snapshot_that_takes_its_time_is_waited_for(engines, routers, monkeypatch):
+    monkeypatch.setattr(link, "SETTLE_S", 3600.0)
+    good, slow = await engines(StubWorker("good")), await engines(Endless("slow", KEYS))
+    router = await routers(good, slow, ready=False)
+    await router.members(lambda each: each[0].state == "ready")
+    await eventually(lambda: slow.watched, "it tells what it holds")
+    assert not await serves(router)
 
 
 class Refused(StubWorker):
