@@ -16,6 +16,7 @@ from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
+from kvtier.router.absence import EXPECTED_S
 from kvtier.router.asking import Asks, TooOld
 from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
@@ -115,8 +116,15 @@ class Link:
         self._fed = False  # its feed has told what it holds, in this life
         self._silent = False  # its feed has said nothing for `stale_s`
         loop = asyncio.get_running_loop()
+        self._left_s = loop.time()  # when it last ceased to take requests, or this began
         self._waiting = loop.call_later(SETTLE_S, self._wait_no_longer)
         self.task = loop.create_task(self._follow(), name=self.source)
+
+    @property
+    def expected(self) -> bool:
+        """Whether it takes requests, or did so until a moment ago."""
+        away = self.state is State.CONNECTING
+        return not away or asyncio.get_running_loop().time() - self._left_s < EXPECTED_S
 
     def pulls_at(self, bytes_per_s: float) -> bool:
         """What its node's daemon says of pulls; whether the worker can have any."""
@@ -339,6 +347,8 @@ class Link:
             self._said.back(asyncio.get_running_loop().time())
         if state is not self.state:
             self.state = state
+            if state is State.CONNECTING:
+                self._left_s = asyncio.get_running_loop().time()
             self._context.changed()
 
     def _end_life(self, grace_s: float, why: str) -> None:
