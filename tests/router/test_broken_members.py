@@ -281,6 +281,37 @@ async def test_whatever_a_worker_says_callers_get_one_line(engines, routers, wor
         assert line.endswith("...") or line == told
 
 
+class Shy(StubWorker):
+    """Tells nobody who it is, in words of its own choice."""
+
+    status = Status.UNAVAILABLE
+
+    async def Describe(self, request, context) -> None:
+        self.described += 1
+        await context.abort(self.status, "no\nWARNING all is lost\x1b[2J" + "!" * 3000)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status.UNAVAILABLE, "is away: no WARNING"),
+        (Status.UNAUTHENTICATED, "refuses us (no [auth]"),
+    ],
+)
+async def test_whatever_a_worker_says_the_log_gets_one_line(
+    engines, routers, caplog, status, words
+):
+    caplog.set_level(logging.INFO, "kvtier.router")
+    worker = Shy("a")
+    worker.status = status
+    await engines(worker)
+    await routers(worker, ready=False)
+    await eventually(lambda: words in caplog.text, "the log tells")
+    for line in (each for each in caplog.messages if worker.address in each):
+        assert line.isprintable()
+        assert len(line.encode()) < MAX_LINE + 200
+
+
 class Growing(StubWorker):
     """Holds one block more at every look, and says of none what comes before it."""
 
