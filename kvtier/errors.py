@@ -21,9 +21,32 @@ KVTierError
 A miss is a value, never an exception. An AssertionError is a bug of ours.
 """
 
+from typing import Final
+
+MAX_LINE: Final = 2000  # bytes; gRPC carries a status in 8 KB of headers, each byte as up to three
+
+
+def one_line(text: str) -> str:
+    """What is said to others: one line of at most MAX_LINE bytes, "..." at its end where cut.
+
+    Line breaks, control characters and whatever else is not shown become a space.
+    """
+    whole = len(text) <= MAX_LINE
+    text = text[: 2 * MAX_LINE]  # what a stranger sent may be long
+    if not text.isprintable():
+        shown = "".join(each if each.isprintable() else "\n" for each in text)
+        text = " ".join(part for each in shown.split("\n") if (part := each.strip()))
+    raw = text.encode()
+    if whole and len(raw) <= MAX_LINE:
+        return text
+    return raw[: MAX_LINE - 3].decode(errors="ignore") + "..."
+
 
 class KVTierError(Exception):
-    """Base of everything that kvtier raises on purpose."""
+    """Base of everything that kvtier raises on purpose; it reads as `one_line`, whoever says it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(KVTierError):

@@ -107,6 +107,9 @@ FEED_GAPS = _counter("feed_gaps", "Feeds watched anew after a gap or a new epoch
 MEMBER_FAILURES = _counter(
     "member_failures", "Connections to a member that failed or ended", "node"
 )
+MEMBERS_LATE = _counter(
+    "members_late", "Members that a starting router did not wait for any longer", "node"
+)
 RECORDS_DROPPED = _counter("records_dropped", "Requests that a trace reader was too slow for")
 UNAUTHENTICATED = _counter("unauthenticated", "Calls refused for their token", "why")
 MEMBERS = _gauge("members", "Workers known, by state", "state")

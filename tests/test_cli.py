@@ -1,6 +1,7 @@
 """The command line as a person meets it."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvtier
-from kvtier.cli import _parser, main
+from kvtier.cli import _parser, _remedy, main
 from kvtier.cli.parser import Parser, takes_value
 from kvtier.demo.preflight import check_redis
 from kvtier.errors import ConfigError
@@ -92,6 +93,10 @@ def test_each_option_says_what_it_is_and_what_it_is_left_at(parser: Parser) -> N
             ("trace", "show", "x", "--block-tokens", "many"),
             "kvtier trace show: argument --block-tokens: invalid int value: 'many'",
         ),
+        (
+            ("trace", "show", "x", "two\nlines\x1b[2J"),
+            "kvtier: unrecognized arguments: two lines [2J",
+        ),
     ],
 )
 def test_what_is_no_command_is_told_in_one_line(
@@ -105,6 +110,16 @@ def test_what_is_no_command_is_told_in_one_line(
     assert err.endswith(" --help`\n")
     assert err.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "n" * 200 + "\n" * 20_000], ids=len)
+def test_a_mistake_in_the_settings_is_told_in_one_line(name: str) -> None:
+    done = run("router", "--config", name)
+    assert done.returncode == 2
+    line = done.stderr.removesuffix("\n")
+    assert line.startswith(f"kvtier: config {name[:3]}")
+    assert line.isprintable()
+    assert len(line) < 2100
 
 
 @pytest.mark.parametrize(
@@ -222,11 +237,24 @@ def test_a_server_stops_when_its_parent_goes_away(tmp_path: Path) -> None:
     process.stdout.close()
 
 
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "kvtier.router.http.server", raising=False)
+@pytest.mark.parametrize("name", ["uvicorn", "starlette", "httptools"])
+def test_a_missing_extra_is_named_with_what_brings_it(tmp_path, monkeypatch, capsys, name):
+    for each in [*sys.modules]:
+        if each.startswith(("kvtier.router.http", "uvicorn", "starlette", "httptools")):
+            monkeypatch.delitem(sys.modules, each)
+    monkeypatch.setitem(sys.modules, name, None)
     config = tmp_path / "kvtier.toml"
     config.write_text('[router]\nlisten = "127.0.0.1:0"\nhttp = "127.0.0.1:0"\n')
     assert main(["router", "--config", str(config)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "kvtier: uvicorn is missing: pip install 'kvtier[http]'"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"kvtier: {name} is missing: pip install '")
+    assert " 'uvicorn>=" in line
+    assert line.endswith(", or pip install '.[http]' in the repository")
+
+
+def test_a_bare_tree_knows_the_way_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", none)
+    assert _remedy("http") == "pip install '.[http]' in the repository"

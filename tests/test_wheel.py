@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
@@ -51,6 +52,26 @@ def test_it_says_what_starts_it_and_what_it_needs(wheel: zipfile.ZipFile) -> Non
     assert "[vllm.general_plugins]\nkvtier = kvtier.engine.vllm:register" in entries
     extras = message_from_bytes(told("METADATA")).get_all("Provides-Extra") or []
     assert {"worker", "cluster", "http", "vllm", "demo"} <= set(extras)
+
+
+def test_it_says_how_to_get_what_an_extra_brings(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    config = tmp_path / "kvtier.toml"
+    config.write_text('[router]\nlisten = "127.0.0.1:0"\nhttp = "127.0.0.1:0"\n')
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['uvicorn'] = None\n"
+        "import kvtier.cli\n"
+        "sys.exit(kvtier.cli.main(['router', '--config', sys.argv[2]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(tmp_path), str(config)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = " ".join(f"'{each}'" for each in extras["optional-dependencies"]["http"])
+    told = f"kvtier: uvicorn is missing: pip install {packages}"
+    assert done.stderr.splitlines()[-1] == f"{told}, or pip install '.[http]' in the repository"
 
 
 def test_it_runs_from_where_it_was_unpacked(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ loads torch and `kvtier --help` loads nothing.
 """
 
 import argparse
+import importlib.metadata
 import logging
 import os
 import sys
@@ -31,7 +32,8 @@ from kvtier.errors import KVTierError
 
 _COMMANDS = (serve, cluster, demo, bench, inspect, drain, check, plan, purge, simulate, trace)
 _EXTRAS = {"torch": "worker", "transformers": "worker", "ray": "cluster",
-           "starlette": "http", "uvicorn": "http", "matplotlib": "plot"}  # fmt: skip
+           "httptools": "http", "starlette": "http", "uvicorn": "http",
+           "matplotlib": "plot"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,13 +64,27 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"kvtier: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "")
+        name = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(name)
         if extra is None:
             raise
-        print(f"kvtier: {error.name} is missing: pip install 'kvtier[{extra}]'", file=sys.stderr)
+        print(f"kvtier: {name} is missing: {_remedy(extra)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _remedy(extra: str) -> str:
+    """What brings the packages of an extra, however kvtier itself was installed."""
+    here = f"pip install '.[{extra}]' in the repository"
+    try:
+        needs = importlib.metadata.requires("kvtier") or []
+    except importlib.metadata.PackageNotFoundError:  # it runs out of a bare tree
+        return here
+    parts = [need.partition(";") for need in needs]
+    marker = f'extra == "{extra}"'
+    found = [f"'{need.strip()}'" for need, _, when in parts if when.strip() == marker]
+    return f"pip install {' '.join(found)}, or {here}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, one_line
 
 CONFIG_HELP = "a TOML file of settings, see docs/config.md (default: none, so all defaults)"
 ACCESS_HELP = "a TOML file whose [tls] and [auth] say how to connect (default: none, plain)"
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line."""
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; see `{self.prog} --help`\n")
 
 
 def takes_value(action: argparse.Action) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvtier import config as configuration
 from kvtier.cli.parser import ACCESS_HELP
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, one_line
 from kvtier.sim.record import Numbering, Pieces
 from kvtier.sim.trace import Request, write_trace
 
@@ -229,4 +229,4 @@ def _ended(router: str, code: object, details: object, count: int) -> None:
         return
     if not count:
         raise ConfigError(f"no recording from {router}: {details}")
-    print(f"kvtier: {router} has gone: {details}", file=sys.stderr)
+    print(one_line(f"kvtier: {router} has gone: {details}"), file=sys.stderr)

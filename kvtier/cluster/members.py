@@ -11,6 +11,7 @@ import grpc
 
 from kvtier.cluster.plan import Placed
 from kvtier.config import parse_address
+from kvtier.errors import one_line
 from kvtier.wire.access import Access
 from kvtier.wire.pb import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 
@@ -126,7 +127,7 @@ async def _tell_one(router: _Router, members: router_pb2.Members) -> None:
         await router_pb2_grpc.RouterStub(router.channel).SetMembers(members, timeout=_ANSWER_S)
         router.version, router.error = members.version, ""
     except grpc.aio.AioRpcError as error:
-        router.error = f"{error.code().name}: {error.details()}"
+        router.error = one_line(f"{error.code().name}: {error.details()}")
 
 
 async def drain(daemon: str, deadline_s: float, access: Access) -> str:
@@ -140,5 +141,5 @@ async def drain(daemon: str, deadline_s: float, access: Access) -> str:
             stub = node_pb2_grpc.NodeStub(channel)
             answer = await stub.Drain(request, timeout=deadline_s + _ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            return f"not drained: {error.code().name}: {error.details()}"
+            return one_line(f"not drained: {error.code().name}: {error.details()}")
     return f"drained, {answer.undrained_blocks} blocks left behind"

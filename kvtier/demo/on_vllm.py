@@ -1,6 +1,7 @@
 """The demo's workers on vLLM, and vLLM without kvtier to compare with."""
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from kvtier.engine.vllm.spaces import Spaces
 from kvtier.errors import KVTierError
 
 _ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TAIL: Final = 2000  # characters of a log in an error
+_TAIL: Final = 2000  # characters of a log
 
 
 class OnVllm:
@@ -108,6 +109,9 @@ def _reference(folder: Path, worker: WorkerConfig, vram_bytes: int) -> Iterator[
             yield ask
         except (KVTierError, BrokenPipeError, ValueError) as error:
             log.seek(0)
-            raise KVTierError(f"{error}:\n{log.read()[-_TAIL:]}") from None
+            logging.getLogger(__name__).warning(
+                "vLLM without kvtier wrote:\n%s", log.read()[-_TAIL:]
+            )
+            raise KVTierError(str(error)) from None
         finally:
             child.end(process)

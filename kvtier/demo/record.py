@@ -8,6 +8,7 @@ from typing import Final
 import grpc
 
 from kvtier.core.tiers import Tier
+from kvtier.errors import one_line
 from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2
 
 ANSWER_S: Final = 300.0  # for one answer; seconds, unless the machine is very busy
@@ -92,7 +93,7 @@ async def ask(
                     if on_text is not None:
                         on_text(record)
     except grpc.aio.AioRpcError as error:
-        record.error = f"{error.code().name}: {error.details()}"
+        record.error = one_line(f"{error.code().name}: {error.details()}")
     return record
 
 

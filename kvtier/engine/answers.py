@@ -1,8 +1,8 @@
-"""What a worker tells of a request, as it goes over gRPC."""
+"""What a worker is asked and tells of a request, as it goes over gRPC."""
 
 from typing import Final
 
-from kvtier.engine.sequence import Done, FinishReason, Started, Tokens
+from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, FinishReason, Started, Tokens
 from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import worker_pb2
 
@@ -10,6 +10,11 @@ _REASONS: Final = {
     FinishReason.STOP: worker_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: worker_pb2.FINISH_REASON_LENGTH,
 }
+
+
+def most_tokens(request: worker_pb2.WorkerRequest) -> int:
+    """How long its answer may be; 0, which nobody can give, only where it says so itself."""
+    return request.max_tokens if request.HasField("max_tokens") else DEFAULT_MAX_TOKENS
 
 
 def to_wire(event: Started | Tokens | Done) -> worker_pb2.WorkerResponse:

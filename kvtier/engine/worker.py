@@ -10,16 +10,10 @@ import grpc
 from kvtier.config import MAX_NAME, Config, node_name
 from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
-from kvtier.engine.answers import to_wire
+from kvtier.engine.answers import most_tokens, to_wire
 from kvtier.engine.model import LoadedModel, load
 from kvtier.engine.pool import Changes
-from kvtier.engine.sequence import (
-    DEFAULT_MAX_TOKENS,
-    Done,
-    Event,
-    Failed,
-    Request,
-)
+from kvtier.engine.sequence import Done, Event, Failed, Request
 from kvtier.engine.transformers import STOPPING, Engine, Handle, MakeTiers
 from kvtier.errors import InvalidRequest, RequestError, UnknownModel, WorkerLost
 from kvtier.wire.access import Access
@@ -142,7 +136,7 @@ class WorkerServicer(MuxedServicer):
             )
         wanted = Request(
             token_ids=request.token_ids,
-            max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+            max_tokens=most_tokens(request),
             temperature=request.temperature,
             seed=request.seed,
             ignore_eos=request.ignore_eos,

@@ -4,6 +4,7 @@ from typing import Final
 
 AGAIN_S: Final = 60.0  # until it is said a second time; then twice as long each time
 RAREST_S: Final = 3600.0
+EXPECTED_S: Final = AGAIN_S  # for which somebody who is away may be restarting and is counted on
 
 
 class Absence:

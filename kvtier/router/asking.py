@@ -10,6 +10,7 @@ import grpc
 
 from kvtier.core.mux import WINDOW, Asking, Part
 from kvtier.errors import InvalidRequest, RemoteProtocolError, WorkerLost
+from kvtier.router.pauses import Pauses
 from kvtier.wire.pb import worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import MAX_MESSAGE, line_of, parsed
 
@@ -61,13 +62,12 @@ class Asks:
     ) -> None:  # fmt: skip
         self._name = name
         self._stub = worker_pb2_grpc.WorkerStub(channel)
-        self._rng = rng
+        self._pauses = Pauses(*PAUSE_S, PAUSE_S[1], rng)
         self._changed = changed
         self._stream: _Stream | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._retired = False
         self._why = ""
-        self._tries = 0  # to open it, since one that lasted
 
     @property
     def open(self) -> bool:
@@ -133,31 +133,28 @@ class Asks:
         clock = asyncio.get_running_loop().time
         again: _Stream | None = stream
         while again is not None:
-            self._stream, opened_at = again, clock()
+            self._stream = again
+            self._pauses.holds(clock())
             self._changed()
             why = await again.run(self._changed)
             self._stream = None
-            if clock() - opened_at > PAUSE_S[1]:
-                self._tries = 0  # or whoever ends each at once would be asked without a pause
+            self._pauses.holds(clock())
             again = await self._opened_anew(why)
 
     async def _opened_anew(self, why: str) -> "_Stream | None":
         """A new stream, however often it takes; None once retired."""
         said = ""
         if not self._retired:
-            if not self._tries:
+            if not self._pauses.tries:
                 log.info("%s: its stream of requests is lost: %s", self._name, why)
             self._changed()
         while not self._retired:
-            first, last = PAUSE_S
-            pause = min(last, first * 2**self._tries)
-            self._tries = min(self._tries + 1, 16)
-            await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
+            await asyncio.sleep(self._pauses.next_s())
             try:
                 return await self._opened()
             except (grpc.RpcError, RemoteProtocolError) as error:
                 # Whose feed is there still is `connecting` for a reason that nobody else tells.
-                if self._tries > 1 and (line := line_of(error)) != said:
+                if self._pauses.tries > 1 and (line := line_of(error)) != said:
                     said = line
                     log.warning("%s: its stream of requests cannot be opened: %s", self._name, line)
         return None

@@ -134,6 +134,8 @@ def _check(request: router_pb2.GenerateRequest) -> None:
         raise InvalidRequest(
             f"temperature is {request.temperature:g}, must be 0 to {MAX_TEMPERATURE:g}"
         )
+    if request.HasField("max_tokens") and not request.max_tokens:
+        raise InvalidRequest("max_tokens is 0, must be at least 1; not set it is the default")
     if len(request.request_id) > MAX_REQUEST_ID:
         raise InvalidRequest(
             f"request_id has {len(request.request_id)} characters, limit {MAX_REQUEST_ID}"

@@ -19,9 +19,8 @@ from kvtier.router.sent import Sent
 from kvtier.router.text import Decoder
 from kvtier.wire.pb import router_pb2, worker_pb2
 
-MAX_LINE: Final = 1000  # characters of an error; what gRPC carries of them is limited
 SLACK_S: Final = 1.0  # that a worker gets more than the router, whose words then end the request
-DEFAULT_TOKENS: Final = 128  # of an answer whose request gives no max_tokens, see worker.proto
+DEFAULT_TOKENS: Final = 128  # of an answer whose request sets no max_tokens, see worker.proto
 
 Write = Callable[[Sequence[router_pb2.GenerateResponse]], Awaitable[object]]  # ready together
 
@@ -38,7 +37,7 @@ _LOST: Final = frozenset(
 
 
 class Relayed(RequestError):
-    """What a worker answered, word for word; `grpc_status` is the worker's."""
+    """What a worker answered, in its words; `grpc_status` is the worker's."""
 
     def __init__(self, status: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -149,7 +148,7 @@ def _give_up(model: str, avoided: dict[str, Outcome], lost: int, tokens: int) ->
     if avoided and not lost:
         raise Overloaded(f"every worker of {model!r} is full: {told}")
     did = f"go on after {tokens} tokens" if tokens else "begin"
-    raise WorkerLost(f"no worker of {model!r} could {did}: {told or 'none is ready'}"[:MAX_LINE])
+    raise WorkerLost(f"no worker of {model!r} could {did}: {told or 'none is ready'}")
 
 
 def _status(name: str) -> grpc.StatusCode:
@@ -243,8 +242,7 @@ class _Attempt:
         """What a bad end means; see `run`."""
         if code in _LOST and self._tokens and not self._job.request.resume:
             name = self._to.info.worker_id
-            line = f"worker {name} was lost after {self._tokens} tokens: {details}"
-            raise WorkerLost(line[:MAX_LINE])
+            raise WorkerLost(f"worker {name} was lost after {self._tokens} tokens: {details}")
         if code in _LOST:
             return Outcome.LOST
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._tokens:
@@ -253,8 +251,8 @@ class _Attempt:
 
     def _request(self) -> worker_pb2.WorkerRequest:
         asked, ids = self._job.request, self._prompt.ids
-        max_tokens = asked.max_tokens
-        if self._job.fill and not max_tokens:
+        max_tokens = asked.max_tokens or None
+        if self._job.fill and max_tokens is None:
             max_tokens = self._to.info.max_tokens - len(ids)
         elif self._answer.ids:
             max_tokens = (max_tokens or DEFAULT_TOKENS) - len(self._answer.ids)

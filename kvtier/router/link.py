@@ -1,10 +1,8 @@
 """One address that the router follows: a worker's, or a node daemon's."""
 
 import asyncio
-import logging
 import math
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,11 +16,13 @@ from kvtier.core.directory import Directory
 from kvtier.core.score import Rates
 from kvtier.core.tiers import Tier
 from kvtier.errors import RemoteProtocolError
-from kvtier.router.absence import Absence
+from kvtier.router.absence import EXPECTED_S
 from kvtier.router.asking import Asks, TooOld
 from kvtier.router.described import check
 from kvtier.router.feed import FeedGap, FeedReader
 from kvtier.router.pace import Pace
+from kvtier.router.pauses import Pauses
+from kvtier.router.said import Said
 from kvtier.router.sent import Computed
 from kvtier.router.text import Text, TextPool
 from kvtier.wire.access import Access
@@ -32,7 +32,8 @@ from kvtier.wire.rpc import line_of, parsed
 DESCRIBE_S: Final = 5.0
 TOKENIZER_S: Final = 30.0
 PAUSE_S: Final = (0.2, 1.0)  # before a first and before every later new try
-_SLOWEST: Final = 3  # tries in vain after which the pause grows no more
+LASTING_S: Final = 10.0  # for which a feed must hold not to have been watched in vain
+SETTLE_S: Final = 60.0  # for which a starting router waits to hear all that a member holds
 GIVE_UP: Final = 5  # times `stale_s` of silence after which a connection is taken for dead
 MOST_WAITING: Final = float(1 << 63)  # tokens; `Terms` has 64 bits for them
 DECODE_DRAG: Final = 0.02  # by so much each request in decode slows a prefill in the same batch
@@ -45,8 +46,6 @@ OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 )
-
-log = logging.getLogger(__name__)
 
 
 class Serves(StrEnum):
@@ -103,22 +102,29 @@ class Link:
         self.channel: grpc.aio.Channel | None = None
         self.asks: Asks | None = None  # how a worker is asked, over `channel`
         self.heartbeat = feed_pb2.Heartbeat()
-        self.settled = False  # it told all that it holds, or could not be reached
+        self.settled = False  # it told all that it holds, or is not waited for
         self._context = context
         self.pulls_bytes_per_s = 0.0  # a daemon's, from other nodes; 0: it can't
         self._pull_bytes_per_s = 0.0  # of the daemon beside a worker
         self._heard_s = -math.inf  # when `heartbeat` came, on the loop's clock
         self._told = feed_pb2.Heartbeat()  # the one that `_rates` are of
         self._rates = Rates()
-        self._tries = 0  # in vain, in a row
-        self._absence = Absence()
-        self._blamed = ""  # what a person was told to change
+        self._pauses = Pauses(*PAUSE_S, LASTING_S, context.rng)
+        self._said = Said(f"{serves} at {address}")
         self._blaming: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._fed = False  # its feed has told what it holds, in this life
         self._silent = False  # its feed has said nothing for `stale_s`
-        self._refused = ""  # in which way its feed was, last time
-        self.task = asyncio.get_running_loop().create_task(self._follow(), name=self.source)
+        loop = asyncio.get_running_loop()
+        self._left_s = loop.time()  # when it last ceased to take requests, or this began
+        self._waiting = loop.call_later(SETTLE_S, self._wait_no_longer)
+        self.task = loop.create_task(self._follow(), name=self.source)
+
+    @property
+    def expected(self) -> bool:
+        """Whether it takes requests, or did so until a moment ago."""
+        away = self.state is State.CONNECTING
+        return not away or asyncio.get_running_loop().time() - self._left_s < EXPECTED_S
 
     def pulls_at(self, bytes_per_s: float) -> bool:
         """What its node's daemon says of pulls; whether the worker can have any."""
@@ -161,6 +167,7 @@ class Link:
 
     async def stop(self, grace_s: float) -> None:
         """Follow no more, forget what it held; calls under way have `grace_s` to end."""
+        self._waiting.cancel()
         looks = [self._blaming] if self._blaming is not None else []
         for task in (self.task, *looks):
             task.cancel()
@@ -179,38 +186,23 @@ class Link:
             except FeedGap as gap:
                 metrics.FEED_GAPS.labels(self.node).inc()
                 self._settle()  # nobody else waits for it
-                if _way(gap) != self._refused:
-                    log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
+                self._said.gap(gap)
                 if not gap.replay:
                     self._context.directory.remove(self.source)
             except (grpc.RpcError, RemoteProtocolError, TimeoutError) as error:
                 metrics.MEMBER_FAILURES.labels(self.node).inc()
                 why = line_of(error)
-                self._say_away(why)
+                self._said.away(why, asyncio.get_running_loop().time())
                 self._look_into(error)
                 silent = isinstance(error, TimeoutError)
                 self._end_life(0 if silent else self._context.config.timeout_s, why)
                 self._settle()
-            first, last = PAUSE_S
-            pause = min(last, first * 2**self._tries)
-            self._tries = min(self._tries + 1, 16)
-            await asyncio.sleep(pause * self._context.rng.uniform(0.5, 1.0))
-
-    def _say_away(self, why: str) -> None:
-        away_s = self._absence.missed(asyncio.get_running_loop().time())
-        if away_s is not None:
-            how = f"still away after {away_s:.0f} s" if away_s else "away"
-            log.info("%s at %s is %s: %s", self.serves, self.address, how, why)
-
-    def _say_back(self) -> None:
-        away_s = self._absence.met(asyncio.get_running_loop().time())
-        if away_s is not None:
-            log.info("%s at %s is there, after %.1f s", self.serves, self.address, away_s)
+            await asyncio.sleep(self._pauses.next_s())
 
     def _look_into(self, error: Exception) -> None:
         """Find out beside the tries what is wrong, one thing at a time."""
         if self._blaming is None or self._blaming.done():
-            blame = self._blame(error, self._tries)
+            blame = self._blame(error, self._pauses.tries)
             self._blaming = asyncio.get_running_loop().create_task(blame)
 
     async def _blame(self, error: Exception, tries: int) -> None:
@@ -225,10 +217,7 @@ class Link:
             return
         else:
             why = await self._context.access.why(self.address, error)
-        if why != self._blamed:
-            self._blamed = why
-            if why:
-                log.warning("%s at %s: %s", self.serves, self.address, why)
+        self._said.blame(why)
 
     async def _describe(self, channel: grpc.aio.Channel) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
@@ -290,11 +279,8 @@ class Link:
     def _broken(self, error: RemoteProtocolError) -> FeedGap:
         """Whoever breaks the protocol will do so again: said once, and asked ever more rarely."""
         gap = FeedGap(str(error))
-        if _way(gap) == self._refused:
-            self._tries = max(self._tries, _SLOWEST)
-        else:
-            log.warning("%s at %s: %s; watching anew", self.serves, self.address, gap)
-            self._refused = _way(gap)
+        if self._said.refused(gap):
+            self._pauses.slow()
         # What it said of its load would count for as long as it is refused, perhaps for ever.
         self.heartbeat = feed_pb2.Heartbeat(draining=self.heartbeat.draining)
         return gap
@@ -328,7 +314,8 @@ class Link:
         return message
 
     def _beat(self, heartbeat: feed_pb2.Heartbeat) -> None:
-        self._tries = 0
+        if self._pauses.holds(asyncio.get_running_loop().time()):
+            self._said.lasts()
         if heartbeat.HasField("pulls"):
             usual = self._context.config.peer_bytes_per_s
             self.pulls_bytes_per_s = usual and (_rate(heartbeat.pulls.bytes_per_s) or usual)
@@ -342,18 +329,26 @@ class Link:
     def _settle(self) -> None:
         if not self.settled:
             self.settled = True
+            self._waiting.cancel()
             self._context.changed()
+
+    def _wait_no_longer(self) -> None:
+        metrics.MEMBERS_LATE.labels(self.node).inc()
+        self._said.late(SETTLE_S)
+        self._settle()
 
     def _judge(self) -> None:
         """Say how it is doing, by its feed and by its stream of requests."""
         state = State.CONNECTING
         if self._fed and not (self.asks is not None and self.asks.lost):
             state = State.STALE if self._silent else State.READY
-        self.settled |= state is State.READY
         if state is State.READY:
-            self._say_back()
+            self._settle()
+            self._said.back(asyncio.get_running_loop().time())
         if state is not self.state:
             self.state = state
+            if state is State.CONNECTING:
+                self._left_s = asyncio.get_running_loop().time()
             self._context.changed()
 
     def _end_life(self, grace_s: float, why: str) -> None:
@@ -377,11 +372,6 @@ async def _close(channel: grpc.aio.Channel, asks: Asks | None, grace_s: float, w
     await channel.close(grace_s or None)
     if asks is not None:
         await asks.close()
-
-
-def _way(gap: FeedGap) -> str:
-    """How a feed broke; the numbers change with what its source holds."""
-    return re.sub(r"\d+", "0", str(gap))
 
 
 def _rate(said: float) -> float:

@@ -90,7 +90,8 @@ class Members:
     def serving(self) -> bool:
         """Whether a worker takes requests and everybody who lives has told what they hold.
 
-        Who can't be reached is not waited for, nor who joins later: once is enough.
+        Who can't be reached is not waited for, nor who takes longer than `link.SETTLE_S`, nor who
+        joins later: once is enough.
         """
         links = self._links.values()
         self._settled = self._settled or (bool(links) and all(link.settled for link in links))

@@ -83,7 +83,7 @@ class Prompts:
         model = space.model
         links = self._placement.candidates(*space)
         if not links:
-            raise WorkerLost(f"no worker of {space.name!r} is ready")
+            raise none_ready(space)
         kind = asked.WhichOneof("kind")
         if kind == "keys":
             prompt, links = _keyed(model, asked.keys, links)
@@ -109,18 +109,14 @@ class Prompts:
         Raises:
             UnknownModel, UnknownTenant, InvalidRequest, WorkerLost: See the messages.
         """
-        served = self.models()
-        if not served:
-            raise WorkerLost(f"no worker is ready; {len(self._members.workers())} connecting")
-        if not model and len(served) == 1:
-            model = served[0]
-        if not model:
-            raise InvalidRequest(f"model: must be one of {some(served)}")
-        if model not in served:
-            model, adapter = self._by_adapter(model, adapter, served)
+        links = self._known()
+        model = model or self._only_model()
+        if not links:
+            raise self._nobody()
+        if model not in _models(links):
+            model, adapter = self._by_adapter(model, adapter)
         if not adapter and not tenant:
             return Space(model, adapter, tenant)
-        links = [each for each in self._members.workers() if each.info is not None]
         spaces = {
             at for each in links if each.info and each.info.model == model for at in each.roots
         }
@@ -138,29 +134,31 @@ class Prompts:
 
     def knows(self, tenant: str) -> bool:
         """Whether some worker, of whichever model, knows this tenant."""
-        workers = [link for link in self._members.workers() if link.info is not None]
-        return any(tenant == each for link in workers for _, each in link.roots)
+        return any(tenant == each for link in self._known() for _, each in link.roots)
 
     def adapters(self) -> list[tuple[str, str]]:
-        """Every adapter that some worker serves, and its model."""
-        links = [link for link in self._members.workers() if link.info is not None]
-        return sorted(
-            {
-                (name, link.info.model)
-                for link in links
-                if link.info
-                for name, _ in link.roots
-                if name
-            }
-        )
+        """Every adapter of the `models`, as of the same workers, and its model."""
+        return _adapters(self._expected())
 
-    def _by_adapter(self, name: str, adapter: str, served: Sequence[str]) -> tuple[str, str]:
+    def _only_model(self) -> str:
+        """What a request means that names none."""
+        served = self.models()
+        if not served:
+            raise self._nobody()
+        if len(served) > 1:
+            raise InvalidRequest(f"model: must be one of {some(served)}")
+        return served[0]
+
+    def _nobody(self) -> WorkerLost:
+        return WorkerLost(f"no worker is ready; {len(self._members.workers())} connecting")
+
+    def _by_adapter(self, name: str, adapter: str) -> tuple[str, str]:
         """The model of the adapter that a request names as its model."""
-        adapters = self.adapters()
-        models = [model for each, model in adapters if each == name]
+        models = [model for each, model in _adapters(self._known()) if each == name]
         if not models or adapter:
-            names = [*served, *(each for each, _ in adapters)]
-            raise UnknownModel(f"model {name[:200]!r} is not served; served: {some(names)}")
+            names = [*self.models(), *(each for each, _ in self.adapters())]
+            told = some(names) or "none"
+            raise UnknownModel(f"model {name[:200]!r} is not served; served: {told}")
         if len(models) > 1:
             raise InvalidRequest(
                 f"model: {name!r} is an adapter of {some(models)}; name the model, and the adapter "
@@ -169,9 +167,31 @@ class Prompts:
         return models[0], name
 
     def models(self) -> list[str]:
-        """Every model that some worker serves, or served until a moment ago."""
-        infos = [link.info for link in self._members.workers() if link.info is not None]
-        return sorted({info.model for info in infos})
+        """Every model that some worker serves, or did so until a moment ago.
+
+        One whose workers are away for longer is known still: who asks for it hears that none is
+        ready, and may come again.
+        """
+        return _models(self._expected())
+
+    def served(self, name: str) -> Space:
+        """One of the `models` or `adapters`.
+
+        Raises:
+            UnknownModel, InvalidRequest: There is none of that name.
+            WorkerLost: All its workers are away.
+        """
+        space = self.space(name)
+        if space.name not in {*self.models(), *(each for each, _ in self.adapters())}:
+            raise none_ready(space)
+        return space
+
+    def _known(self) -> list[Link]:
+        """The workers that have said who they are, be they away now."""
+        return [link for link in self._members.workers() if link.info is not None]
+
+    def _expected(self) -> list[Link]:
+        return [link for link in self._known() if link.expected]
 
     async def _encode(self, text: Text, asked: router_pb2.Prompt) -> list[int]:
         kind = asked.WhichOneof("kind")
@@ -183,6 +203,20 @@ class Prompts:
             check_chat(messages)
             return await self._texts.run(lambda: text.encode_chat(messages))
         raise InvalidRequest("prompt: must be text, chat, tokens or keys")
+
+
+def none_ready(space: Space) -> WorkerLost:
+    """What a request for it gets while all its workers are away."""
+    return WorkerLost(f"no worker of {space.name!r} is ready")
+
+
+def _models(links: Sequence[Link]) -> list[str]:
+    return sorted({link.info.model for link in links if link.info is not None})
+
+
+def _adapters(links: Sequence[Link]) -> list[tuple[str, str]]:
+    found = [(link.info.model, link.roots) for link in links if link.info is not None]
+    return sorted({(name, model) for model, roots in found for name, _ in roots if name})
 
 
 def some(names: Sequence[str]) -> str:

@@ -99,7 +99,7 @@ class Text:
                     raise InvalidRequest(f"chat: more than {MAX_TEXT_BYTES} characters rendered")
                 pieces.append(piece)
         except _REFUSALS as error:
-            reason = " ".join(str(error).split())[:_MAX_REASON]
+            reason = str(error)[:_MAX_REASON]
             raise InvalidRequest(f"chat: the model's template refuses it: {reason}") from None
         return "".join(pieces)
 

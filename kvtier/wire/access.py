@@ -23,7 +23,7 @@ from kvtier.config import (
     is_loopback,
     parse_address,
 )
-from kvtier.errors import ConfigError, Unauthenticated
+from kvtier.errors import ConfigError, Unauthenticated, one_line
 from kvtier.wire.contexts import Contexts
 from kvtier.wire.handshake import diagnose, speaks_tls
 
@@ -244,7 +244,7 @@ class Access:
         code = error.code()
         if code is grpc.StatusCode.UNAUTHENTICATED:
             shown = f"auth.token_file {self._auth.token_file}" if self._auth else "no [auth] is set"
-            return f"{address} refuses us ({shown}): {error.details()}"
+            return one_line(f"{address} refuses us ({shown}): {error.details()}")
         if code is not grpc.StatusCode.UNAVAILABLE:
             return ""
         if self._tls is not None:

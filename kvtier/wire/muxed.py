@@ -10,14 +10,13 @@ from typing import Final
 import grpc
 
 from kvtier.core.mux import Answering, Part
-from kvtier.errors import Overloaded, RemoteProtocolError, RequestError
+from kvtier.errors import Overloaded, RemoteProtocolError, RequestError, one_line
 from kvtier.wire.pb import worker_pb2, worker_pb2_grpc
 from kvtier.wire.rpc import refuse
 
 MAX_STREAMS: Final = 64  # routers
 MAX_TIMEOUT_S: Final = 86_400.0
 BATCH_NBYTES: Final = 1 << 20  # of one message, unless a single part is longer
-MAX_ERROR: Final = 1000  # characters of an error's line
 
 End = worker_pb2.Done | worker_pb2.MuxError
 _Part = Part[worker_pb2.Started, End]
@@ -238,7 +237,7 @@ class _Stream:
         """End a request that has not ended."""
         if self._mux.ending(number):
             return
-        error = worker_pb2.MuxError(status=status, message=line[:MAX_ERROR], retry_s=retry_s)
+        error = worker_pb2.MuxError(status=status, message=one_line(line), retry_s=retry_s)
         self._mux.end(number, error)
         self._turn.set()
 

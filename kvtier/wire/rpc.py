@@ -10,7 +10,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from kvtier.config import Config, parse_address
-from kvtier.errors import ConfigError, Overloaded, RemoteProtocolError, RequestError
+from kvtier.errors import ConfigError, Overloaded, RemoteProtocolError, RequestError, one_line
 from kvtier.wire.access import Access
 
 MAX_MESSAGE: Final = 16 << 20  # bytes received; larger ones end with RESOURCE_EXHAUSTED
@@ -141,8 +141,8 @@ def line_of(error: BaseException) -> str:
     So UNAVAILABLE, which says no more than that, is left out where there are words beside it.
     """
     if not isinstance(error, grpc.aio.AioRpcError):
-        return str(error)
-    details: str = error.details() or ""
+        return one_line(str(error))
+    details = one_line(error.details() or "")
     if details and error.code() is grpc.StatusCode.UNAVAILABLE:
         return details
     return f"{error.code().name}: {details}"

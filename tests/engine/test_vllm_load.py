@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
+import pytest
 
 from kvtier.config import Config, WorkerConfig
 from kvtier.core.vllm_keys import none_hash
@@ -27,8 +30,10 @@ class Engine:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.let, self.end = asyncio.Event(), asyncio.Event()
+        self.asked: list[int] = []  # for so many tokens
 
     async def answer(self, request: Request) -> Answer:
+        self.asked.append(request.max_tokens)
         await self.let.wait()
         tokens = len(request.token_ids)
         yield Started(
@@ -47,15 +52,40 @@ class Engine:
     async def close(self) -> None: ...
 
 
-async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
-    """Waiting tokens, plain and as first ones: while these wait, and from first tokens on."""
+@asynccontextmanager
+async def served(engine: Engine) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a worker over `engine`."""
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = Config(worker=WorkerConfig(listen="127.0.0.1:0", node="b"))
     serving = asyncio.create_task(
         gateway.serve(config, engine, None, started=address.set_result, stop=stop)
     )
-    found = []
     async with asyncio.timeout(DEADLINE_S), grpc.aio.insecure_channel(await address) as channel:
+        yield channel
+    stop.set()
+    await serving
+
+
+async def test_an_answer_has_128_tokens_where_nobody_says_and_0_is_refused() -> None:
+    engine = Engine(SERVED)
+    engine.let.set()
+    engine.end.set()
+    async with served(engine) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        async for _ in stub.Generate(worker_pb2.WorkerRequest(token_ids=[1])):
+            pass
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Generate(worker_pb2.WorkerRequest(token_ids=[1], max_tokens=0)):
+                pass
+    assert engine.asked == [128]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "max_tokens is 0" in caught.value.details()
+
+
+async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
+    """Waiting tokens, plain and as first ones: while these wait, and from first tokens on."""
+    found = []
+    async with served(engine) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
 
         async def ask(count: int) -> None:
@@ -80,8 +110,6 @@ async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
         engine.end.set()
         await asyncio.gather(*asking)
         watch.cancel()
-    stop.set()
-    await serving
     return found
 
 

@@ -236,8 +236,10 @@ class TestGenerate:
         assert [(each.tier, each.tokens) for each in started.restored] == [(feed_pb2.TIER_HOST, 96)]
         assert warm == cold
 
-    async def test_zero_max_tokens_means_the_default(self, tiny_worker: Worker) -> None:
-        _, ids, _ = await answer(tiny_worker, ask([5, 6], 0))
+    async def test_without_max_tokens_there_are_128(self, tiny_worker: Worker) -> None:
+        asked = ask([5, 6])
+        asked.ClearField("max_tokens")
+        _, ids, _ = await answer(tiny_worker, asked)
         assert len(ids) == 128
 
     async def test_logits_come_only_where_they_were_asked_for(self, tiny_worker: Worker) -> None:
@@ -276,11 +278,12 @@ class TestGenerate:
             (ask([]), grpc.StatusCode.INVALID_ARGUMENT, "token_ids is empty"),
             (ask([VOCAB]), grpc.StatusCode.INVALID_ARGUMENT, "is 300, must be 0 to 299"),
             (ask([5] * 512), grpc.StatusCode.INVALID_ARGUMENT, "has 512, must be at most 511"),
+            (ask([5], 0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens is 0, must be at least 1"),
             (ask([5], temperature=-1.0), grpc.StatusCode.INVALID_ARGUMENT, "temperature is -1"),
             (ask([5], request_id="x" * 129), grpc.StatusCode.INVALID_ARGUMENT, "129 characters"),
             (ask([5], model="gpt-9"), grpc.StatusCode.NOT_FOUND, "'gpt-9'"),
         ],
-        ids=["empty", "token", "long", "temperature", "id", "model"],
+        ids=["empty", "token", "long", "zero", "temperature", "id", "model"],
     )
     async def test_a_bad_request_is_refused_with_its_reason(
         self,

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from kvtier.errors import ConfigError
+from kvtier.router import link
 from kvtier.router.http.answer import Answer
 from kvtier.router.http.openai import Writer, read
 from kvtier.wire.pb import router_pb2, worker_pb2
@@ -208,6 +209,48 @@ async def test_models_health_and_metrics(engines, fronts):
     await eventually(unhealthy, "no worker, no health")
 
 
+async def test_a_model_whose_worker_is_away_is_listed_a_moment_only(engines, fronts, monkeypatch):
+    x, y = await engines(StubWorker("a", model="x")), await engines(StubWorker("b", model="y"))
+    client, _ = await fronts(x, y)
+
+    async def listed() -> list[str]:
+        return [m.id for m in (await client.models.list()).data]
+
+    async def ask(model: str) -> str:
+        return (await client.completions.create(model=model, prompt=PROMPT)).choices[0].text
+
+    async def away() -> bool:
+        try:
+            await ask("y")
+        except openai.InternalServerError as error:
+            return error.status_code == 503 and "no worker of 'y' is ready" in error.message
+        return False
+
+    monkeypatch.setattr(link, "EXPECTED_S", 3600.0)
+    assert await listed() == ["x", "y"]
+    await y.stop()
+    await eventually(away, "its worker is away")
+    assert await listed() == ["x", "y"], "it may be restarting"
+    assert (await client.models.retrieve("y")).id == "y"
+
+    monkeypatch.setattr(link, "EXPECTED_S", 0.0)
+    assert await listed() == ["x"]
+    assert await away(), "who asks for it may come again"
+    with pytest.raises(openai.InternalServerError, match="no worker of 'y' is ready"):
+        await client.models.retrieve("y")
+    with pytest.raises(openai.NotFoundError, match="'z' is not served; served: x"):
+        await ask("z")
+    assert await ask("") == "hello", "one is left"
+
+    await y.restart()
+
+    async def back() -> bool:
+        return await listed() == ["x", "y"]
+
+    await eventually(back, "it is listed again")
+    assert await ask("y") == "hello"
+
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -240,6 +283,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
             400, "only parts of type text", "messages",
         ),
         ("nothing", {}, 404, "Not Found", None),
+        ("no%E2%80%A8such%1B[31m", {}, 404, "POST /v1/no such [31m: Not Found", None),
     ],
 )  # fmt: skip
 async def test_a_bad_request_is_told_in_openais_shape(
@@ -251,7 +295,7 @@ async def test_a_bad_request_is_told_in_openais_shape(
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert words in error["message"]
-    assert "\n" not in error["message"]
+    assert error["message"].isprintable()
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert worker.requests == []

@@ -416,6 +416,7 @@ async def test_a_prompt_goes_only_where_it_fits(engines, routers):
         ({"temperature": float("inf")}, ["temperature is inf"]),
         ({"temperature": 101.0}, ["temperature is 101", "0 to 100"]),
         ({"request_id": "x" * 129}, ["129 characters", "limit 128"]),
+        ({"max_tokens": 0}, ["max_tokens is 0", "at least 1"]),
     ],
 )
 async def test_bad_settings_get_one_clear_line(engines, routers, fields, words):
@@ -424,6 +425,13 @@ async def test_bad_settings_get_one_clear_line(engines, routers, fields, words):
     async with refused(Status.INVALID_ARGUMENT, *words):
         await generate(router, generate_request(PROMPT, **fields))
     assert worker.requests == []
+
+
+async def test_how_long_an_answer_is_where_nobody_says_is_left_to_the_worker(engines, routers):
+    worker = await engines(StubWorker("a"))
+    router = await routers(worker)
+    await generate(router, generate_request(PROMPT))
+    assert not worker.requests[0].HasField("max_tokens")
 
 
 async def test_a_huge_message_is_refused(engines, routers):

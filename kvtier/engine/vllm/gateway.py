@@ -15,8 +15,8 @@ from kvtier.config import MAX_NAME, Config, node_name
 from kvtier.core.breakeven import as_first
 from kvtier.core.tiers import Tier
 from kvtier.core.vllm_keys import SCHEME, prompt_keys
-from kvtier.engine.answers import to_wire
-from kvtier.engine.sequence import DEFAULT_MAX_TOKENS, Done, Request, Started, Tokens
+from kvtier.engine.answers import most_tokens, to_wire
+from kvtier.engine.sequence import Done, Request, Started, Tokens
 from kvtier.engine.vllm.events import Changes, Residency
 from kvtier.engine.vllm.puller import NOTHING, Brought, Puller
 from kvtier.engine.vllm.spaces import Spaces
@@ -207,7 +207,7 @@ class GatewayServicer(MuxedServicer):
         room = served.max_tokens - len(request.token_ids)
         wanted = Request(
             token_ids=list(request.token_ids),
-            max_tokens=min(request.max_tokens or DEFAULT_MAX_TOKENS, max(1, room)),
+            max_tokens=min(most_tokens(request), max(1, room)),
             temperature=request.temperature, seed=request.seed, ignore_eos=request.ignore_eos,
             tenant=request.tenant, adapter=request.adapter, source=request.source[:MAX_NAME],
         )  # fmt: skip

@@ -119,7 +119,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, o
 
 
 def _refusal(status: int, text: str) -> RequestError:
-    line = " ".join(text.split())[:500]
+    line = text[:500]
     if status in (429, 503):
         return Overloaded(f"vLLM: {line}")
     if 400 <= status < 500:

@@ -85,7 +85,7 @@ class _Paths:
 
     async def one_model(self, request: Request) -> Response:
         try:
-            space = self._front.prompts.space(str(request.path_params["name"]))
+            space = self._front.prompts.served(str(request.path_params["name"]))
         except RequestError as error:
             return _error(error)
         return JSONResponse(self._model(space.name, space.model if space.adapter else ""))

@@ -78,7 +78,7 @@ def read(
         raise BadRequest("best_of must equal n", "best_of")
     if len(prompts) * n > MAX_CHOICES:
         raise BadRequest(f"{len(prompts)} prompts x n={n}, limit {MAX_CHOICES} choices", "n")
-    limit, given = _limit(table, chat)
+    limit = _limit(table, chat)
     seed = _whole(table, "seed", luck(), -(2**63), 2**63 - 1) % 2**64
     temperature = _number(table, "temperature", 1.0, 0.0, 2.0)
     stream = _flag(table, "stream")
@@ -95,7 +95,7 @@ def read(
         for i in range(n)
     ]  # fmt: skip
     usage = _flag(_table(options, "stream_options"), "include_usage")
-    return Asked(chat, model, requests, stream, usage, _stops(table), chat and not given, n)
+    return Asked(chat, model, requests, stream, usage, _stops(table), limit is None, n)
 
 
 def prompt_of(body: object) -> tuple[str, router_pb2.Prompt | None]:
@@ -308,12 +308,12 @@ def _part(given: object, name: str) -> str:
     return text
 
 
-def _limit(table: Table, chat: bool) -> tuple[int, bool]:
-    """The most tokens of an answer, and whether the request says so."""
+def _limit(table: Table, chat: bool) -> int | None:
+    """The most tokens of an answer; None: as many as the model has room for."""
     for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
         if table.get(name) is not None:
-            return _whole(table, name, 0, 1, 2**31), True
-    return (0 if chat else COMPLETION_TOKENS), False
+            return _whole(table, name, 0, 1, 2**31)
+    return None if chat else COMPLETION_TOKENS
 
 
 def _stops(table: Table) -> tuple[str, ...]:
