@@ -7,35 +7,31 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
-from typing import Final, Protocol, TypeVar, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Final, Protocol, cast
 
 from kvtier import metrics
-from kvtier.core.blocks import BlockKey, BlockLayout, Slot
-from kvtier.core.breakeven import ComputeCost
+from kvtier.core.blocks import BlockLayout, Slot
 from kvtier.core.ledger import Lease
-from kvtier.core.policy import Use
 from kvtier.errors import KVTierError, RemoteProtocolError
 from kvtier.node.manager import TierManager
 from kvtier.node.notes import Hearing, Notes
 from kvtier.node.peers import Peers
-from kvtier.node.reading import Reading
+from kvtier.node.reading import Paths, Reading, use_of
 from kvtier.node.record import Recorder
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
 
 HELLO_S: Final = 5.0  # an engine must have said hello by then
-MAX_WAIT_S: Final = 60.0
-MAX_COST: Final = 10**12  # of computing a block, in us or ns
 MAX_UNREAD: Final = 4 << 20  # bytes of answers that an engine leaves unread
 MAX_LEASES: Final = 4096  # of one engine at once
+RECEIVE_NBYTES: Final = 64 << 10  # at once; a path of 4,000 blocks
 LINGER_S: Final = 1.0  # for a refused engine to read why
 LAST_NBYTES: Final = 64 << 10  # at once, of what a dead engine had told
 LAST_READS: Final = 64  # more than a socket keeps: the engine may be alive
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _client_ids = itertools.count(1)
 
 
@@ -51,7 +47,7 @@ class Node(Protocol):
         ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One engine. Its leases end with it, whatever way it goes."""
 
     def __init__(self, node: Node, allowed: Callable[[int], bool], gate: "Gate") -> None:
@@ -60,6 +56,8 @@ class Connection(asyncio.Protocol):
         self._gate = gate
         self._client = next(_client_ids)
         self._decoder = local.Decoder()
+        self._received = memoryview(bytearray(RECEIVE_NBYTES))
+        self._paths = Paths()
         self.manager: TierManager | None = None
         self._task: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport
@@ -99,16 +97,19 @@ class Connection(asyncio.Protocol):
             self._notes.close()
         self._socket.close()
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
+    def get_buffer(self, _: int) -> memoryview:
+        """Where to put bytes of requests."""
+        return self._received
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes of requests have come."""
         self._gate.hearing.now()  # of any engine: a block that is committed is there for all
-        if not self._refused:
-            self._guarded(self._take_requests, data)
+        self._take(self._decoder, self._received[:nbytes])
 
     def hear(self) -> None:
         """Act on what the engine has noted."""
         if self._notes is not None and not self._refused:
-            self._guarded(self._take_notes, self._notes)
+            self._take(self._notes.decoder, self._notes.read(), noted=True)
 
     def _hear_rest(self) -> None:
         """Act on what a dead engine had told that was not read when a word to it failed."""
@@ -117,28 +118,28 @@ class Connection(asyncio.Protocol):
                 data = self._socket.recv(LAST_NBYTES, socket.MSG_DONTWAIT)
                 if not data or self._refused:
                     break
-                self._guarded(self._take_requests, data)
+                self._take(self._decoder, data)
 
-    def _take_requests(self, data: bytes) -> None:
-        for message in self._decoder.feed(data):
-            op, arguments = local.parse_request(message)
-            if op not in local.NOTED:
-                if self._transport.is_closing():  # nobody is there to have the answer
-                    continue
-                if self._task is not None and not self._task.done():
-                    raise RemoteProtocolError("a second request before the first was answered")
-            self._handle(op, arguments)
-
-    def _take_notes(self, notes: Notes) -> None:
-        for message in notes.read():
-            op, arguments = local.parse_request(message)
-            if op not in local.NOTED:
-                raise RemoteProtocolError(f"{op.name} has an answer, so it is no note")
-            self._handle(op, arguments)
-
-    def _guarded(self, take: Callable[[T], None], what: T) -> None:
+    def _take(
+        self, decoder: local.Decoder, data: bytes | memoryview, *, noted: bool = False
+    ) -> None:
+        """Act on the requests that `data` completes; raises nothing."""
+        if self._refused:
+            return
         try:
-            take(what)
+            for message in decoder.feed(data):
+                op, arguments = local.parse_request(message)
+                if op not in local.NOTED:
+                    if noted:
+                        raise RemoteProtocolError(f"{op.name} has an answer, so it is no note")
+                    if self._transport.is_closing():  # nobody is there to have the answer
+                        continue
+                    if self._task is not None and not self._task.done():
+                        raise RemoteProtocolError("a second request before the first was answered")
+                if op is Op.HELLO or self.manager is None:
+                    self._begin(op, arguments)
+                else:
+                    _ACTS[op](self, self.manager, *arguments)
         except RemoteProtocolError as error:
             metrics.PROTOCOL_ERRORS.inc()
             self._refuse(str(error))
@@ -189,48 +190,12 @@ class Connection(asyncio.Protocol):
             raise RemoteProtocolError(f"over {MAX_UNREAD} bytes of answers that were not read")
         self._transport.write(local.encode(*values))
 
-    def _handle(self, op: Op, arguments: list[Value]) -> None:
-        if op is Op.HELLO:
-            if self.manager is not None:
-                raise RemoteProtocolError("HELLO twice")
-            self._later(self._hello(*arguments))
-            return
-        if self.manager is None:
+    def _begin(self, op: Op, arguments: list[Value]) -> None:
+        if op is not Op.HELLO:
             raise RemoteProtocolError(f"{op.name} before HELLO")
-        match op, arguments:
-            case Op.MATCH, [bytes(keys)]:
-                found = self.manager.match(local.unpack_keys(keys))
-                slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
-                self._reply(found.blocks, list(found.by_tier), slots, found.turn)
-                if slots:
-                    self._gate.hearing.noting(self)
-            case Op.USED, [bytes(keys), int(request), int(output)]:
-                self._used(self.manager, local.unpack_keys(keys), _use(request, output))
-            case Op.READ, [bytes(keys), *rest]:
-                self._read(self.manager, local.unpack_keys(keys), *rest)
-            case Op.PULL, [bytes(keys), str(node), int(first), *rest]:
-                reading = self._reading(local.unpack_keys(keys), first, 0, *rest)
-                self._later(self._pull(self.manager, reading, node))
-            case Op.AWAIT, [int(lease), int(have)]:
-                if lease not in self._leases:
-                    raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
-                self._answer(self.manager.more(lease, have), self._reply_more)
-            case Op.WRITE, [bytes(keys), int(first), int(request), int(output)]:
-                self._write(self.manager, local.unpack_keys(keys), first, _use(request, output))
-            case Op.COMMIT, [int(lease), int(filled)]:
-                if lease not in self._writes:
-                    raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
-                self._ended_lease(lease)
-                self.manager.commit(lease, filled)
-            case Op.RELEASE, [int(lease)]:
-                if lease not in self._leases and lease not in self._writes:
-                    raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
-                self._ended_lease(lease)
-                self.manager.release(lease)
-            case Op.CREDIT, [int(wanted)]:
-                self._credit(self.manager, wanted)
-            case Op.PUT, [bytes(keys), bytes(slots), int(request), int(output)]:
-                self._put(self.manager, local.unpack_keys(keys), slots, _use(request, output))
+        if self.manager is not None:
+            raise RemoteProtocolError("HELLO twice")
+        self._later(self._hello(*arguments))
 
     async def _hello(self, *arguments: Value) -> None:
         version, text, name = arguments
@@ -255,50 +220,64 @@ class Connection(asyncio.Protocol):
         )  # fmt: skip
         # The first bytes on a new connection: they fit, so this neither waits nor splits.
         self._notes = Notes()
+        self._gate.hearing.listen(self._notes.fd, self)
         try:
             socket.send_fds(self._socket, [reply], [manager.arena.fd, self._notes.write_fd])
         finally:
             self._notes.given()
 
-    def _read(self, manager: TierManager, keys: list[BlockKey], *numbers: Value) -> None:
-        reading = self._reading(keys, *numbers)
+    def _match(self, manager: TierManager, path: bytes) -> None:
+        found = manager.match(self._paths.keys(path))
+        slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
+        self._reply(found.blocks, list(found.by_tier), slots, found.turn)
+        if slots:
+            self._gate.hearing.noting(self)
+
+    def _used(self, manager: TierManager, path: bytes, request: int, output: int) -> None:
+        keys, use = self._paths.keys(path), use_of(request, output)
+        self._node.recorder.tell(keys, use, manager.layout.block_tokens)
+        manager.uses.tell(keys, use)
+
+    def _read(self, manager: TierManager, path: bytes, *numbers: int) -> None:
+        reading = Reading.of(self._client, self._paths.keys(path), *numbers)
         self._room_for_lease()
-        self._node.recorder.tell(keys, reading.use, manager.layout.block_tokens)
+        self._node.recorder.tell(reading.keys, reading.use, manager.layout.block_tokens)
         self._answer(manager.read(reading), self._reply_read)
 
-    async def _pull(self, manager: TierManager, asked: Reading, node: str) -> None:
+    def _pull(
+        self, manager: TierManager, path: bytes, node: str, first: int, *numbers: int
+    ) -> None:
+        reading = Reading.of(self._client, self._paths.keys(path), first, 0, *numbers)
+        self._later(self._pulled(manager, reading, node))
+
+    async def _pulled(self, manager: TierManager, asked: Reading, node: str) -> None:
         self._reply(await self._node.peers.pull(manager, asked, node))
 
-    def _reading(self, keys: list[BlockKey], *numbers: Value) -> Reading:
-        first, wanted, wait_ms, block_us, growth_ns, request, output = (
-            int(cast("int", each)) for each in numbers
-        )
-        wait_s = wait_ms / 1000
-        if not 0 <= first <= len(keys) or not 0 <= wait_s <= MAX_WAIT_S:
-            raise RemoteProtocolError(
-                f"READ from {first} of {len(keys)} keys, "
-                f"waiting {wait_s:g} s (limit {MAX_WAIT_S:g})"
-            )
-        if not 0 <= block_us <= MAX_COST or not 0 <= growth_ns <= MAX_COST:
-            raise RemoteProtocolError(
-                f"READ with {block_us} us a block, {growth_ns} ns more each (limit {MAX_COST})"
-            )
-        compute = ComputeCost(block_us / 1e6, growth_ns / 1e9) if block_us else None
-        use = _use(request, output)
-        return Reading(self._client, keys, first, wanted, wait_s, compute, use)
+    def _await(self, manager: TierManager, lease: int, have: int) -> None:
+        if lease not in self._leases:
+            raise RemoteProtocolError(f"AWAIT of lease {lease}, which is not open")
+        self._answer(manager.more(lease, have), self._reply_more)
+
+    def _commit(self, manager: TierManager, lease: int, filled: int) -> None:
+        if lease not in self._writes:
+            raise RemoteProtocolError(f"COMMIT of lease {lease}, which is not open")
+        self._ended_lease(lease)
+        manager.commit(lease, filled)
+
+    def _release(self, manager: TierManager, lease: int) -> None:
+        if lease not in self._leases and lease not in self._writes:
+            raise RemoteProtocolError(f"RELEASE of lease {lease}, which is not open")
+        self._ended_lease(lease)
+        manager.release(lease)
 
     def _answer(
         self, result: Lease | Coroutine[None, None, Lease], reply: Callable[[Lease], None]
     ) -> None:
         """Reply at once, or when the lease has come so far."""
-
-        async def later(coming: Coroutine[None, None, Lease]) -> None:
-            reply(await coming)
-
         if isinstance(result, Lease):
             reply(result)
         else:
-            self._later(later(result))
+            self._later(_then(result, reply))
 
     def _ended_lease(self, lease: int) -> None:
         self._leases.discard(lease)
@@ -320,7 +299,10 @@ class Connection(asyncio.Protocol):
     def _reply_more(self, lease: Lease) -> None:
         self._reply(lease.arrived(), len(lease.keys))
 
-    def _write(self, manager: TierManager, keys: list[BlockKey], first: int, use: Use) -> None:
+    def _write(
+        self, manager: TierManager, path: bytes, first: int, request: int, output: int
+    ) -> None:
+        keys, use = self._paths.keys(path), use_of(request, output)
         if not 0 <= first <= len(keys):
             raise RemoteProtocolError(f"WRITE from {first} of {len(keys)} keys")
         self._room_for_lease()
@@ -339,20 +321,18 @@ class Connection(asyncio.Protocol):
             self._gate.hearing.noting(self)
         self._send(Op.CREDIT, local.pack_numbers(slots))
 
-    def _put(self, manager: TierManager, keys: list[BlockKey], slots: bytes, use: Use) -> None:
+    def _put(
+        self, manager: TierManager, path: bytes, slots: bytes, request: int, output: int
+    ) -> None:
+        keys, use = self._paths.keys(path), use_of(request, output, manager.clock())
         if use.request is not None:
             self._node.recorder.tell(keys, use, manager.layout.block_tokens)
         filled = cast("list[Slot]", local.unpack_numbers(slots))
         try:
-            use = use._replace(now=manager.clock())
             instead = manager.credits.put(self._client, keys, filled, use)
         except ValueError as error:
             raise RemoteProtocolError(f"PUT: {error}") from None
         self._send(Op.CREDIT, local.pack_numbers(instead))
-
-    def _used(self, manager: TierManager, keys: list[BlockKey], use: Use) -> None:
-        self._node.recorder.tell(keys, use, manager.layout.block_tokens)
-        manager.uses.tell(keys, use)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
@@ -369,13 +349,23 @@ class Connection(asyncio.Protocol):
         self._refuse("internal error of the node daemon; see its log")
 
 
-def _use(request: int, output: int) -> Use:
-    if not 0 <= request <= local.MAX_REQUEST or not -1 <= output <= local.MAX_OUTPUT:
-        raise RemoteProtocolError(
-            f"request {request} with {output} tokens of output: limits 0 to {local.MAX_REQUEST} "
-            f"and -1 to {local.MAX_OUTPUT}"
-        )
-    return Use(0.0, request or None, None if output < 0 else output)
+async def _then(coming: Coroutine[None, None, Lease], reply: Callable[[Lease], None]) -> None:
+    reply(await coming)
+
+
+# What `parse_request` gives has the arguments that each of these takes.
+_ACTS: Final[Mapping[Op, Callable[..., None]]] = {
+    Op.MATCH: Connection._match,
+    Op.READ: Connection._read,
+    Op.WRITE: Connection._write,
+    Op.COMMIT: Connection._commit,
+    Op.RELEASE: Connection._release,
+    Op.AWAIT: Connection._await,
+    Op.PULL: Connection._pull,
+    Op.CREDIT: Connection._credit,
+    Op.PUT: Connection._put,
+    Op.USED: Connection._used,
+}
 
 
 class Gate:

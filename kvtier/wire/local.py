@@ -79,18 +79,21 @@ NOTED: Final = frozenset(
     {Op.COMMIT, Op.RELEASE, Op.CREDIT, Op.PUT, Op.USED}
 )  # may come by the pipe
 
-_ARGUMENTS: Final[dict[Op, tuple[type, ...]]] = {
-    Op.HELLO: (int, str, str),
-    Op.MATCH: (bytes,),
-    Op.READ: (bytes, int, int, int, int, int, int, int),
-    Op.WRITE: (bytes, int, int, int),
-    Op.COMMIT: (int, int),
-    Op.RELEASE: (int,),
-    Op.AWAIT: (int, int),
-    Op.PULL: (bytes, str, int, int, int, int, int, int),
-    Op.CREDIT: (int,),
-    Op.PUT: (bytes, bytes, int, int),
-    Op.USED: (bytes, int, int),
+_ARGUMENTS: Final[dict[Op, list[type]]] = {
+    Op.HELLO: [int, str, str],
+    Op.MATCH: [bytes],
+    Op.READ: [bytes, int, int, int, int, int, int, int],
+    Op.WRITE: [bytes, int, int, int],
+    Op.COMMIT: [int, int],
+    Op.RELEASE: [int],
+    Op.AWAIT: [int, int],
+    Op.PULL: [bytes, str, int, int, int, int, int, int],
+    Op.CREDIT: [int],
+    Op.PUT: [bytes, bytes, int, int],
+    Op.USED: [bytes, int, int],
+}
+_REQUESTS: Final[dict[Value, tuple[Op, list[type]]]] = {
+    op: (op, expected) for op, expected in _ARGUMENTS.items()
 }
 
 
@@ -110,30 +113,38 @@ class Decoder:
     """Cuts a stream of bytes into messages of at most `limit` bytes."""
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
-        self._buffer = bytearray()
+        self._kept = bytearray()  # of a message that is not all there
         self.limit = limit
 
-    def feed(self, data: bytes | memoryview) -> list[list[Value]]:
-        """The messages that `data` completes.
+    def feed(self, data: bytes | bytearray | memoryview) -> list[list[Value]]:
+        """The messages that `data` completes; nothing of it is referred to afterwards.
 
         Raises:
             RemoteProtocolError: Too long, or not msgpack.
         """
-        self._buffer += data
+        kept = self._kept
+        if kept:
+            kept += data
+            data = kept
         messages: list[list[Value]] = []
-        while len(self._buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer)
+        start, size = 0, len(data)
+        while size - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, start)
             if length > self.limit:
                 raise RemoteProtocolError(f"message of {length} bytes, limit {self.limit}")
-            end = _LENGTH.size + length
-            if len(self._buffer) < end:
+            end = start + _LENGTH.size + length
+            if end > size:
                 break
-            messages.append(_unpack(bytes(memoryview(self._buffer)[_LENGTH.size : end])))
-            del self._buffer[:end]
+            messages.append(_unpack(data[start + _LENGTH.size : end]))
+            start = end
+        if data is kept:
+            del kept[:start]
+        elif start < size:  # seldom: messages come whole
+            kept += data[start:]
         return messages
 
 
-def _unpack(body: bytes) -> list[Value]:
+def _unpack(body: bytes | bytearray | memoryview) -> list[Value]:
     try:
         message = msgpack.unpackb(body, max_array_len=64)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
@@ -151,11 +162,10 @@ def parse_request(message: list[Value]) -> tuple[Op, list[Value]]:
     """
     code, *arguments = message
     try:
-        op = Op(code)  # type: ignore[arg-type]  # whatever came: refused just below
-    except ValueError:
+        op, expected = _REQUESTS[code]
+    except (KeyError, TypeError):  # a list is no key
         raise RemoteProtocolError(f"no operation {code!r}") from None
-    expected = _ARGUMENTS[op]
-    if [type(each) for each in arguments] != list(expected):
+    if [*map(type, arguments)] != expected:
         names = ", ".join(each.__name__ for each in expected)
         raise RemoteProtocolError(f"{op.name} takes ({names})")
     return op, arguments
@@ -172,8 +182,8 @@ def pack_keys(keys: Sequence[BlockKey]) -> bytes:
     return b"".join(keys)
 
 
-def unpack_keys(raw: bytes) -> list[BlockKey]:
-    """The keys of `pack_keys`.
+def unpack_keys(raw: bytes, start: int = 0) -> list[BlockKey]:
+    """The keys of `pack_keys`, from byte `start` on.
 
     Raises:
         RemoteProtocolError: Not a whole number of keys, or more than MAX_KEYS.
@@ -183,7 +193,7 @@ def unpack_keys(raw: bytes) -> list[BlockKey]:
             f"{len(raw)} bytes of keys: must be a multiple of {KEY_NBYTES}, "
             f"at most {MAX_KEYS * KEY_NBYTES}"
         )
-    keys = [raw[at : at + KEY_NBYTES] for at in range(0, len(raw), KEY_NBYTES)]
+    keys = [raw[at : at + KEY_NBYTES] for at in range(start, len(raw), KEY_NBYTES)]
     return cast("list[BlockKey]", keys)
 
 
