@@ -19,6 +19,7 @@ from kvtier.node.notes import Hearing, Notes
 from kvtier.node.peers import Peers
 from kvtier.node.reading import Paths, Reading, use_of
 from kvtier.node.record import Recorder
+from kvtier.node.soon import Soon
 from kvtier.wire import local
 from kvtier.wire.local import Op, Value
 
@@ -41,6 +42,7 @@ class Node(Protocol):
     name: str
     recorder: Recorder
     peers: Peers
+    soon: Soon
 
     def open_layout(self, layout: BlockLayout) -> Coroutine[None, None, TierManager]:
         """The tiers of a layout, made at its first use. ConfigError: no room for another."""
@@ -103,8 +105,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of requests have come."""
-        self._gate.hearing.now()  # of any engine: a block that is committed is there for all
-        self._take(self._decoder, self._received[:nbytes])
+        self._node.soon.hold()
+        try:
+            self._gate.hearing.now()  # of any engine: a block that is committed is there for all
+            self._take(self._decoder, self._received[:nbytes])
+        finally:
+            self._node.soon.now()
 
     def hear(self) -> None:
         """Act on what the engine has noted."""

@@ -37,6 +37,7 @@ from kvtier.node.peers import Peers
 from kvtier.node.probe import OpenTrial
 from kvtier.node.record import Recorder
 from kvtier.node.server import LocalServer
+from kvtier.node.soon import Soon
 from kvtier.node.tuner import Tuner
 from kvtier.stores.base import Store
 from kvtier.stores.disk import DiskStore
@@ -80,6 +81,7 @@ class NodeDaemon:
         self.feed = FeedServicer(self._held, self._heartbeat, self._before)
         self.epoch = self.feed.epoch
         self.recorder = Recorder()
+        self.soon = Soon()
         access = access or Access(config, serving=False)
         node = config.node
         self.local = LocalServer(self, node.socket, node.max_clients, node.allow_uids)
@@ -181,7 +183,7 @@ class NodeDaemon:
             raise
         specs += [spec for spec, _ in opened]
         lower = [tier for _, tier in opened]
-        manager = TierManager(layout, arena, specs, lower, self._announce, self._clock)
+        manager = TierManager(layout, arena, specs, lower, self._announce, self._clock, self.soon)
         if disk := self._config.disk:
             path = Path(disk.path) / layout.id / LEARNED_FILE
             self._learned[layout.id] = LearnedFile(path, manager.learning)

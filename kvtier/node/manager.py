@@ -46,8 +46,9 @@ class TierManager:
     """The tiers of one layout on this node.
 
     `specs[0]` is the arena; `lower[i]` carries `specs[i + 1]`. `announce` is told of every change
-    of residency. `clock` is what eviction learns by, in seconds; by default the loop's. `learning`
-    are the policies that learn. Call everything on the loop that `start` ran on.
+    of residency. `clock` is what eviction learns by, in seconds; by default the loop's. `soon` does
+    what an engine need not wait for; by default in the loop's next turn. `learning` are the
+    policies that learn. Call everything on the loop that `start` ran on.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TierManager:
         lower: Sequence[LowerTier],
         announce: Callable[[Changes], None],
         clock: Callable[[], float] | None = None,
+        soon: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         assert len(specs) == len(lower) + 1
         self.layout = layout
@@ -78,6 +80,7 @@ class TierManager:
         self._loading: dict[int, Loading] = {}  # read leases that are not settled
         self._speeds = [Speed() for _ in specs]
         self._loop = asyncio.get_running_loop()
+        self._soon = soon or self._loop.call_soon
         self._outages = Outages(self._ledger, self._movers, lower, self._dropped, self._carry_out)
         self.clock = clock or self._loop.time
         self.uses = Uses(self._ledger, self.clock, self._carry_out_soon)
@@ -309,7 +312,7 @@ class TierManager:
         """Let the engine have its answer first."""
         if not self._carrying:
             self._carrying = True
-            self._loop.call_soon(self._carry_out)
+            self._soon(self._carry_out)
 
     def _carry_out(self) -> None:
         """Do what the ledger asks for; it, or `_carry_out_soon`, follows every call into it."""

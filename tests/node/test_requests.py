@@ -1,4 +1,4 @@
-"""How the daemon takes in requests: their bytes, their paths, and when it looks for notes."""
+"""How the daemon takes in requests: bytes, paths, when it looks for notes, and what waits."""
 
 import asyncio
 import os
@@ -18,6 +18,7 @@ from kvtier.errors import RemoteProtocolError
 from kvtier.node.connection import RECEIVE_NBYTES
 from kvtier.node.notes import Hearing, Notes
 from kvtier.node.reading import MAX_REMEMBERED, Paths
+from kvtier.node.soon import Soon
 from kvtier.wire import local
 from kvtier.wire.local import Op
 from tests.launching import DEADLINE_S, Process, node_toml
@@ -228,3 +229,38 @@ async def test_who_needs_it_soonest_says_when_notes_are_looked_for() -> None:
         each.close(hearing)
     assert soon.cancelled()
     assert hearing._due is None
+
+
+# --- what waits for the answer --------------------------------------------------------
+
+
+async def test_work_waits_for_the_answer_and_never_for_longer() -> None:
+    soon, done = Soon(), []
+    soon.hold()
+    soon(lambda: done.append("held"))
+    await asyncio.sleep(0)
+    assert not done, "the answer is not given yet"
+    soon.now()
+    assert done == ["held"]
+    soon(lambda: done.append("by itself"))
+    await until("the loop's next turn", lambda: len(done) == 2)
+    soon.hold()
+    soon(lambda: soon(lambda: done.append("of work")))
+    soon(lambda: done.append("more"))
+    soon.now()
+    await until("what work has left", lambda: len(done) == 4)
+
+
+async def test_a_bug_in_what_waits_loses_nothing_else_that_waits() -> None:
+    soon, done = Soon(), []
+
+    def fails() -> None:
+        raise ArithmeticError
+
+    soon.hold()
+    for work in (fails, lambda: done.append(1), fails, lambda: done.append(2), fails):
+        soon(work)
+    for _ in range(3):
+        with pytest.raises(ArithmeticError):
+            soon.now()
+    assert sorted(done) == [1, 2]
