@@ -186,9 +186,6 @@ class Connection(asyncio.BufferedProtocol):
         if self.manager is None:
             self._transport.close()
 
-    def _reply(self, *values: Value) -> None:
-        self._send(True, *values)
-
     def _send(self, *values: Value) -> None:
         if self._transport.is_closing() or self._refused:  # its last words are heard, or ours said
             return
@@ -235,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
     def _match(self, manager: TierManager, path: bytes) -> None:
         found = manager.match(self._paths.keys(path))
         slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
-        self._reply(found.blocks, list(found.by_tier), slots, found.turn)
+        self._send(True, found.blocks, list(found.by_tier), slots, found.turn)
         if slots:
             self._gate.hearing.noting(self)
 
@@ -257,7 +254,7 @@ class Connection(asyncio.BufferedProtocol):
         self._later(self._pulled(manager, reading, node))
 
     async def _pulled(self, manager: TierManager, asked: Reading, node: str) -> None:
-        self._reply(await self._node.peers.pull(manager, asked, node))
+        self._send(True, await self._node.peers.pull(manager, asked, node))
 
     def _await(self, manager: TierManager, lease: int, have: int) -> None:
         if lease not in self._leases:
@@ -300,10 +297,10 @@ class Connection(asyncio.BufferedProtocol):
         if not self._refused:  # while it loaded
             self._gate.hearing.begin(self)
         slots = local.pack_numbers(lease.slots)
-        self._reply(lease.id, slots, bytes(lease.sources), lease.arrived())
+        self._send(True, lease.id, slots, bytes(lease.sources), lease.arrived())
 
     def _reply_more(self, lease: Lease) -> None:
-        self._reply(lease.arrived(), len(lease.keys))
+        self._send(True, lease.arrived(), len(lease.keys))
 
     def _write(
         self, manager: TierManager, path: bytes, first: int, request: int, output: int
@@ -317,7 +314,9 @@ class Connection(asyncio.BufferedProtocol):
         lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
         self._gate.hearing.begin(self)
-        self._reply(lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots))
+        self._send(
+            True, lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots)
+        )
 
     def _credit(self, manager: TierManager, wanted: int) -> None:
         if not 0 < wanted <= local.MAX_KEYS:

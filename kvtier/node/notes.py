@@ -82,8 +82,9 @@ class Hearing:
 
     def noting(self, engine: Noting) -> None:
         """It has slots on credit, or was told where blocks lie: now, and until it leaves."""
-        self._noting.add(engine)
-        self._within(NOTING_S)
+        if engine not in self._noting:
+            self._noting.add(engine)
+            self._within(NOTING_S)
 
     def leave(self, engine: Noting) -> None:
         """It is gone, or will not be heard any more."""

@@ -135,23 +135,19 @@ class Decoder:
             end = start + _LENGTH.size + length
             if end > size:
                 break
-            messages.append(_unpack(data[start + _LENGTH.size : end]))
+            try:
+                message = msgpack.unpackb(data[start + _LENGTH.size : end], max_array_len=64)
+            except (ValueError, msgpack.exceptions.UnpackException) as error:
+                raise RemoteProtocolError(f"not a msgpack message: {error}") from None
+            if not isinstance(message, list) or not message:
+                raise RemoteProtocolError("a message must be a non-empty array")
+            messages.append(message)
             start = end
         if data is kept:
             del kept[:start]
         elif start < size:  # seldom: messages come whole
             kept += data[start:]
         return messages
-
-
-def _unpack(body: bytes | bytearray | memoryview) -> list[Value]:
-    try:
-        message = msgpack.unpackb(body, max_array_len=64)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise RemoteProtocolError(f"not a msgpack message: {error}") from None
-    if not isinstance(message, list) or not message:
-        raise RemoteProtocolError("a message must be a non-empty array")
-    return message
 
 
 def parse_request(message: list[Value]) -> tuple[Op, list[Value]]:
