@@ -100,8 +100,12 @@ class Paths:
         flat = torch.frombuffer(self._plain.view, dtype=torch.uint8)
         self._rows = flat.view(slots, LAYOUT.nbytes)
         self._other = torch.ones((2, BATCH, LAYOUT.nbytes), dtype=torch.uint8)
-        for tier in (self._saver, self._loader):  # attaching goes on beside
-            until(lambda tier=tier: tier.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
+        # Attaching goes on beside, and so does mapping the arena, for a second or two. With the
+        # first save the daemon gives slots on credit.
+        until(lambda: self._saver.save([BlockKey(os.urandom(16))], 0, [0]) == 1)
+        assert self._loader.wait(30.0)
+        for mapping in (*self._saver._mappers, *self._loader._mappers):
+            mapping.join()
 
     def measure(self, rounds: int, batches: int) -> dict[str, list[float]]:
         """Seconds of each round's save, restore and plain copies of `batches` batches."""
@@ -114,7 +118,9 @@ class Paths:
         def timed(name: str, start: float) -> None:
             times[name].append(time.perf_counter() - start)
 
+        keys = other = list[BlockKey]()
         for number in range(-2, rounds):
+            other = keys  # of the prompt before
             keys = [BlockKey(os.urandom(16)) for _ in blocks]
             at = number * count % slots
             start = self._begin()
@@ -129,8 +135,8 @@ class Paths:
                 )
             timed("copy_in", start)
             for how in ("", ", matched"):
-                # The last answer is of these blocks, or of others: then nothing is known of them.
-                self._loader.match(keys if how else [BlockKey(os.urandom(16))])
+                # The last answer was of these blocks, or of others: then nothing is known of them.
+                self._loader.match(keys if how else other)
                 start = self._begin()
                 restored = self._loader.restore(keys, 0, blocks)
                 timed(f"restore{how}", start)

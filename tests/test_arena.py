@@ -1,3 +1,5 @@
+import ctypes
+import mmap
 import os
 import socket
 import subprocess
@@ -110,17 +112,51 @@ def test_large_pages_or_small_all_is_zero_and_another_process_sees_it(nbytes: in
         each.close()
 
 
-def test_without_address_space_for_large_pages_there_are_small_ones() -> None:
+def test_without_address_space_to_choose_from_it_lies_where_there_is_room() -> None:
     code = """
 import resource
 from kvtier.arena import Arena
 in_use = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (in_use + (96 << 20), in_use + (96 << 20)))
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (67 << 20), in_use + (67 << 20)))
 arena = Arena.create(1 << 20, 64)
-print(arena.large_nbytes, *{max(arena.slot(n)) for n in range(64)})
+print(len(arena.view), *{max(arena.slot(n)) for n in range(64)})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "0"]
+    assert done.stdout.split() == [str(64 << 20), "0"]
+
+
+def test_each_mapping_begins_on_a_large_page_wherever_others_lie() -> None:
+    odd = [mmap.mmap(-1, 4096 * (2 * n + 1)) for n in range(5)]
+    arena = Arena.create(4096, 3 * 512)
+    mapped = [arena]
+    for n in range(5):
+        odd.append(mmap.mmap(-1, 4096 * (2 * n + 1)))
+        mapped.append(Arena.attach(os.dup(arena.fd), 4096, 3 * 512))
+    starts = [ctypes.addressof(ctypes.c_char.from_buffer(each.view)) for each in mapped]
+    assert len({*starts}) == len(mapped)
+    assert [start % (2 << 20) for start in starts] == [0] * len(mapped)
+    for each in odd:
+        each.close()
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("kvtier-arena")
+
+
+@pytest.mark.parametrize("nbytes", [4096, 9 << 20])
+def test_a_mapping_stays_for_its_last_view_and_goes_with_it(nbytes: int) -> None:
+    before = mappings()
+    arena = Arena.create(4096, nbytes // 4096)
+    arena.slot(Slot(0))[:3] = b"abc"
+    slot, turns = arena.slot(Slot(0)), arena.turns
+    arena.close()
+    del arena
+    assert mappings() == before + 1
+    assert bytes(slot[:3]) == b"abc"
+    del slot
+    assert turns[0] == 0
+    del turns
+    assert mappings() == before
 
 
 def test_nothing_is_left_in_dev_shm() -> None:

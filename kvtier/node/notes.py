@@ -3,8 +3,8 @@
 A message on a socket wakes its reader, and a reader that wakes takes a core or a cache from the
 engine just when it goes on computing. COMMIT, RELEASE, PUT and USED have no answer, so nobody is in
 a hurry: they lie in a pipe that the daemon reads before it does anything that they could matter to,
-and once nothing was read for HEAR_S as long as leases are open, for NOTING_S of an engine that may
-put or use blocks without one. See docs/decisions/0020, 0036 and 0043.
+and once nothing was read for HEAR_S while anybody may have noted something: an engine with open
+leases, or one that may put or use blocks without. See docs/decisions/0020, 0036, 0043 and 0056.
 """
 
 import asyncio
@@ -14,8 +14,7 @@ from typing import Final, Protocol
 
 from kvtier.wire import local
 
-HEAR_S: Final = 0.005  # that a note lies unread at most, of an engine with open leases
-NOTING_S: Final = 0.02  # of one that needs no lease: always, so more seldom
+HEAR_S: Final = 0.02  # that a note lies unread at most
 _PIPE_NBYTES: Final = 64 << 10  # all that one keeps
 
 
@@ -70,9 +69,8 @@ class Hearing:
 
     def begin(self, engine: Noting) -> None:
         """It has an open lease."""
-        if not self._leasing:
-            self._within(HEAR_S)
         self._leasing.add(engine)
+        self._again()
 
     def end(self, engine: Noting) -> None:
         """It has none."""
@@ -82,9 +80,8 @@ class Hearing:
 
     def noting(self, engine: Noting) -> None:
         """It has slots on credit, or was told where blocks lie: now, and until it leaves."""
-        if engine not in self._noting:
-            self._noting.add(engine)
-            self._within(NOTING_S)
+        self._noting.add(engine)
+        self._again()
 
     def leave(self, engine: Noting) -> None:
         """It is gone, or will not be heard any more."""
@@ -100,14 +97,13 @@ class Hearing:
             for pipe, _ in self._noted.poll(0, len(self._pipes)):
                 self._pipes[pipe].hear()
         if self._due is not None:
-            now, wait_s = self._loop.time(), HEAR_S if self._leasing else NOTING_S
-            if self._due.when() < now + wait_s / 2:  # where requests come often it is never due
-                self._arm(now + wait_s)
+            now = self._loop.time()
+            if self._due.when() < now + HEAR_S / 2:  # where requests come often it is never due
+                self._arm(now + HEAR_S)
 
-    def _within(self, seconds: float) -> None:
-        at = self._loop.time() + seconds
-        if self._due is None or at < self._due.when():
-            self._arm(at)
+    def _again(self) -> None:
+        if self._due is None:
+            self._arm(self._loop.time() + HEAR_S)
 
     def _arm(self, at: float) -> None:
         self._rest()
