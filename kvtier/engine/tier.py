@@ -282,7 +282,7 @@ class EngineTier:
     def _idle(self, client: TierClient) -> bool:
         """Wait, at least for the end of the call under way; False once the arena has no more use.
 
-        Python's lock is held while pages are mapped, and the engine wants it too.
+        A piece of small pages takes a core for 1 ms, and the engine wants it.
         """
         while not self._closed.wait(REST_S) and self._busy:
             pass
