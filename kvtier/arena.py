@@ -148,3 +148,9 @@ class Arena:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def free(self) -> None:
+        """Let go of the memory: with the last view that was handed out it goes, 0.2 s a GiB."""
+        self.close()
+        for view in (self._view, self.turns, self._mapping.view):
+            view.release()

@@ -74,8 +74,8 @@ class PHD:
         keys = path
         if known < len(path):
             keys = self._distinct(path, known, here)
-            if here is not None and not keys:
-                return
+        if here is not None and not keys:
+            return
         if self._gone:
             self._remember()
         now, request, output = use

@@ -3,6 +3,7 @@
 `Cascade` adds what is copied down and dropped, `Ledger` the leases.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 from kvtier.core.blocks import BEGINS, BlockKey, Slot
@@ -51,6 +52,10 @@ class Residency:
         """What has come up since the last call, in order; to be carried out in that order."""
         effects, self._effects = self._effects, []
         return effects
+
+    def closed(self) -> None:
+        """Nobody looks any more at what has left its slot: that memory goes."""
+        self.left = self._in_host.left = array("Q", bytes(8 * self.slots))
 
     def paused(self, tier: int) -> bool:
         """Whether `pause` was the last word on this tier."""

@@ -36,7 +36,7 @@ class Seen:
 
     def slots(self, keys: Sequence[BlockKey], first: int, end: int) -> list[Slot]:
         """Those of keys[first:end], from the first on, as far as this knows; `keys`: a path."""
-        known = self._keys[first:end]
+        known = self._keys[first : min(end, len(self._slots) // local.NUMBER_NBYTES)]
         if known != [*keys[first : first + len(known)]]:  # of another path
             return []
         width = local.NUMBER_NBYTES

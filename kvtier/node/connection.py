@@ -14,8 +14,9 @@ from kvtier import metrics
 from kvtier.core.blocks import BlockLayout, Slot
 from kvtier.core.ledger import Lease
 from kvtier.errors import KVTierError, RemoteProtocolError
+from kvtier.node.gate import Gate
 from kvtier.node.manager import TierManager
-from kvtier.node.notes import Hearing, Notes
+from kvtier.node.notes import Notes
 from kvtier.node.peers import Peers
 from kvtier.node.reading import Paths, Reading, use_of
 from kvtier.node.record import Recorder
@@ -26,7 +27,6 @@ from kvtier.wire.local import Op, Value
 HELLO_S: Final = 5.0  # an engine must have said hello by then
 MAX_UNREAD: Final = 4 << 20  # bytes of answers that an engine leaves unread
 MAX_LEASES: Final = 4096  # of one engine at once
-RECEIVE_NBYTES: Final = 64 << 10  # at once; a path of 4,000 blocks
 LINGER_S: Final = 1.0  # for a refused engine to read why
 LAST_NBYTES: Final = 64 << 10  # at once, of what a dead engine had told
 LAST_READS: Final = 64  # more than a socket keeps: the engine may be alive
@@ -52,13 +52,14 @@ class Node(Protocol):
 class Connection(asyncio.BufferedProtocol):
     """One engine. Its leases end with it, whatever way it goes."""
 
-    def __init__(self, node: Node, allowed: Callable[[int], bool], gate: "Gate") -> None:
+    def __init__(
+        self, node: Node, allowed: Callable[[int], bool], gate: "Gate[Connection]"
+    ) -> None:
         self._node = node
         self._allowed = allowed
         self._gate = gate
         self._client = next(_client_ids)
         self._decoder = local.Decoder()
-        self._received = memoryview(bytearray(RECEIVE_NBYTES))
         self._paths = Paths()
         self.manager: TierManager | None = None
         self._task: asyncio.Task[None] | None = None
@@ -101,16 +102,26 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, _: int) -> memoryview:
         """Where to put bytes of requests."""
-        return self._received
+        return self._gate.received
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of requests have come."""
         self._node.soon.hold()
         try:
             self._gate.hearing.now()  # of any engine: a block that is committed is there for all
-            self._take(self._decoder, self._received[:nbytes])
+            self._take(self._decoder, self._gate.received[:nbytes])
         finally:
-            self._node.soon.now()
+            self._carry_on()
+
+    def _carry_on(self) -> None:
+        """Do what waited for answers. A bug in it may be of any layout, and ends no connection."""
+        done = False
+        while not done:
+            try:
+                self._node.soon.now()
+                done = True
+            except Exception:
+                log.exception("what waited for an answer failed")
 
     def hear(self) -> None:
         """Act on what the engine has noted."""
@@ -344,6 +355,8 @@ class Connection(asyncio.BufferedProtocol):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if self._task is task:  # its error's frames refer to us, and nothing here looks for cycles
+            self._task = None
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, KVTierError):
@@ -371,25 +384,3 @@ _ACTS: Final[Mapping[Op, Callable[..., None]]] = {
     Op.PUT: Connection._put,
     Op.USED: Connection._used,
 }
-
-
-class Gate:
-    """Who is attached, and how many may be."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.inside: set[Connection] = set()
-        self.hearing = Hearing()
-
-    def enter(self, connection: Connection) -> bool:
-        """Count a connection in; False when it is one too many."""
-        if len(self.inside) >= self.limit:
-            return False
-        self.inside.add(connection)
-        metrics.CLIENTS.set(len(self.inside))
-        return True
-
-    def leave(self, connection: Connection) -> None:
-        """Count it out; one that never entered is ignored."""
-        self.inside.discard(connection)
-        metrics.CLIENTS.set(len(self.inside))

@@ -74,6 +74,7 @@ class NodeDaemon:
         self._clock = clock
         self.name = node_name(config.node.name)
         self.layouts: dict[str, TierManager] = {}
+        self._starting: set[TierManager] = set()  # which tell already of what they find
         self._learned: dict[str, LearnedFile] = {}
         self.draining = False
         self._opening = Opening()
@@ -177,9 +178,9 @@ class NodeDaemon:
         try:
             await asyncio.to_thread(self._lower_tiers, layout, share, opened)
         except BaseException:
-            arena.close()
             for _, tier in opened:
                 tier.store.close()
+            await asyncio.to_thread(arena.free)  # else an error's frames would keep it
             raise
         specs += [spec for spec, _ in opened]
         lower = [tier for _, tier in opened]
@@ -188,7 +189,11 @@ class NodeDaemon:
             path = Path(disk.path) / layout.id / LEARNED_FILE
             self._learned[layout.id] = LearnedFile(path, manager.learning)
             await self._learned[layout.id].open()
-        await manager.start()
+        self._starting.add(manager)
+        try:
+            await manager.start()
+        finally:
+            self._starting.discard(manager)
         log.info("layout %s: %d blocks of %d bytes in host memory", layout.id, slots, layout.nbytes)
         return manager
 
@@ -257,13 +262,14 @@ class NodeDaemon:
 
     def _held(self) -> dict[Tier, list[BlockKey]]:
         held: dict[Tier, list[BlockKey]] = {}
-        for manager in self.layouts.values():
+        for manager in (*self.layouts.values(), *self._starting):
             for tier, keys in manager.held().items():
                 held.setdefault(tier, []).extend(keys)
         return held
 
     def _before(self, key: BlockKey) -> BlockKey | None:
-        found = (manager.before(key) for manager in self.layouts.values())
+        managers = (*self.layouts.values(), *self._starting)
+        found = (manager.before(key) for manager in managers)
         return next((before for before in found if before is not None), None)
 
     def _heartbeat(self) -> feed_pb2.Heartbeat:

@@ -219,7 +219,8 @@ class TierManager:
         for lease_id in [*self._loading]:
             self._end_loading(lease_id)
         await asyncio.to_thread(self._movers.close)
-        self.arena.close()
+        self._ledger.closed()
+        await asyncio.to_thread(self.arena.free)
 
     # --- inside -----------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kvtier.errors import ConfigError
 from kvtier.held import HeldElsewhere, hold
-from kvtier.node.connection import LINGER_S, Connection, Gate, Node
+from kvtier.node.connection import LINGER_S, Connection, Node
+from kvtier.node.gate import Gate
 from kvtier.node.manager import TierManager
 
 
@@ -20,7 +21,7 @@ class LocalServer:
     ) -> None:
         self._node = node
         self._path = Path(path)
-        self._gate = Gate(max_clients)
+        self._gate = Gate[Connection](max_clients)
         self._uids = {os.getuid(), *allow_uids}
         self._server: asyncio.Server | None = None
         self._bound: tuple[int, int] | None = None  # what the path is, while it is ours

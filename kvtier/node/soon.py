@@ -26,7 +26,7 @@ class Soon:
         self._held = True
 
     def now(self) -> None:
-        """They have their answers."""
+        """They have their answers. Raises what work does; the next call goes on behind that."""
         self._held = False
         while self._work:
-            self._work.pop()()
+            self._work.pop(0)()

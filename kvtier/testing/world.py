@@ -133,6 +133,7 @@ class World:
                     self.seen["found beyond capacity"] += key not in self.announced[tier]
                     self.stores[tier].forget(key)
                 case Held(keys, tier):
+                    assert len({*keys}) == len(keys), "told twice at once"
                     assert self.announced[tier].isdisjoint(keys) or self.specs[tier].shared
                     self.announced[tier].update(keys)
                 case Gone(keys, tier):

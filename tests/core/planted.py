@@ -56,6 +56,11 @@ BUGS = [
     bug("the slot of what was put for nothing is lost", "self._free.append(aside.slot)", "pass"),
     bug("leases wait for a load that hangs", "self._cut(lease, at)", "pass"),
     bug("the slot of a load that came late is lost", "self._free.append(move.slot)", "pass"),
+    bug(
+        "blocks are told of twice at once",
+        "self._effects.append(Held(keys, HOST))",
+        "self._effects.append(Held([*keys, *keys], HOST))",
+    ),
     bug("the only copy is dropped", "below is None or below.paused", "True"),
     bug(
         "leased blocks are dropped",

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from kvtier import metrics
-from kvtier.core.blocks import Attention, BlockLayout, LayerGroup
+from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.engine.copier import BlockTensor
 from kvtier.engine.paged import Done
+from kvtier.engine.seen import Seen as WhereSeen
 from kvtier.engine.tier import EngineTier
 from kvtier.errors import ConfigError
+from kvtier.wire.local import pack_numbers
 from tests.engine.test_tier import LAYOUT, NAMESPACE, clear_host, content, prompt
 from tests.launching import Process, disk_toml, node_toml, wait_for
 from tests.node.conftest import blocks, status
@@ -134,6 +136,18 @@ def test_a_restore_that_was_not_asked_for_before_asks_itself(
         assert two.restore(1) == HELD
     assert leases == [0, 0, 0]
     assert counted() == (before[0] + 3 * COUNT, before[1])
+
+
+def test_what_is_known_of_a_path_is_known_of_one_that_parts_from_it_where_that_ends() -> None:
+    keys = [BlockKey(bytes([n]) * 16) for n in range(8)]
+    seen = WhereSeen(keys, pack_numbers(range(5)), 1, 1)
+    other = [*keys[:5], *(BlockKey(bytes([100 + n]) * 16) for n in range(3))]
+    assert seen.slots(keys, 0, 8) == seen.slots(other, 0, 8) == [0, 1, 2, 3, 4]
+    assert seen.slots(other, 3, 8) == [3, 4]
+    assert seen.tells_of(keys, 5)
+    assert not seen.tells_of(other, 5), "what follows there was not looked for"
+    assert not seen.tells_of(other[5:], 0)
+    assert seen.slots(other[5:], 0, 3) == []
 
 
 def test_what_a_restore_saw_itself_and_has_left_is_asked_for_again(
