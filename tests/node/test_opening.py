@@ -1,22 +1,23 @@
-"""A layout that is opened while routers watch: they hear of all that its disk holds."""
+"""What the daemon does beside its engines' requests: layouts that open, work that fails."""
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
 
 from kvtier.config import Config, DiskConfig, HostConfig, NodeConfig
-from kvtier.core.blocks import Attention, BlockKey, BlockLayout, LayerGroup
+from kvtier.core.blocks import BlockKey
 from kvtier.core.tiers import Tier
+from kvtier.engine.client import TierClient
 from kvtier.node import manager as managers
 from kvtier.node.daemon import NodeDaemon
 from kvtier.node.manager import TierManager
+from kvtier.node.movers import Movers
 from kvtier.wire import local
 from kvtier.wire.pb import feed_pb2
+from tests.node.conftest import LAYOUT, new_keys, save
 from tests.node.test_hung_disk import until
 
-LAYOUT = BlockLayout((LayerGroup(Attention.FULL, 1, 1, 16),), 16, "float16")
 COUNT = 200
 DEADLINE_S = 60.0
 
@@ -37,7 +38,7 @@ async def test_who_watches_while_a_layout_opens_hears_of_all_that_it_finds(
 ) -> None:
     node = daemon(tmp_path)
     manager = await node.open_layout(LAYOUT)
-    keys = [BlockKey(os.urandom(16)) for _ in range(COUNT)]
+    keys = new_keys(COUNT)
     lease = manager.write(1, keys, 0)
     manager.commit(lease.id, COUNT)
     async with asyncio.timeout(DEADLINE_S):
@@ -71,4 +72,29 @@ async def test_who_watches_while_a_layout_opens_hears_of_all_that_it_finds(
         await until("the watcher to know all", lambda: held <= known)
         for each in watching:
             each.cancel()
+        await node.close(0.0)
+
+
+async def test_work_that_fails_behind_an_answer_costs_no_engine_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = daemon(tmp_path)
+    await asyncio.to_thread(node.local.claim)
+    await node.local.start()
+    async with asyncio.timeout(DEADLINE_S):
+        client = await asyncio.to_thread(TierClient, f"{tmp_path}/node.sock", LAYOUT)
+        some, more = new_keys(4), new_keys(4)
+        with monkeypatch.context() as patched:
+
+            def fails(self: Movers, moves: object) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patched.setattr(Movers, "start", fails)
+            await asyncio.to_thread(save, client, some)
+            assert (await asyncio.to_thread(client.match, some)).blocks == 4
+            assert (await asyncio.to_thread(client.match, some)).blocks == 4
+        assert "can't start new thread" in caplog.text
+        await asyncio.to_thread(save, client, more)
+        assert (await asyncio.to_thread(client.match, more)).blocks == 4
+        client.close()
         await node.close(0.0)
