@@ -15,7 +15,7 @@ from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.core.tiers import Tier
 from kvtier.engine.client import TierClient
 from kvtier.errors import RemoteProtocolError
-from kvtier.node.connection import RECEIVE_NBYTES
+from kvtier.node.gate import RECEIVE_NBYTES
 from kvtier.node.notes import Hearing, Notes
 from kvtier.node.reading import MAX_REMEMBERED, Paths
 from kvtier.node.soon import Soon
