@@ -261,6 +261,7 @@ class NodeDaemon:
         self.feed.changed((tier, key, held) for tier, keys, held in changes for key in keys)
 
     def _held(self) -> dict[Tier, list[BlockKey]]:
+        self.local.hear()  # what engines have told up to here is in it
         held: dict[Tier, list[BlockKey]] = {}
         for manager in (*self.layouts.values(), *self._starting):
             for tier, keys in manager.held().items():
