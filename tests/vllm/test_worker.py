@@ -1,6 +1,7 @@
 """The main job on vLLM: node daemon, worker, router; and a router in front of a plain vLLM."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -143,6 +144,13 @@ def test_a_router_in_front_of_a_plain_vllm(model, tmp_path, prompts):
             f'tenants = [{{ name = "red", secret_file = "{tmp_path}/red" }}]\n'
         )
         service = Service(tmp_path, {"n": lambda _: worker_toml("vllm-http", model, more)})
+        # vLLM was there before the daemon, and attaches with its next request: what it would save
+        # meanwhile is lost.
+        tries = itertools.count(1)
+        wait_for(
+            "vLLM to be attached",
+            lambda: service.ask([next(tries)] * 3 * BLOCK) and service.in_host(1),
+        )
         restored_again(service, prompts[0], told=False)
         wait_for("vLLM's own metrics page to tell of the restore", plain.loaded)
         service.ask(prompts[2], tenant="red")
