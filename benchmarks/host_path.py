@@ -8,10 +8,10 @@ each of them other memory is copied, so that all begin with the same caches: emp
 Twice: one batch alone, and the batches of a long prompt, one call of the engine's own code, which
 asks for the next batch before it copies one. One batch is saved into slots that the engine has on
 credit (docs/decisions/0036): it waits for no lease, and the daemon enters the blocks afterwards.
-`restore` knows nothing of its blocks before: it asks where they lie, copies, looks whether they
-stayed there meanwhile, and tells the daemon (docs/decisions/0043 and 0055). `restore, matched` is
+`restore` knows nothing of its blocks before: it looks where they lie, copies, looks whether they
+stayed there meanwhile, and tells the daemon (docs/decisions/0043 and 0058). `restore, matched` is
 one of an engine that has asked before what is held: what is left within the time is the copy, the
-look and the word.
+second look and the word.
 Alone, the daemon has done its part before the plain copy begins, so that nothing of ours runs
 beside it; in a row its work on all but the last is within the time.
 `save, found` is how long it takes from the beginning of a save until another engine has found all

@@ -5,23 +5,22 @@ to an engine over the node's Unix socket. So nothing is left behind by a crash (
 the memory with its last mapping), /dev/shm's size is no limit, and an engine's mapping survives
 the daemon.
 
-Behind the slots lies a number for each, the turn in which a block last left it: what an engine has
-copied without a lease is right where that is no later than when it was told of the block
-(`unmoved`; docs/decisions/0043).
+Behind the slots lies an index of what is in them, by which engines copy without a lease
+(docs/decisions/0043 and 0058).
 """
 
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 from kvtier.core.blocks import Slot
+from kvtier.core.slot_index import SlotIndex
 from kvtier.errors import ConfigError, RemoteProtocolError
 from kvtier.mapping import LARGE, Mapping
 
 ALIGNMENT: Final = 4096  # slots start on pages, as direct I/O and CUDA registration want it
-_TURN_NBYTES: Final = 8
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -31,13 +30,26 @@ def stride(slot_nbytes: int) -> int:
 
 
 def _sizes(slot_nbytes: int, slots: int) -> tuple[int, int]:
-    """Bytes of all slots, and of the turns behind them.
+    """Bytes of all slots, and of the index behind them.
 
     Together whole large pages, where there are any.
     """
     nbytes = stride(slot_nbytes) * slots
     align = LARGE if nbytes >= LARGE else ALIGNMENT
-    return nbytes, -(-(nbytes + _TURN_NBYTES * slots) // align) * align - nbytes
+    return nbytes, -(-(nbytes + SlotIndex.nbytes(slots)) // align) * align - nbytes
+
+
+class Fence:
+    """A barrier in memory: a lock that is given back and taken again is one in both directions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        """What comes before this in memory comes before what follows, on every processor."""
+        for _ in range(2):
+            with self._lock:
+                pass
 
 
 class Arena:
@@ -55,9 +67,7 @@ class Arena:
         self._mapping = mapping
         nbytes, _ = _sizes(slot_nbytes, slots)
         self._view = mapping.view[:nbytes]
-        # By the slot; written by the daemon's ledger alone.
-        self.turns = mapping.view[nbytes : nbytes + _TURN_NBYTES * slots].cast("Q")
-        self._barrier = threading.Lock()
+        self.index = SlotIndex(slots, mapping.view[nbytes:], Fence())
 
     @classmethod
     def create(cls, slot_nbytes: int, slots: int, *, prefault: bool = True) -> "Arena":
@@ -122,22 +132,6 @@ class Arena:
         start = slot * self._stride
         return self._view[start : start + self.slot_nbytes]
 
-    def unmoved(self, slots: Sequence[Slot], turn: int) -> int:
-        """Of blocks that were seen in `slots` at `turn`, how many leading ones never left them.
-
-        What was copied from these before this call is what was seen: nobody has written there.
-        """
-        # What was copied is read before the turns are, on every processor: a lock that is given
-        # back and taken again is a barrier in both directions.
-        for _ in range(2):
-            with self._barrier:
-                pass
-        turns = self.turns
-        for count, slot in enumerate(slots):
-            if turns[slot] > turn:
-                return count
-        return len(slots)
-
     @property
     def view(self) -> memoryview:
         """All slots with the gaps between them; slot i starts at i * stride(slot_nbytes)."""
@@ -152,5 +146,6 @@ class Arena:
     def free(self) -> None:
         """Let go of the memory: with the last view that was handed out it goes, 0.2 s a GiB."""
         self.close()
-        for view in (self._view, self.turns, self._mapping.view):
+        self.index.release()
+        for view in (self._view, self._mapping.view):
             view.release()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvtier.arena import Arena, stride
-from kvtier.core.blocks import Slot
+from kvtier.core.blocks import BlockKey, Slot
 from kvtier.errors import RemoteProtocolError
+
+KEY = BlockKey(bytes(range(16)))
 
 
 def test_slots_do_not_overlap_and_start_on_pages() -> None:
@@ -55,18 +57,14 @@ def test_an_arena_cannot_be_resized_by_anybody() -> None:
         os.ftruncate(arena.fd, 4096 * 4)
 
 
-def test_turns_are_seen_on_both_sides_and_are_no_part_of_the_slots() -> None:
+def test_the_index_is_seen_on_both_sides_and_is_no_part_of_the_slots() -> None:
     arena = Arena.create(4096, 3)
     theirs = Arena.attach(os.dup(arena.fd), 4096, 3)
-    slots = [Slot(2), Slot(0), Slot(1)]
-    assert theirs.unmoved(slots, 1) == 3
-    arena.turns[0] = 2**64 - 1
-    arena.turns[1] = 5
-    assert [*theirs.turns] == [2**64 - 1, 5, 0]
-    assert theirs.unmoved(slots, 5) == 1
-    assert theirs.unmoved(slots[2:], 5) == 1
-    assert theirs.unmoved(slots[2:], 4) == 0
-    assert theirs.unmoved([], 0) == 0
+    arena.index.enter([KEY], [Slot(2)])
+    assert theirs.index.find([KEY]) == ([Slot(2)], 1)
+    arena.index.leave([Slot(2)])
+    assert theirs.index.find([KEY]) == ([], 2)
+    assert theirs.index.unmoved([Slot(1), Slot(2)], 1) == 1
     assert theirs.view == bytes(3 * 4096)
 
 
@@ -148,14 +146,14 @@ def test_a_mapping_stays_for_its_last_view_and_goes_with_it(nbytes: int) -> None
     before = mappings()
     arena = Arena.create(4096, nbytes // 4096)
     arena.slot(Slot(0))[:3] = b"abc"
-    slot, turns = arena.slot(Slot(0)), arena.turns
+    slot, left = arena.slot(Slot(0)), arena.index.left
     arena.close()
     del arena
     assert mappings() == before + 1
     assert bytes(slot[:3]) == b"abc"
     del slot
-    assert turns[0] == 0
-    del turns
+    assert left[0] == 0
+    del left
     assert mappings() == before
 
 

@@ -11,7 +11,7 @@ from kvtier.core.policy import Use
 class Match(NamedTuple):
     """Leading blocks of a prompt held here without a gap; each counted in its warmest tier.
 
-    The first ones lie in `slots` of the host tier, at `turn`: see `SlotTable`.
+    The first ones lie in `slots` of the host tier, at `turn`: see `SlotIndex`.
     """
 
     blocks: int

@@ -13,7 +13,7 @@ from kvtier.core.copies import Aside, Phase
 from kvtier.core.effects import HOST, Move, Settled
 from kvtier.core.lease import Lease
 from kvtier.core.policy import Use
-from kvtier.core.slots import Turns
+from kvtier.core.slot_index import SlotIndex
 from kvtier.core.tiers import TierSpec
 
 
@@ -21,9 +21,9 @@ class Leases(Cascade):
     """The leases, the pins that they are, and what they wait for."""
 
     def __init__(
-        self, block_nbytes: int, tiers: Sequence[TierSpec], left: Turns | None = None
+        self, block_nbytes: int, tiers: Sequence[TierSpec], index: SlotIndex | None = None
     ) -> None:
-        super().__init__(block_nbytes, tiers, left)
+        super().__init__(block_nbytes, tiers, index)
         self._leases: dict[int, Lease] = {}
         self._of_client: dict[int, set[int]] = {}
         self._waiting: dict[BlockKey, set[int]] = {}  # read leases, by the block that loads

@@ -27,9 +27,9 @@ A client may also have slots on credit: it fills them first and says with what a
 which is `write` and `commit` in one). What it put lies in the slots that it filled; it has others
 instead, as many as there is room for.
 
-And a client may copy a block from where a `match` saw it, without a lease, if it looks afterwards
-whether the block has left that slot since (`SlotTable.left`), and takes what it copied for nothing
-then. It says so by `used`.
+And a client may copy a block without a lease, from where a `match` saw it or where it found it
+itself (`SlotIndex`), if it looks afterwards whether the block has left that slot since, and takes
+what it copied for nothing then. It says so by `used`.
 """
 
 from collections import deque
@@ -54,7 +54,7 @@ class Ledger(Leases):
     `tiers` are warmest first and begin with the host tier, whose bytes are cut into `slots`. Tiers
     are named by their index in that list. A path is a prompt's keys from its first block on; of one
     that begins later, the first block is told to begin a prompt where no other word is known.
-    `left` is where clients see which slots blocks have left, if they do: see `SlotTable`.
+    `index` is where clients see what lies in which slot, if they do.
 
     `read`, `write`, `commit`, `put`, `release`, `settle` and `moved` take time in proportion to
     their own blocks, not to the blocks held. A lease id must be one that `read` or `write` gave out
@@ -84,7 +84,7 @@ class Ledger(Leases):
             if tier is None:
                 break
             by_tier[tier] += 1
-        return Match(sum(by_tier), tuple(by_tier), slots, self._in_host.turn)
+        return Match(sum(by_tier), tuple(by_tier), slots, self.index.turn)
 
     def used(self, keys: Sequence[BlockKey], use: Use) -> None:
         """A request has used the path `keys` without a lease: as a read of it and its release."""

@@ -3,7 +3,6 @@
 `Cascade` adds what is copied down and dropped, `Ledger` the leases.
 """
 
-from array import array
 from collections.abc import Iterable, Sequence
 
 from kvtier.core.blocks import BEGINS, BlockKey, Slot
@@ -11,7 +10,8 @@ from kvtier.core.copies import Aside, Block, Copies, Phase
 from kvtier.core.effects import HOST, Effect, Forget, Gone, Held, Move, TierUsage
 from kvtier.core.policy import NO_USE, Learning, Use
 from kvtier.core.shards import KeyMap
-from kvtier.core.slots import SlotTable, Turns
+from kvtier.core.slot_index import SlotIndex
+from kvtier.core.slots import SlotTable
 from kvtier.core.tiers import Tier, TierSpec
 
 
@@ -19,7 +19,7 @@ class Residency:
     """The copies of all blocks of one layout on one node, by tier and by slot."""
 
     def __init__(
-        self, block_nbytes: int, tiers: Sequence[TierSpec], left: Turns | None = None
+        self, block_nbytes: int, tiers: Sequence[TierSpec], index: SlotIndex | None = None
     ) -> None:
         kinds = [spec.tier for spec in tiers]
         if not kinds or kinds[0] is not Tier.HOST or kinds != sorted(set(kinds)):
@@ -30,14 +30,14 @@ class Residency:
         self.block_nbytes = block_nbytes
         self.slots = tiers[HOST].capacity // block_nbytes
         self._free = [Slot(i) for i in reversed(range(self.slots))]
-        self._in_host = SlotTable(self.slots, left)
+        self._in_host = SlotTable(self.slots, index)
         self._tiers = [Copies(spec, block_nbytes, self._in_host.of) for spec in tiers]
         self._held = [copies.held.shards for copies in self._tiers]
         admission = tiers[1].admission if len(tiers) > 1 else None
         self.admission = admission() if admission else None  # of the tier below the host's
         self._blocks = KeyMap[Block](self.slots if len(tiers) == 1 else None)
         self._pins = self._in_host.pins
-        self.left = self._in_host.left
+        self.index = self._in_host.index
         self._loads: dict[BlockKey, Move] = {}  # under way, at most one a block
         self._abandoned: set[Move] = set()  # loads that nobody waits for and that may still write
         self._moves = 0
@@ -54,8 +54,8 @@ class Residency:
         return effects
 
     def closed(self) -> None:
-        """Nobody looks any more at what has left its slot: that memory goes."""
-        self.left = self._in_host.left = array("Q", bytes(8 * self.slots))
+        """Nobody looks any more at what lies in which slot: that memory goes."""
+        self.index = self._in_host.index = SlotIndex(self.slots)
 
     def paused(self, tier: int) -> bool:
         """Whether `pause` was the last word on this tier."""

@@ -3,45 +3,32 @@
 from array import array
 from collections.abc import Sequence
 from operator import eq
-from typing import Protocol, cast
+from typing import cast
 
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.shards import KeyMap
-
-RUN = 64  # neighbouring slots that are compared at once
-
-
-class Turns(Protocol):
-    """A number of 64 bits for each slot; an `array("Q")`, or memory that clients see as well."""
-
-    def __getitem__(self, index: int, /) -> int: ...
-    def __setitem__(self, index: int, value: int, /) -> None: ...
+from kvtier.core.slot_index import RUN, SlotIndex
 
 
 class SlotTable:
     """The readable blocks of the host tier by key and by slot, and the leases on each slot.
 
-    `left` says in which turn a block last left each slot. Nobody writes to a slot before what was
-    readable there has left it: so whoever saw a block in a slot at turn t, copied it, and then
-    finds `left` of that slot to be at most t, has a right copy, lease or not (a seqlock, with the
-    ledger as its writer). Turns go up by one and begin at 1: 64 bits last for ever.
+    `index` is where clients read which blocks are there.
 
     Kept apart from all else that is known of a block: a read of what lies in host memory, on
     every engine's path, looks at few places, since the processor's caches do not hold a large
     ledger.
     """
 
-    def __init__(self, slots: int, left: Turns | None = None) -> None:
+    def __init__(self, slots: int, index: SlotIndex | None = None) -> None:
         self.of = KeyMap[int](slots)  # `Slot`s
         self.pins = array("i", bytes(4 * slots))
-        self.turn = 1
-        self.left = array("Q", bytes(8 * slots)) if left is None else left
+        self.index = SlotIndex(slots) if index is None else index
         self._key_at: list[BlockKey | None] = [None] * slots
 
     def enter(self, key: BlockKey, slot: Slot) -> None:
         """`slot` holds the bytes of `key` now."""
-        self.of[key] = slot
-        self._key_at[slot] = key
+        self.enter_all([key], [slot])
 
     def enter_all(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
         """`enter` for each of `keys` and its slot."""
@@ -49,6 +36,7 @@ class SlotTable:
         for key, slot in zip(keys, slots, strict=True):
             shards[key[-1]][key] = slot
             self._key_at[slot] = key
+        self.index.enter(keys, slots)
 
     def leave(self, key: BlockKey) -> None:
         """`key` is given up."""
@@ -56,13 +44,12 @@ class SlotTable:
 
     def leave_all(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """`leave` for each of `keys`; the slots that they were in."""
-        shards, key_at, left = self.of.shards, self._key_at, self.left
-        slots = [shards[key[-1]].pop(key) for key in keys]
-        self.turn = turn = self.turn + 1
+        shards, key_at = self.of.shards, self._key_at
+        slots = cast("list[Slot]", [shards[key[-1]].pop(key) for key in keys])
         for slot in slots:
             key_at[slot] = None
-            left[slot] = turn
-        return cast("list[Slot]", slots)
+        self.index.leave(slots)
+        return slots
 
     def leading(self, keys: Sequence[BlockKey]) -> list[Slot]:
         """The slots of `keys` from the first one on, up to the first that is not there.
@@ -96,3 +83,5 @@ class SlotTable:
         """Assert that both ways lead to the same; for tests."""
         at = {key: slot for slot, key in enumerate(self._key_at) if key is not None}
         assert dict(self.of.items()) == at, "a slot is not where its block is"
+        told = [self.index.key_at(Slot(slot)) for slot in range(len(self._key_at))]
+        assert told == self._key_at, "clients are told of other blocks"

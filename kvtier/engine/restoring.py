@@ -1,8 +1,9 @@
-"""Blocks out of the arena: from where a match saw them, and lease by lease what is not there.
+"""Blocks out of the arena: from where they were seen, and lease by lease what is not there.
 
 A copy from where a block was seen waits for no lease, and keeps the daemon's hands off the cores
-while it is made. Whether it is right is looked up afterwards, in the arena itself; what is not, and
-what lies lower, is leased. See docs/decisions/0043 and 0055.
+while it is made. A match has seen it, or the arena's own index says where it is. Whether the copy
+is right is looked up afterwards, there too; what is not, and what lies lower, is leased. See
+docs/decisions/0043, 0055 and 0058.
 """
 
 import time
@@ -72,7 +73,12 @@ class Restorer:
         keys, first, wished = wanted.keys, wanted.first, len(wanted.block_ids)
         if self._seen.epoch != client.epoch:
             self._seen = NOTHING
-        right, held = self._copy_seen(client, arena, wanted, restored), 0
+        if self._seen.tells_of(keys, first):
+            right = self._copy_seen(client, arena, wanted, restored)
+        else:
+            slots, turn = client.arena.index.find(keys[first : first + wished])
+            right = self._copy_unleased(client, arena, wanted, restored, slots, turn)
+        held = 0
         if lacking := wished - len(restored):
             at = first + len(restored)
             beyond = at + min(self._most(client), lacking)
@@ -91,18 +97,35 @@ class Restorer:
     def _copy_seen(
         self, client: TierClient, arena: ArenaTensor, wanted: Wanted, restored: list[Tier]
     ) -> bool:
-        """Go on with what the last match saw; False if something of it has left its slot since.
+        """Go on with what the last match saw; False if something of it has left its slot since."""
+        seen = self._seen
+        begin, end = wanted.first + len(restored), wanted.first + len(wanted.block_ids)
+        slots = seen.slots(wanted.keys, begin, end)
+        right = self._copy_unleased(client, arena, wanted, restored, slots, seen.turn)
+        if not right:
+            self._seen = NOTHING  # it is old, all of it
+        return right
+
+    def _copy_unleased(
+        self,
+        client: TierClient,
+        arena: ArenaTensor,
+        wanted: Wanted,
+        restored: list[Tier],
+        slots: list[Slot],
+        turn: int,
+    ) -> bool:
+        """Go on with what lay in `slots` at `turn`; False if something of it has left since.
 
         Others may write to a slot while it is copied. Such a copy is found out and made again,
         or never told of: what lies beyond `restored` is nothing that an engine may look at.
         """
-        seen, done = self._seen, len(restored)
-        begin, end = wanted.first + done, wanted.first + len(wanted.block_ids)
-        slots = seen.slots(wanted.keys, begin, end)
         if not slots:
             return True
+        done = len(restored)
         block_ids = wanted.block_ids[done:]
-        copies = deque[tuple[list[Slot], Done]]()  # one is made while another is looked at
+        # One is made while another is looked at.
+        copies: deque[tuple[list[Slot], Done]] = deque()
         start, at, right = self._clock(), 0, True
         try:
             while right and (copies or at < len(slots)):
@@ -114,7 +137,7 @@ class Restorer:
                     continue
                 piece, copy = copies.popleft()
                 copy.wait()
-                unmoved = client.arena.unmoved(piece, seen.turn)
+                unmoved = client.arena.index.unmoved(piece, turn)
                 restored += [Tier.HOST] * unmoved
                 right = unmoved == len(piece)
                 if not right:
@@ -123,8 +146,6 @@ class Restorer:
             metrics.UNLEASED_BLOCKS.inc(len(restored) - done)
             for _, copy in copies:
                 copy.wait()
-        if not right:
-            self._seen = NOTHING  # it is old, all of it
         self._speeds.measure(restored[done:], self._clock() - start)
         return right
 

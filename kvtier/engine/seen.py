@@ -11,7 +11,7 @@ class Seen:
     """The slots in which a MATCH saw the leading blocks of a path.
 
     Nobody keeps them there: others may have these slots, and write to them, at any time. What is
-    copied from them is right only if `Arena.unmoved` says so of `slots` and `turn` afterwards.
+    copied from them is right only if `SlotIndex.unmoved` says so of `slots` and `turn` afterwards.
 
     Args:
         keys: The path.

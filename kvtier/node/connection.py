@@ -244,8 +244,6 @@ class Connection(asyncio.BufferedProtocol):
         found = manager.match(self._paths.keys(path))
         slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
         self._send(True, found.blocks, list(found.by_tier), slots, found.turn)
-        if slots:
-            self._gate.hearing.noting(self)
 
     def _used(self, manager: TierManager, path: bytes, request: int, output: int) -> None:
         keys, use = self._paths.keys(path), use_of(request, output)
@@ -296,8 +294,6 @@ class Connection(asyncio.BufferedProtocol):
     def _ended_lease(self, lease: int) -> None:
         self._leases.discard(lease)
         self._writes.discard(lease)
-        if not self._leases and not self._writes:
-            self._gate.hearing.end(self)
 
     def _room_for_lease(self) -> None:
         if len(self._leases) + len(self._writes) >= MAX_LEASES:
@@ -305,8 +301,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _reply_read(self, lease: Lease) -> None:
         self._leases.add(lease.id)
-        if not self._refused:  # while it loaded
-            self._gate.hearing.begin(self)
         slots = local.pack_numbers(lease.slots)
         self._send(True, lease.id, slots, bytes(lease.sources), lease.arrived())
 
@@ -324,7 +318,6 @@ class Connection(asyncio.BufferedProtocol):
             self._node.recorder.tell(keys, use, manager.layout.block_tokens)
         lease = manager.write(self._client, keys, first, use)
         self._writes.add(lease.id)
-        self._gate.hearing.begin(self)
         self._send(
             True, lease.id, local.pack_numbers(lease.indexes), local.pack_numbers(lease.slots)
         )
@@ -333,8 +326,6 @@ class Connection(asyncio.BufferedProtocol):
         if not 0 < wanted <= local.MAX_KEYS:
             raise RemoteProtocolError(f"CREDIT of {wanted} slots: 1 to {local.MAX_KEYS}")
         slots = manager.credits.give(self._client, wanted)
-        if slots:
-            self._gate.hearing.noting(self)
         self._send(Op.CREDIT, local.pack_numbers(slots))
 
     def _put(

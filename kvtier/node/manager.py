@@ -67,7 +67,7 @@ class TierManager:
         self.epoch = secrets.randbits(63) | 1  # of this arena: a layout may get another one
         self.specs = specs
         self.lower = lower
-        self._ledger = Ledger(layout.nbytes, specs, arena.turns)
+        self._ledger = Ledger(layout.nbytes, specs, arena.index)
         self.before = self._ledger.before  # for the feed
         self.learning: dict[Tier, Learning] = {
             specs[index].tier: policy for index, policy in self._ledger.learning().items()

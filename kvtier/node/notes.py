@@ -3,8 +3,8 @@
 A message on a socket wakes its reader, and a reader that wakes takes a core or a cache from the
 engine just when it goes on computing. COMMIT, RELEASE, PUT and USED have no answer, so nobody is in
 a hurry: they lie in a pipe that the daemon reads before it does anything that they could matter to,
-and once nothing was read for HEAR_S while anybody may have noted something: an engine with open
-leases, or one that may put or use blocks without. See docs/decisions/0020, 0036, 0043 and 0056.
+and once nothing was read for HEAR_S while an engine is attached: it may put and use blocks without
+a word before. See docs/decisions/0020, 0036, 0043, 0056 and 0058.
 """
 
 import asyncio
@@ -56,9 +56,7 @@ class Hearing:
     def __init__(self) -> None:
         self._pipes: dict[int, Noting] = {}
         self._noted = select.epoll()  # looked at, never waited on: a note wakes nobody
-        self._leasing: set[Noting] = set()  # with open leases
-        self._noting: set[Noting] = set()  # that may note without one
-        self._due: asyncio.TimerHandle | None = None  # where either has anybody
+        self._due: asyncio.TimerHandle | None = None  # where there are any
         self._loop: asyncio.AbstractEventLoop
 
     def listen(self, pipe: int, engine: Noting) -> None:
@@ -66,30 +64,16 @@ class Hearing:
         self._loop = asyncio.get_running_loop()  # asked for once: each time is a system call
         self._pipes[pipe] = engine
         self._noted.register(pipe, select.EPOLLIN)
-
-    def begin(self, engine: Noting) -> None:
-        """It has an open lease."""
-        self._leasing.add(engine)
-        self._again()
-
-    def end(self, engine: Noting) -> None:
-        """It has none."""
-        self._leasing.discard(engine)
-        if not self._leasing and not self._noting:
-            self._rest()
-
-    def noting(self, engine: Noting) -> None:
-        """It has slots on credit, or was told where blocks lie: now, and until it leaves."""
-        self._noting.add(engine)
-        self._again()
+        if self._due is None:
+            self._arm(self._loop.time() + HEAR_S)
 
     def leave(self, engine: Noting) -> None:
         """It is gone, or will not be heard any more."""
         for pipe in [pipe for pipe, each in self._pipes.items() if each is engine]:
             del self._pipes[pipe]
             self._noted.unregister(pipe)
-        self._noting.discard(engine)
-        self.end(engine)
+        if not self._pipes:
+            self._rest()
 
     def now(self) -> None:
         """Act on all that was noted up to here."""
@@ -100,10 +84,6 @@ class Hearing:
             now = self._loop.time()
             if self._due.when() < now + HEAR_S / 2:  # where requests come often it is never due
                 self._arm(now + HEAR_S)
-
-    def _again(self) -> None:
-        if self._due is None:
-            self._arm(self._loop.time() + HEAR_S)
 
     def _arm(self, at: float) -> None:
         self._rest()

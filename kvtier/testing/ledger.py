@@ -20,6 +20,7 @@ from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, NO_USE, Here, Keep, PolicyFactory, Use
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.testing.hanging import HangingWorld
+from kvtier.testing.keys import path_of, steps_to
 from kvtier.testing.seen import SeenWorld
 from kvtier.testing.world import BLOCK_NBYTES, MAX_FRAME_NBYTES
 
@@ -45,10 +46,9 @@ STATES = (
     "failed load of a paused tier", "frame larger than a block", "hint forgotten", "paused",
     "put", "put of what is there", "put without a new slot", "put beside a writer", "credit ended",
     "copied as seen", "seen, and gone since", "seen, and written over since",
-    "load abandoned", "lease cut from a load that hangs", "load came late",
+    "found without asking", "load abandoned", "lease cut from a load that hangs", "load came late",
     "resumed", "cleared", "found", "found beyond capacity", "lost", "quiet", "drained",
 )  # fmt: skip
-
 
 PICKY: Final = 6  # every so many seeds, a tier takes only what was used twice
 
@@ -163,7 +163,7 @@ class _Node(SeenWorld, HangingWorld):
     def path(self) -> list[BlockKey]:
         """A prompt: a way down a small tree, so that prompts share their beginnings."""
         steps = [self.rng.choice(b"ab") for _ in range(self.rng.randint(1, DEPTH))]
-        return [BlockKey(bytes(steps[: n + 1])) for n in range(len(steps))]
+        return path_of(steps)
 
     def _first(self, path: list[BlockKey]) -> int:
         """How many blocks of a prompt its engine has already."""
@@ -224,7 +224,7 @@ class _Node(SeenWorld, HangingWorld):
                 self.stores[source].rotten.add(key)
             if self.rng.random() < 0.3:
                 self.ledger.lost(source, [key])  # too late: it is being read
-            self._read_path([BlockKey(key[: n + 1]) for n in range(len(key))], len(key) - 1)
+            self._read_path(path_of(steps_to(key)), len(steps_to(key)) - 1)
             loads = [each for each in self.moves if each.key == key and each.target == HOST]
             if loads and self.rng.random() < 0.3:  # it ends before the copy does
                 self.moves.remove(loads[0])
@@ -236,10 +236,10 @@ class _Node(SeenWorld, HangingWorld):
         loading = {move.key for move in self.moves if move.target == HOST} - wanted
         if loading:
             key = self.rng.choice(sorted(loading))
-            path = [*key, *self.rng.choices(b"ab", k=DEPTH - len(key))]
-            keys = [BlockKey(bytes(path[: n + 1])) for n in range(len(path))]
+            steps = steps_to(key)
+            path = path_of([*steps, *self.rng.choices(b"ab", k=DEPTH - len(steps))])
             self.seen["read past a load that nobody waits for"] += 1
-            self._read_path(keys, self.rng.choice([0, len(key) - 1]))
+            self._read_path(path, self.rng.choice([0, len(steps) - 1]))
 
     def _read_path(self, path: list[BlockKey], first: int) -> None:
         held = path[first : first + self.ledger.match(path[first:]).blocks]
@@ -396,5 +396,5 @@ class _Node(SeenWorld, HangingWorld):
         assert self.ledger.undrained() == 0 or full
         self.seen["drained"] += last > 0 and self.ledger.undrained() == 0
         if self.ledger.undrained() == 0:
-            path = [BlockKey(b"z" * (n + 1)) for n in range(self.ledger.slots)]
-            assert len(self.ledger.write(0, path).keys) == len(path), "slots were lost"
+            granted = self.ledger.write(0, path_of(b"z" * self.ledger.slots))
+            assert len(granted.slots) == self.ledger.slots, "slots were lost"

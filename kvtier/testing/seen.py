@@ -51,6 +51,9 @@ class SeenWorld(CreditWorld):
         found = self.ledger.match(path)
         assert len(found.slots) <= found.by_tier[HOST]
         assert [self.arena[slot] for slot in found.slots] == path[: len(found.slots)], "not there"
+        slots, turn = self.ledger.index.find(path)
+        assert (slots, turn) == (found.slots[: len(slots)], found.turn), "found elsewhere"
+        self.seen["found without asking"] += len(slots)
         claims = [self._claims[slot] for slot in found.slots]
         self.looks.append(_Look(path, found, claims, [self._gone[key] for key in path]))
         del self.looks[:-_LOOKS]
@@ -60,7 +63,7 @@ class SeenWorld(CreditWorld):
         if not self.looks:
             return
         look = self.rng.choice(self.looks)
-        left, right = self.ledger.left, 0
+        left, right = self.ledger.index.left, 0
         for slot, key, claims, gone in zip(
             look.found.slots, look.path, look.claims, look.gone, strict=False
         ):

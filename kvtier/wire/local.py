@@ -6,12 +6,12 @@ Each message is a little-endian u32 length and a msgpack array of that many byte
 
 COMMIT, RELEASE, CREDIT, PUT and USED have no reply (a refused one is told, as the last words before
 hanging up, to whatever is asked next); of all others an engine has one under way at a time. HELLO
-comes first; its reply carries two descriptors (SCM_RIGHTS): the arena, and the writing end of a
-pipe for requests without a reply. Their messages, of at most MAX_NOTE bytes, wake nobody: they are
-read before any engine's next request is, and at the latest after some milliseconds. Where the pipe
-is full, or they are longer, they go to the socket. Leases end with the connection, and credit too.
-Keys travel as one string of 16 bytes each, slots and indexes as little-endian u32, source tiers as
-one byte each.
+comes first; its reply carries two descriptors (SCM_RIGHTS): the arena, in which the engine may also
+look for itself (core/slot_index.py), and the writing end of a pipe for requests without a reply.
+Their messages, of at most MAX_NOTE bytes, wake nobody: they are read before any engine's next
+request is, and at the latest after some milliseconds. Where the pipe is full, or they are longer,
+they go to the socket. Leases end with the connection, and credit too. Keys travel as one string of
+16 bytes each, slots and indexes as little-endian u32, source tiers as one byte each.
 
 What slots an engine has on credit the daemon tells by itself, once for each CREDIT and PUT:
 [CREDIT, slots]. That may come before any reply, or when none is awaited.
@@ -29,7 +29,7 @@ import msgpack
 from kvtier.core.blocks import KEY_NBYTES, BlockKey
 from kvtier.errors import LocalProtocolError, RemoteProtocolError
 
-VERSION: Final = 6
+VERSION: Final = 7
 MAX_KEYS: Final = 65_536  # in one request: two million tokens at 32 a block
 MAX_MESSAGE: Final = 2 << 20  # bytes
 MAX_NOTE: Final = 32 << 10  # half of what Linux keeps in a pipe: a path of 2,000 blocks

@@ -3,6 +3,7 @@
 from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Effect, Gone, Held, Ledger, Move
 from kvtier.core.tiers import Tier, TierSpec
+from kvtier.testing.keys import path_of
 
 NBYTES = 100  # of a block
 DISK = 1
@@ -11,7 +12,12 @@ DISK = 1
 def prompt(name: str, blocks: int = 1) -> list[BlockKey]:
     """The keys of a prompt: "a" and "ab" are a's beginnings of "abc"."""
     name += name[-1] * (blocks - len(name))
-    return [BlockKey(name[: n + 1].encode()) for n in range(len(name))]
+    return path_of(name.encode())
+
+
+def block(name: str) -> BlockKey:
+    """The last key of a prompt."""
+    return prompt(name)[-1]
 
 
 def spec(tier: Tier, blocks: int, drain_at: int = 0, queue: int = 64) -> TierSpec:

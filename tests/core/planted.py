@@ -11,6 +11,7 @@ import kvtier.core
 from kvtier.core.ledger import Ledger
 
 MODULES = (
+    "slot_index",
     "slots",
     "copies",
     "lease",
@@ -207,8 +208,8 @@ BUGS = [
     ),
     bug(
         "a slot is remembered beyond its block",
-        "            key_at[slot] = None\n            left",
-        "            left",
+        "            key_at[slot] = None\n        self.index",
+        "            pass\n        self.index",
     ),
     bug(
         "a tier that takes nothing stops the host tier",
@@ -288,13 +289,21 @@ BUGS = [
         "left[slots[0]] = turn",
     ),
     bug("a turn that is not counted", "self.turn + 1", "self.turn"),
-    bug("a match of tomorrow", "slots, self._in_host.turn)", "slots, self._in_host.turn + 1)"),
-    bug("a match of yesterday", "slots, self._in_host.turn)", "slots, self._in_host.turn - 1)"),
+    bug("a match of tomorrow", "slots, self.index.turn)", "slots, self.index.turn + 1)"),
+    bug("a match of yesterday", "slots, self.index.turn)", "slots, self.index.turn - 1)"),
     bug(
         "a slot that loads is as it was seen",
-        "for slot in slots:\n            key_at[slot] = None\n            left",
-        "for slot in slots[1:]:\n            key_at[slot] = None\n            left",
+        "in slots:\n            begins",
+        "in slots[1:]:\n            begins",
     ),
+    bug("what has left is found", "begins[2 * slot] = 0", "pass"),
+    bug("what is found was seen tomorrow", "slots), turn", "slots), turn + 1"),
+    bug(
+        "a neighbour is taken for the next block",
+        "return at // KEY_NBYTES",
+        "return at // KEY_NBYTES + 1",
+    ),
+    bug("a hint is believed", "if found == raw:", "if True:"),
     bug("a failed load keeps its copy", "if not source.paused:", "if False:"),
 ]
 

@@ -21,6 +21,7 @@ from kvtier.core.ledger import (
 )
 from kvtier.core.policy import LRU, NO_USE, Use
 from kvtier.core.tiers import Tier, TierSpec
+from kvtier.testing.keys import path_of
 from tests.core.driver import (
     DISK,
     NBYTES,
@@ -510,7 +511,7 @@ def test_when_room_for_a_block_costs_its_last_copy_it_is_a_miss():
     lease = node.ledger.read(1, [a])
     assert node.effects()[-1] == Settled(lease.id)
     assert lease.keys == []
-    assert {move.key for move in node.moves} == {b"w", b"x"}
+    assert {move.key for move in node.moves} == {*prompt("w"), *prompt("x")}
     assert node.save(prompt("z")) == 1  # the slot that was made free is not lost
 
 
@@ -548,7 +549,7 @@ def test_a_search_for_room_looks_at_a_bounded_number_of_candidates():
     host = replace(spec(Tier.HOST, 4 * LOOK), policy=CountingLRU)
     ledger = Ledger(NBYTES, [host, spec(Tier.DISK, 8 * LOOK)])
     for n in range(4 * LOOK):
-        ledger.commit(ledger.write(1, [BlockKey(n.to_bytes(4, "big"))]).id)
+        ledger.commit(ledger.write(1, [BlockKey(n.to_bytes(16))]).id)
     CountingLRU.looked = 0
     assert ledger.write(1, prompt("x")).keys == []  # copies are under way, nothing may go
     assert 0 < CountingLRU.looked <= 2 * LOOK
@@ -570,7 +571,7 @@ def calls_of_a_round(slots: int) -> int:
         return len(write.keys), blocks
 
     for n in range(slots):
-        round_of([BlockKey(n.to_bytes(4, "big") + bytes(m)) for m in range(8)])
+        round_of([BlockKey(n.to_bytes(8) + m.to_bytes(8)) for m in range(8)])
     assert [usage.blocks for usage in ledger.usage()] == [slots, 4 * slots]
     calls = 0
 
@@ -580,7 +581,7 @@ def calls_of_a_round(slots: int) -> int:
 
     sys.setprofile(count)
     try:
-        written, read = round_of([BlockKey(b"new" + bytes(m)) for m in range(8)])
+        written, read = round_of(path_of(b"new" + bytes([1]) * 5))
     finally:
         sys.setprofile(None)
     assert (written, read) == (8, 8)

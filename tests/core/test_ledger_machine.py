@@ -8,15 +8,15 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier.core.admission import SecondUse
-from kvtier.core.blocks import BlockKey
 from kvtier.core.ledger import HOST, Ledger
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, Use
 from kvtier.core.tiers import Tier, TierSpec
+from kvtier.testing.keys import path_of
 from kvtier.testing.seen import SeenWorld
 from kvtier.testing.world import BLOCK_NBYTES
 
-PROMPTS = [[BlockKey(f"{name}{n}".encode()) for n in range(4)] for name in "abc"]
+PROMPTS = [path_of(name * 4) for name in (b"a", b"b", b"c")]
 paths = st.builds(lambda prompt, n: prompt[:n], st.sampled_from(PROMPTS), st.integers(1, 4))
 requests = st.one_of(st.none(), st.integers(1, 3))
 clients = st.integers(0, 2)

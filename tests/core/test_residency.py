@@ -9,6 +9,7 @@ from tests.core.driver import (
     DISK,
     NBYTES,
     Node,
+    block,
     lowered,
     prompt,
     spec,
@@ -87,7 +88,7 @@ def test_a_failed_copy_keeps_the_original_and_is_not_tried_again_at_once():
     assert node.ledger.moves == 0
     assert node.held(prompt("a")) == node.held(prompt("b")) == (1, 0)
     node.save(prompt("c"))  # whatever happens next
-    assert sorted(move.key for move in node.moves) == [b"a", b"b", b"c"]
+    assert sorted(move.key for move in node.moves) == [block("a"), block("b"), block("c")]
 
 
 def test_a_block_that_could_not_be_copied_comes_last():
@@ -95,10 +96,10 @@ def test_a_block_that_could_not_be_copied_comes_last():
     node.save(prompt("a"))
     node.save(prompt("b"))
     node.save(prompt("c"))
-    assert [move.key for move in node.moves] == [b"a"]
+    assert [move.key for move in node.moves] == [block("a")]
     node.end_moves(ok=False)
     node.touch(prompt("c"))
-    assert [move.key for move in node.moves] == [b"b"]
+    assert [move.key for move in node.moves] == [block("b")]
 
 
 def test_a_full_last_tier_forgets_its_coldest():
@@ -158,7 +159,7 @@ def test_a_middle_tier_gives_up_its_coldest_when_the_next_is_too_slow():
             node.moves.remove(to_disk[0])  # and those into the shared tier never end
             node.ledger.moved(to_disk[0], True, NBYTES)
             node.effects()
-    assert [move.key for move in node.moves] == [b"a"]
+    assert [move.key for move in node.moves] == [block("a")]
     assert node.held(prompt("a")) == (1, 0, 0)
     assert node.held(prompt("b")) == (0, 0, 0)
     assert node.held(prompt("c")) == (1, 0, 0)
@@ -168,7 +169,10 @@ def test_what_is_found_above_the_mark_is_copied_on():
     node = Node(spec(Tier.HOST, 4), spec(Tier.DISK, 8, drain_at=1), spec(Tier.SHARED, 8))
     node.ledger.found(DISK, [(prompt(name)[0], NBYTES) for name in "abc"])
     node.effects()
-    assert [(move.key, *move[1:3]) for move in node.moves] == [(b"a", 1, 2), (b"b", 1, 2)]
+    assert [(move.key, *move[1:3]) for move in node.moves] == [
+        (block("a"), 1, 2),
+        (block("b"), 1, 2),
+    ]
 
 
 def test_a_drop_from_a_warmer_tier_does_not_make_a_block_warm():
@@ -180,7 +184,7 @@ def test_a_drop_from_a_warmer_tier_does_not_make_a_block_warm():
     assert node.ledger.clear(HOST) == 1
     node.ledger.drain_all(on=True)
     node.effects()
-    assert [move.key for move in node.moves] == [b"a", b"b"]
+    assert [move.key for move in node.moves] == [block("a"), block("b")]
 
 
 def test_what_is_lost_below_is_undrained_even_while_it_loads():
@@ -200,7 +204,10 @@ def test_a_block_that_is_being_loaded_does_not_hold_up_the_others():
     node.ledger.release(node.ledger.write(1, prompt("b")).id)  # a is the coldest, and loads
     node.ledger.found(DISK, [(prompt("c")[0], NBYTES)])
     node.effects()
-    assert [(move.key, *move[1:3]) for move in node.moves] == [(b"a", 1, 0), (b"b", 1, 2)]
+    assert [(move.key, *move[1:3]) for move in node.moves] == [
+        (block("a"), 1, 0),
+        (block("b"), 1, 2),
+    ]
     assert node.ledger.undrained() == 3
 
 
@@ -223,7 +230,7 @@ def test_what_lies_in_host_too_can_be_drained_past_a_paused_tier():
     node.ledger.pause(DISK)
     node.ledger.drain_all(on=True)
     node.effects()
-    assert [(move.key, *move[1:3]) for move in node.moves] == [(b"b", HOST, 2)]
+    assert [(move.key, *move[1:3]) for move in node.moves] == [(block("b"), HOST, 2)]
 
 
 def test_draining_all_leaves_nothing_behind():
@@ -272,7 +279,7 @@ def test_a_paused_tier_is_neither_read_nor_written():
     node.ledger.resume(DISK)
     assert not node.ledger.paused(DISK)
     node.effects()
-    assert [move.key for move in node.moves] == [b"x"]
+    assert [move.key for move in node.moves] == [block("x")]
     assert node.held(prompt("a")) == (0, 1)
 
 
@@ -432,7 +439,7 @@ def test_all_copies_are_listed_with_their_tiers():
     node.save(prompt("a"))
     node.rest()
     node.ledger.write(1, prompt("b"))
-    assert node.ledger.held() == [[b"a"], [b"a"]]
+    assert node.ledger.held() == [[block("a")], [block("a")]]
 
 
 def test_usage_counts_slots_that_are_being_filled():
@@ -471,4 +478,4 @@ def test_a_store_that_refuses_gives_up_its_coldest_block_for_the_next_try():
     assert node.held(prompt("b")) == (0, 1)
     assert not node.moves, "a refusal does not lead to the next try by itself"
     node.save(prompt("d"))
-    assert {move.key for move in node.moves} == {b"c", b"d"}
+    assert {move.key for move in node.moves} == {block("c"), block("d")}

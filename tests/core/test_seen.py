@@ -1,6 +1,5 @@
 """Blocks that are copied without a lease, from where a match saw them."""
 
-from array import array
 from random import Random
 
 import pytest
@@ -9,13 +8,14 @@ from kvtier.core.blocks import Slot
 from kvtier.core.ledger import HOST, Ledger, Match
 from kvtier.core.phd import PHD
 from kvtier.core.policy import LRU, PolicyFactory, Use
+from kvtier.core.slot_index import SlotIndex
 from kvtier.core.tiers import Tier, TierSpec
 from tests.core.driver import NBYTES, Node, host_only, lowered, prompt, with_disk
 
 
 def unmoved(node: Node, seen: Match) -> list[bool]:
     """Of each block that was seen, whether it is known to have stayed."""
-    return [node.ledger.left[slot] <= seen.turn for slot in seen.slots]
+    return [node.ledger.index.left[slot] <= seen.turn for slot in seen.slots]
 
 
 def test_what_was_seen_and_stays_is_right() -> None:
@@ -76,15 +76,18 @@ def test_only_what_lies_in_the_host_tier_is_seen_anywhere() -> None:
 
 
 def test_what_leaves_is_written_where_clients_can_see_it() -> None:
-    left = array("Q", bytes(8 * 3))
-    ledger = Ledger(NBYTES, [TierSpec(tier=Tier.HOST, capacity=3 * NBYTES, drain_at=0)], left)
+    memory = memoryview(bytearray(SlotIndex.nbytes(3)))
+    tiers = [TierSpec(tier=Tier.HOST, capacity=3 * NBYTES, drain_at=0)]
+    ledger, theirs = Ledger(NBYTES, tiers, SlotIndex(3, memory)), SlotIndex(3, memory)
     ledger.commit(ledger.write(1, prompt("ab")).id)
     seen = ledger.match(prompt("ab"))
-    assert [*left] == [0, 0, 0]
+    assert theirs.find(prompt("ab")) == (seen.slots, seen.turn)
+    assert theirs.unmoved(seen.slots, seen.turn) == 2
     ledger.clear(HOST)
-    others = {Slot(0), Slot(1), Slot(2)}.difference(seen.slots)
-    assert all(left[slot] > seen.turn for slot in seen.slots)
-    assert all(left[slot] == 0 for slot in others)
+    assert theirs.unmoved(seen.slots, seen.turn) == 0
+    assert theirs.find(prompt("ab"))[0] == []
+    (other,) = {0, 1, 2}.difference(seen.slots)
+    assert theirs.unmoved([Slot(other)], seen.turn) == 1
 
 
 @pytest.mark.parametrize("policy", [LRU, PHD])

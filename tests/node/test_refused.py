@@ -191,7 +191,7 @@ async def test_nobody_goes_on_listening_to_one_whose_read_ends_after_it_was_refu
         loaded.set()
         await until("the end of the read", lambda: it._task is None)
         assert [manager.leases for manager in node.layouts.values()] == [1]
-        assert not node.local._gate.hearing._leasing
+        assert not node.local._gate.hearing._pipes
 
 
 async def test_one_that_is_refused_while_its_tiers_are_opened_is_a_stranger(

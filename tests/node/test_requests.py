@@ -183,11 +183,9 @@ class Noted:
         self.notes.close()
 
 
-@pytest.mark.parametrize("leased", [True, False])
-async def test_a_note_is_heard_by_itself_however_many_requests_came_before(leased: bool) -> None:
+async def test_a_note_is_heard_by_itself_however_many_requests_came_before() -> None:
     hearing = Hearing()
     one, other = Noted(hearing), Noted(hearing)
-    (hearing.begin if leased else hearing.noting)(one)
     for number in range(60):
         hearing.now()
         one.note(b"%d" % (number % 10))
@@ -202,9 +200,7 @@ async def test_a_note_is_heard_by_itself_however_many_requests_came_before(lease
     one.note(b"d")
     await one.has(b"abcd")
     assert other.heard == b"x", "of all engines at once"
-    hearing.end(one)
     hearing.leave(one)
-    assert hearing._due is None
     one.note(b"e")
     hearing.now()
     assert one.heard == b"abcd", "it has left"
@@ -214,20 +210,17 @@ async def test_a_note_is_heard_by_itself_however_many_requests_came_before(lease
 
 async def test_notes_are_looked_for_as_long_as_anybody_may_note_something() -> None:
     hearing = Hearing()
-    one, other = Noted(hearing), Noted(hearing)
     assert hearing._due is None
-    hearing.begin(one)
+    one = Noted(hearing)
     due = hearing._due
     assert due is not None
-    hearing.noting(other)
-    hearing.begin(one)
+    other = Noted(hearing)
     assert hearing._due is due, "once for all"
-    hearing.end(one)
+    one.close(hearing)
     assert hearing._due is due, "the other one may still note something"
     other.close(hearing)
     assert due.cancelled()
     assert hearing._due is None
-    one.close(hearing)
 
 
 # --- what waits for the answer --------------------------------------------------------
