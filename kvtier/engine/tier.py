@@ -31,8 +31,8 @@ END_S: Final = 1.0  # for memory to be given back at the end
 REST_S: Final = 0.005  # between two pieces of an arena that are mapped ahead of need, 1 ms each
 ATTACH_S: Final = 0.5  # that a call waits for a daemon to take us in
 BATCH: Final = 32  # blocks that a save has on credit
-WRITE_BATCHES: Final = 2  # that it leases at once behind these, and at most
-WRITE_SHARE: Final = 8  # of the arena: one smaller than a prompt serves it
+WRITE_BATCHES: Final = 3  # that it leases at once behind these, and at most
+WRITE_SHARE: Final = 5  # of the arena: one smaller than a prompt serves it
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
