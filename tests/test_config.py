@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,43 @@ def test_converted_models_are_kept_where_the_user_says(
     monkeypatch.delenv("KVTIER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert config.cache_dir() == Path("/c/kvtier")
+
+
+MIB = 2**20
+V2 = {
+    "memory.max": f"{512 * MIB}\n",
+    "memory.current": f"{100 * MIB}\n",
+    "memory.stat": f"anon {60 * MIB}\nfile {40 * MIB}\ninactive_file {30 * MIB}\n",
+}
+V1 = {
+    "memory/memory.limit_in_bytes": V2["memory.max"],
+    "memory/memory.usage_in_bytes": V2["memory.current"],
+    "memory/memory.stat": f"inactive_file 0\ntotal_inactive_file {30 * MIB}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (V2, 442 * MIB),
+        (V1, 442 * MIB),
+        ({**V2, "memory.max": "max\n"}, None),
+        ({**V1, "memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        ({**V2, "memory.current": f"{600 * MIB}\n"}, 0),
+        ({**V2, "memory.max": "nonsense\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, files: dict[str, str], left: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert total > 512 * MIB
+    available = config.memory_available(tmp_path)
+    if left is None:
+        assert 0 < available <= total
+    else:
+        assert available == left

@@ -9,6 +9,17 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from kvtier.config.settings import RedisConfig, WorkerConfig
 from kvtier.errors import ConfigError
 
+CGROUPS: Final = Path("/sys/fs/cgroup")
+_MEMORY_FILES: Final = (  # limit, use, and what is counted there; version 2 and version 1
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+_UNKNOWN: Final = 2**63
 MAX_TENANTS: Final = 4096
 MAX_TENANT: Final = 253  # characters of a name
 MIN_SECRET: Final = 16  # bytes
@@ -19,14 +30,32 @@ def node_name(configured: str) -> str:
     return configured or socket.gethostname()
 
 
-def memory_available() -> int:
-    """Bytes that the kernel could give without swapping; a very large number if it won't say."""
+def memory_available(cgroups: Path = CGROUPS) -> int:
+    """Bytes that the kernel could give without swapping; a very large number if it won't say.
+
+    A container has what its limit leaves, where that is less than what the host has.
+    """
+    left = _left_in_container(cgroups)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return 2**63
+        return left
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else 2**63
+    return min(int(found[0]) * 1024, left) if found else left
+
+
+def _left_in_container(cgroups: Path) -> int:
+    for files in _MEMORY_FILES:
+        try:
+            limit, used, stat = ((cgroups / name).read_text() for name in files[:3])
+            counts = dict(line.split() for line in stat.splitlines())
+            if limit.strip() == "max":
+                return _UNKNOWN
+            # Pages of files that nobody has used lately go before anything is refused.
+            return max(0, int(limit) - int(used) + int(counts.get(files[3], 0)))
+        except (OSError, ValueError):  # no such version of cgroups
+            continue
+    return _UNKNOWN
 
 
 def cores_available() -> int:
