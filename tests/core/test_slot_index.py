@@ -1,9 +1,13 @@
 """Blocks that are found without a question, in memory that a writer changes meanwhile."""
 
+import sys
+from collections.abc import Callable
 from random import Random
+from types import FrameType
 
 import pytest
 
+from kvtier.core import slot_index
 from kvtier.core.blocks import BlockKey, Slot
 from kvtier.core.slot_index import RUN, SlotIndex
 
@@ -81,38 +85,113 @@ def test_what_left_is_found_no_more_and_known_to_have_left(
     assert engine.unmoved(seen, turn + 1) == 12
 
 
+FEW = 3  # blocks of which every step is interrupted
+
+
+def interrupted(call: Callable[[], object], at: int, act: Callable[[], None]) -> int:
+    """Call `act` before step `at` of what `call` does in the index; how many steps there were."""
+    steps = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal steps
+        if frame.f_code.co_filename != slot_index.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if steps == at:
+                act()
+            steps += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+class Replaced:
+    """Blocks that leave their slots while somebody looks, and others that come into these."""
+
+    def __init__(self, fence: Callable[[], None] = lambda: None) -> None:
+        memory = memoryview(bytearray(SlotIndex.nbytes(SLOTS)))
+        self.ledger, self.engine = SlotIndex(SLOTS, memory), SlotIndex(SLOTS, memory, fence)
+        self.old, self.new = keys(8, FEW), keys(9, FEW)
+        self.ledger.enter(self.old, slots(0, FEW))
+        self.seen, self.turn = list[Slot](), 0
+
+    def replace(self) -> None:
+        self.ledger.leave(slots(0, FEW))
+        self.ledger.enter(self.new, slots(0, FEW))
+
+    def look(self) -> None:
+        self.seen, self.turn = self.engine.find(self.old)
+
+    def right(self) -> int:
+        """Of what was seen of the old ones, what an engine takes to have been there since."""
+        return self.engine.unmoved(self.seen, self.turn)
+
+
 def test_a_reader_beside_a_writer_is_never_sure_of_what_has_left() -> None:
-    """In whatever order they get on: what it finds there it sees to have left."""
-    memory = memoryview(bytearray(SlotIndex.nbytes(SLOTS)))
-    engine, old, new = SlotIndex(SLOTS, memory), keys(8, 20), keys(9, 20)
-    found = list[tuple[list[Slot], int]]()
-    ledger = SlotIndex(SLOTS, memory, lambda: found.append(engine.find(old)))
-    ledger.enter(old, slots(0, 20))
-    found.clear()
-    ledger.leave(slots(0, 20))  # found before the turn is told
-    ledger.enter(new, slots(0, 20))
-    assert len(found) == 1
-    assert [engine.unmoved(seen, turn) for seen, turn in found] == [0]
+    """At whatever step it looks: what it finds there it sees to have left."""
+    at, steps, found = 0, 1, 0
+    while at < steps:
+        it = Replaced()
+        steps = interrupted(it.replace, at, it.look)
+        found += bool(it.seen)
+        assert it.right() == 0, f"step {at}"
+        at += 1
+    assert 0 < found < steps
+
+
+def test_a_writer_beside_a_reader_takes_nothing_from_it_unseen() -> None:
+    at, steps, found = 0, 1, 0
+    while at < steps:
+        it = Replaced()
+        steps = interrupted(it.look, at, it.replace)
+        found += bool(it.seen)
+        assert it.right() == 0, f"step {at}"
+        at += 1
+    assert 0 < found < steps
 
 
 @pytest.mark.parametrize("fence", [0, 1])
-def test_a_writer_beside_a_reader_takes_nothing_from_it_unseen(fence: int) -> None:
-    memory = memoryview(bytearray(SlotIndex.nbytes(SLOTS)))
-    ledger, old, new, times = SlotIndex(SLOTS, memory), keys(8, 20), keys(9, 20), 0
-    ledger.enter(old, slots(0, 20))
+def test_what_is_seen_is_put_in_order_between_the_turn_the_keys_and_the_copy(fence: int) -> None:
+    times = 0
 
-    def replace() -> None:
+    def put_in_order() -> None:
         nonlocal times
         if times == fence:
-            ledger.leave(slots(0, 20))
-            ledger.enter(new, slots(0, 20))
+            it.replace()
         times += 1
 
-    engine = SlotIndex(SLOTS, memory, replace)
-    seen, turn = engine.find(old)
-    assert times > fence
-    assert engine.unmoved(seen, turn) == 0
-    assert engine.find(new) == (slots(0, 20), 2)
+    it = Replaced(put_in_order)
+    it.look()
+    assert times == 2
+    assert bool(it.seen) == bool(fence), "the keys were looked at behind the first"
+    assert it.right() == 0
+
+
+def test_what_was_copied_is_put_in_order_before_it_is_looked_at() -> None:
+    it = Replaced(lambda: times.append(it.replace()) if len(times) == 2 else times.append(None))
+    times = list[None]()
+    it.look()
+    assert it.right() == 0
+    assert len(times) == 3
+
+
+def test_keys_that_are_alike_in_part_are_not_taken_for_each_other(
+    shared: tuple[SlotIndex, SlotIndex],
+) -> None:
+    ledger, engine = shared
+    path = keys(10, 6)
+    ledger.enter(path, slots(7, 6))
+    for place in range(16):
+        other = [BlockKey(bytes(b ^ (i == place) for i, b in enumerate(key))) for key in path]
+        assert engine.find(other) == ([], 1)
+        assert engine.find([*path[:3], *other[3:]]) == (slots(7, 3), 1)
 
 
 def test_nonsense_in_the_memory_is_a_miss(shared: tuple[SlotIndex, SlotIndex]) -> None:
