@@ -75,9 +75,10 @@ class Ledger(Leases):
         return block.before if block is not None else None
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
-        """How much of a path is held. Changes nothing, not even what is cold."""
+        """How much of a path is held. Changes nothing but what clients find by themselves."""
         by_tier = [0] * len(self._tiers)
         slots = self._in_host.leading(keys)
+        self.index.hint(keys, slots)
         by_tier[HOST] = len(slots)
         for key in keys[by_tier[HOST] :]:
             tier = self._readable_in(key)
@@ -109,6 +110,7 @@ class Ledger(Leases):
         """
         lease = self._open(client, keys, use, writing=False)
         lease.slots = self._in_host.leading(keys[first:])
+        self.index.hint(keys[first:], lease.slots)
         for slot in lease.slots:
             self._pins[slot] += 1
         end = first + len(lease.slots)

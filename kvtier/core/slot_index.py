@@ -3,16 +3,17 @@
 An engine that looks here asks nobody, and wakes nobody (docs/decisions/0058).
 """
 
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from kvtier.core.blocks import KEY_NBYTES, BlockKey, Slot
 
 RUN: Final = 64  # neighbouring slots that are compared at once
-_STEP: Final = 4  # of neighbours that come together one in so many has a hint
-_AHEAD: Final = 2 * _STEP  # blocks, by whose hints one is looked for: a hint may be lost
+_STEP: Final = 4  # of neighbours one in so many has a hint
+_AHEAD: Final = 2 * _STEP  # blocks, by whose hints one is looked for, and _STEP behind it
 _HINTS: Final = 4  # for each slot, at least
-_WORDS: Final = KEY_NBYTES // 4  # of a key; the last one serves as its hash, as it is one
 
 
 class SlotIndex:
@@ -25,10 +26,10 @@ class SlotIndex:
     ever.
 
     The memory has, one after the other: the turn (u64), for each slot the turn in which a block
-    last left it (u64), for each slot its block's key (16 bytes; the first 8 are 0 where it has
-    none), and hints (u32): where a key hashes to, the slot of a block with such a key, plus 1.
-    A hint is overwritten by the next one, so a block may be there and not be found; what is found
-    is there, since its whole key is compared.
+    last left it (u64), for each slot its block's key (16 bytes, 0 where it has none), and hints
+    (u32): where a key hashes to, the slot of a block with such a key, plus 1. A hint is overwritten
+    by the next one, so a block may be there and not be found, until the ledger is asked about it
+    and hints at it again; what is found is there, since its whole key is compared.
 
     Args:
         slots: How many.
@@ -44,14 +45,15 @@ class SlotIndex:
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         if memory is None:
-            memory = memoryview(bytearray(self.nbytes(slots)))
+            memory = memoryview(mmap.mmap(-1, self.nbytes(slots)))
         keys = 8 + 8 * slots
         hints = keys + KEY_NBYTES * slots
         self.slots = slots
+        self.turn = 1  # the ledger's: what others read is what it has told
         self.left = memory[8:keys].cast("Q")
-        self._turn = memory[:8].cast("Q")
+        self._told = memory[:8].cast("Q")
         self._keys = memory[keys:hints]
-        self._begins = self._keys.cast("Q")  # two of each key
+        self._halves = self._keys.cast("Q")  # two of each key
         self._hints = memory[hints : self.nbytes(slots)].cast("I")
         self._mask = len(self._hints) - 1
         self._fence = fence
@@ -64,74 +66,78 @@ class SlotIndex:
 
     # --- the ledger's -----------------------------------------------------------------
 
-    @property
-    def turn(self) -> int:
-        """Now."""
-        return self._turn[0] + 1
-
     def enter(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
         """The slots hold the bytes of these blocks now."""
-        raw, hints, mask = b"".join(keys), self._hints, self._mask
-        words = memoryview(raw).cast("I")[_WORDS - 1 :: _WORDS]
         first, end = slots[0], slots[0] + len(keys)
         if [*slots] == [*range(first, end)]:
-            self._keys[first * KEY_NBYTES : end * KEY_NBYTES] = raw
-            for word, slot in zip(words[::_STEP], range(first, end, _STEP), strict=True):
-                hints[word & mask] = slot + 1
-            hints[words[-1] & mask] = end
-            return
-        for key, word, slot in zip(keys, words, slots, strict=True):
-            self._keys[slot * KEY_NBYTES : (slot + 1) * KEY_NBYTES] = key
-            hints[word & mask] = slot + 1
+            self._keys[first * KEY_NBYTES : end * KEY_NBYTES] = b"".join(keys)
+        else:
+            for key, slot in zip(keys, slots, strict=True):
+                self._keys[slot * KEY_NBYTES : (slot + 1) * KEY_NBYTES] = key
+        self.hint(keys, slots)
+
+    def hint(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
+        """See to it that these blocks, which lie there, are found; others may be found no more."""
+        hints, mask, after = self._hints, self._mask, -1
+        for number, slot in enumerate(slots):
+            if slot != after or not number % _STEP:
+                hints[_hash(keys[number]) & mask] = slot + 1
+            after = slot + 1
+        if slots:
+            hints[_hash(keys[len(slots) - 1]) & mask] = after
 
     def leave(self, slots: Sequence[Slot]) -> None:
         """What was in these slots has left them; after that somebody may write there."""
-        begins, left, turn = self._begins, self.left, self.turn + 1
+        halves, left, turn = self._halves, self.left, self.turn + 1
         for slot in slots:
-            begins[2 * slot] = 0
+            halves[2 * slot] = halves[2 * slot + 1] = 0
             left[slot] = turn
         # Who reads the new turn finds no old key.
         self._fence()
-        self._turn[0] = turn - 1
+        self._told[0] = turn - 1  # so that zeros are the beginning
+        self.turn = turn
 
     def key_at(self, slot: Slot) -> BlockKey | None:
         """What lies in a slot; for tests."""
-        if not self._begins[2 * slot]:
-            return None
-        return BlockKey(bytes(self._keys[slot * KEY_NBYTES : (slot + 1) * KEY_NBYTES]))
+        key = bytes(self._keys[slot * KEY_NBYTES : (slot + 1) * KEY_NBYTES])
+        return BlockKey(key) if any(key) else None
 
     # --- everybody's ------------------------------------------------------------------
 
-    def find(self, keys: Sequence[BlockKey]) -> tuple[list[Slot], int]:
-        """The slots of `keys` from the first one on, as far as this finds them, and the turn.
+    def find(
+        self, keys: Sequence[BlockKey], first: int = 0, end: int | None = None
+    ) -> tuple[list[Slot], int]:
+        """The slots of keys[first:end] from the first one on, as far as this finds them.
 
-        Neighbours of a path mostly lie in neighbouring slots: these are compared as a whole.
+        And the turn in which they were there. The other keys of the path help to find them.
         """
-        turn = self.turn
+        turn = self._told[0] + 1
         self._fence()
-        raw = b"".join(keys)
+        end = len(keys) if end is None else end
         slots: list[int] = []
-        done = 0
-        while done < len(keys):
-            slot, same = self._run(raw, done)
+        at, after = first, -1
+        while at < end:
+            slot, same = self._run(keys, at, end, after)
             if not same:
                 break
             slots += range(slot, slot + same)
-            done += same
+            at += same
+            after = slot + same
         self._fence()
         return cast("list[Slot]", slots), turn
 
-    def _run(self, raw: bytes, done: int) -> tuple[int, int]:
-        """The slot of the key of `raw` behind `done` others, and how many follow it there."""
-        rest = len(raw) // KEY_NBYTES - done
-        words = memoryview(raw).cast("I")
-        for ahead in range(min(rest, _AHEAD)):
-            word = words[_WORDS * (done + ahead + 1) - 1]
-            slot = self._hints[word & self._mask] - 1 - ahead
-            if slot < 0:
-                continue
-            begin = done * KEY_NBYTES
-            if same := self._same(raw[begin : begin + RUN * KEY_NBYTES], slot):
+    def _run(self, keys: Sequence[BlockKey], at: int, end: int, after: int) -> tuple[int, int]:
+        """The slot of keys[at], and how many of keys[at:end] lie there one behind the other.
+
+        Neighbours of a path mostly lie in neighbouring slots, `after` is the next of these: they
+        are compared as a whole.
+        """
+        raw = b"".join(keys[at : min(at + RUN, end)])
+        if after >= 0 and (same := self._same(raw, after)):
+            return after, same
+        for near in (*range(at, min(at + _AHEAD, len(keys))), *range(max(0, at - _STEP), at)):
+            slot = self._hints[_hash(keys[near]) & self._mask] - 1 - near + at
+            if slot >= 0 and (same := self._same(raw, slot)):
                 return slot, same
         return 0, 0
 
@@ -160,5 +166,9 @@ class SlotIndex:
 
     def release(self) -> None:
         """Let go of the memory; nobody calls anything here any more."""
-        for view in (self.left, self._turn, self._begins, self._keys, self._hints):
+        for view in (self.left, self._told, self._halves, self._keys, self._hints):
             view.release()
+
+
+def _hash(key: BlockKey) -> int:
+    return int.from_bytes(key[-4:], sys.byteorder)  # a key is a hash

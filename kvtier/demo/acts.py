@@ -85,6 +85,7 @@ class Play:
                 pid, _ = agents[record.node, "worker"]
                 self._stage.kill_process(pid)
                 killed.append((record.node, pid))
+                record.cut = True
 
         await ask(
             self._stage.router, record, message, _LONG_ANSWER, at_second_piece,

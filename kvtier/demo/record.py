@@ -1,16 +1,20 @@
 """What one request of the demo did, and asking for it through the router."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 import grpc
 
 from kvtier.core.tiers import Tier
 from kvtier.errors import one_line
+from kvtier.wire.chains import TO_WIRE
 from kvtier.wire.pb import router_pb2, router_pb2_grpc, worker_pb2
 
+EQUAL_S: Final = 0.001  # waits that differ by less are equal
+ALIKE: Final = 1.25  # as are nodes of which none is so many times as fast as the other
 ANSWER_S: Final = 300.0  # for one answer; seconds, unless the machine is very busy
 
 
@@ -26,8 +30,9 @@ class Record:
     why: str = ""
     attempts: int = 0
     candidates: list[dict[str, object]] = field(default_factory=list)  # every term of each score
-    equal_loads: bool = False
-    picked_warmest: bool = False
+    equal_loads: bool = False  # nobody waited, and both were about as fast
+    picked_warmest: bool = False  # nobody else had as much as warm, or warmer
+    cut: bool = False  # its worker was killed while it was answered
     restored: dict[str, int] = field(default_factory=dict)  # prompt tokens by tier
     computed: int = 0
     ttft_s: float = 0.0
@@ -103,16 +108,31 @@ def _routed(record: Record, routed: router_pb2.Routed) -> None:
     record.candidates = [_terms(each) for each in (choice, *routed.others)]
     others = [each for each in routed.others if not each.draining]
     waits = [each.wait_s for each in (choice, *others)]
-    costs = [each.load_s + each.prefill_s for each in others]
-    record.equal_loads = max(waits) - min(waits) < 1e-6
-    # Scores within a hundredth are equal: then any of them is the warmest.
-    mine = choice.load_s + choice.prefill_s
-    record.picked_warmest = all(mine <= other * 1.01 for other in costs)
+    paces = [_pace(each, len(record.prompt_ids)) for each in (choice, *others)]
+    record.equal_loads = max(waits) - min(waits) < EQUAL_S and max(paces) < ALIKE * min(paces)
+    record.picked_warmest = not any(is_warmer(warm(each), warm(choice)) for each in others)
+
+
+def warm(choice: router_pb2.Choice) -> list[int]:
+    """Warm tokens in each tier or a warmer one, for every tier from VRAM on."""
+    held = {each.tier: each.tokens for each in choice.warm}
+    return [*accumulate(held.get(TO_WIRE[tier], 0) for tier in Tier)]
+
+
+def is_warmer(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether `one` has at least as much in each tier or warmer ones, and somewhere more."""
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+
+
+def _pace(choice: router_pb2.Choice, tokens: int) -> float:
+    """Seconds that the router thinks a token takes there to be computed."""
+    pulled = 0 if choice.source in ("", Tier.SHARED.label) else choice.source_tokens
+    return choice.prefill_s / max(1, tokens - warm(choice)[-1] - pulled)
 
 
 def _terms(choice: router_pb2.Choice) -> dict[str, object]:
     names = ("node", "draining", "seconds", "wait_s", "load_s", "prefill_s", "why")
-    return {name: getattr(choice, name) for name in names}
+    return {name: getattr(choice, name) for name in names} | {"warm": warm(choice)}
 
 
 def _started(record: Record, started: worker_pb2.Started) -> None:

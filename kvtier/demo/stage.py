@@ -50,13 +50,13 @@ Say = Callable[[str], None]
 def config(folder: Path, engine: str, model: str, conversation: int, redis_url: str) -> Config:
     """Budgets so small that conversations push each other out of VRAM and host memory.
 
-    VRAM holds one and a half of them, host memory two and a half, the disk all; `conversation` is
+    VRAM holds one and a half of them, host memory too, the disk all; `conversation` is
     the bytes of the longest.
     """
     return Config(
         node=NodeConfig(socket=str(folder / "{node}.sock"), listen="127.0.0.1:0"),
         # Everything is copied down as soon as it is there: a kill may come at any moment.
-        host=HostConfig(bytes=conversation * 5 // 2, drain_at=0.0),
+        host=HostConfig(bytes=conversation * 3 // 2, drain_at=0.0),
         disk=DiskConfig(path=str(folder / "disk-{node}"), bytes=conversation * 12, drain_at=0.0),
         redis=RedisConfig(url=redis_url, prefix=f"kvtier-demo-{os.getpid()}", ttl_s=3600),
         worker=WorkerConfig(

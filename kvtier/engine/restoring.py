@@ -76,7 +76,7 @@ class Restorer:
         if self._seen.tells_of(keys, first):
             right = self._copy_seen(client, arena, wanted, restored)
         else:
-            slots, turn = client.arena.index.find(keys[first : first + wished])
+            slots, turn = client.arena.index.find(keys, first, first + wished)
             right = self._copy_unleased(client, arena, wanted, restored, slots, turn)
         held = 0
         if lacking := wished - len(restored):

@@ -32,6 +32,7 @@ class Request:
     tenant: str = ""  # whose blocks it may use and leaves
     adapter: str = ""  # a LoRA's name; checked by who serves it
     source: str = ""  # a node that has more of its blocks than this one, if known
+    warm_tokens: int = 0  # of the prompt, that are thought to be in some tier here
 
     def check(self, vocab_size: int, max_tokens: int) -> None:
         """Refuse what a model of these limits cannot compute.
@@ -129,7 +130,7 @@ class Running:
     computed: int = 0
     queue_s: float = 0.0
     restore_s: float = 0.0
-    admitted_s: float = 0.0
+    admitted_s: float = 0.0  # to computing: what was to be restored has been
     saving: bool = False  # blocks of it are on their way to the lower tiers
     saved_tokens: int = 0
     finish_reason: FinishReason | None = None  # where only saving is left to do
@@ -147,9 +148,14 @@ class Running:
 
     @property
     def uncomputed(self) -> int:
-        """Prompt tokens whose KV is not there yet."""
+        """Prompt tokens that are still to be computed, as far as is known before it is restored."""
         kv = self.kv  # one look: another thread may be asking
-        return max(0, self.prompt_length - (kv.length if kv else 0))
+        there = kv.length if kv else 0
+        if not self.admitted_s:
+            there = max(there, min(self.request.warm_tokens, self.prompt_length - 1))
+        elif kv is None:  # its answer has ended, and it waits for its blocks to be saved
+            return 0
+        return max(0, self.prompt_length - there)
 
     @property
     def prefilled(self) -> tuple[int, int]:

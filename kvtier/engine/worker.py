@@ -143,6 +143,7 @@ class WorkerServicer(MuxedServicer):
             return_first_logits=request.return_first_logits,
             tenant=request.tenant,
             source=request.source[:MAX_NAME],
+            warm_tokens=request.warm_tokens,
         )
         return self.engine.submit(
             wanted, lambda event: self._on_loop(lambda: events.put_nowait(event))

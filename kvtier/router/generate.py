@@ -261,5 +261,5 @@ class _Attempt:
             temperature=asked.temperature, seed=asked.seed, ignore_eos=asked.ignore_eos,
             return_first_logits=asked.return_first_logits, model=self._to.info.model,
             adapter=self._prompt.adapter, tenant=self._prompt.tenant,
-            source=self._to.pull_from,
+            source=self._to.pull_from, warm_tokens=self._to.there_tokens,
         )  # fmt: skip

@@ -255,9 +255,7 @@ class Placement:
             score.Candidate(
                 name=name,
                 warmth=_at_least(warmth[name], self._speculation.blocks(name, keys, now)),
-                waiting_tokens=max(
-                    link.waiting_tokens, self._load.waiting(name, now, link.computed)
-                ),
+                waiting_tokens=self._waiting(name, link, now),
                 rates=self._learned.rates(name, link.rates, now),
                 last_cold=self._last_cold.get(name, 0.0) if tie is not None else 0.0,
                 draining=self._members.draining(link),
@@ -287,6 +285,12 @@ class Placement:
         return [
             Ranked(*alike[c.name], c, c.name in draining, self._source(c, alike)) for c in choices
         ]
+
+    def _waiting(self, name: str, link: Link, now: float) -> int:
+        """Prompt tokens that a worker has still to compute: as it says, or as we know better."""
+        computed = link.computed
+        said = self._load.said(name, link.waiting_tokens, computed.heard_s)
+        return max(said, self._load.waiting(name, now, computed))
 
     def _source(self, choice: score.Choice, alike: Mapping[str, _Worker]) -> str:
         if choice.pull_from:

@@ -16,6 +16,7 @@ from kvtier.wire.pb import worker_pb2
 SPECULATIVE_S: Final = 2.0  # so long a worker counts as holding what was sent to it
 MAX_SPECULATED: Final = 1 << 18  # blocks, over all workers
 EXPIRED_AT_ONCE: Final = 4  # prompts
+MOST_ENDED: Final = 1024  # first tokens of a worker between two words of it
 
 FROM_WIRE: Final = {int(wire): tier for tier, wire in TO_WIRE.items()}
 
@@ -68,6 +69,29 @@ class Computed(NamedTuple):
 NOTHING: Final = Computed(0.0, 0.0)
 
 
+class _Ended:
+    """Tokens of prompts whose first token came, the newest MOST_ENDED of them."""
+
+    __slots__ = ("_each", "_sum")
+
+    def __init__(self) -> None:
+        self._each: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, now: float, tokens: int) -> None:
+        """One more; time goes on."""
+        self._each.append((now, tokens))
+        self._sum += tokens
+        if len(self._each) > MOST_ENDED:
+            self._sum -= self._each.popleft()[1]
+
+    def since(self, heard_s: float) -> int:
+        """Their sum from `heard_s` on; older ones are forgotten."""
+        while self._each and self._each[0][0] <= heard_s:
+            self._sum -= self._each.popleft()[1]
+        return self._sum
+
+
 class Load:
     """Prompt tokens sent to workers that no first token has come for yet."""
 
@@ -75,6 +99,7 @@ class Load:
         self._clock = clock
         self._tokens: dict[str, int] = defaultdict(int)
         self._began: dict[str, float] = {}  # when a prompt had its first token last
+        self._ended: dict[str, _Ended] = {}  # prompts that had theirs of late
         self._passing: deque[tuple[float, Sent]] = deque()
 
     def send(self, worker: str, tokens: int, expires: float | None) -> "Sent":
@@ -98,16 +123,26 @@ class Load:
             return tokens
         return max(0, tokens - round(computed.tokens))
 
+    def said(self, worker: str, tokens: int, heard_s: float) -> int:
+        """What is left of the `tokens` that the worker said at `heard_s` are still to be computed.
+
+        Prompts that had their first token since then are in them no more.
+        """
+        ended = self._ended.get(worker)
+        return max(0, tokens - ended.since(heard_s)) if ended is not None else tokens
+
     def drop(self, worker: str, tokens: int) -> None:
         """Take back what `send` counted."""
         self._tokens[worker] -= tokens
-        self._began[worker] = self._clock()
+        self._began[worker] = now = self._clock()
+        self._ended.setdefault(worker, _Ended()).add(now, tokens)
         if not self._tokens[worker]:
             del self._tokens[worker]
 
     def keep_only(self, workers: Collection[str]) -> None:
         """Forget when prompts of other workers had their first token."""
         self._began = {name: at for name, at in self._began.items() if name in workers}
+        self._ended = {name: ended for name, ended in self._ended.items() if name in workers}
 
 
 @dataclass(slots=True)

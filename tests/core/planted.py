@@ -293,10 +293,10 @@ BUGS = [
     bug("a match of yesterday", "slots, self.index.turn)", "slots, self.index.turn - 1)"),
     bug(
         "a slot that loads is as it was seen",
-        "in slots:\n            begins",
-        "in slots[1:]:\n            begins",
+        "in slots:\n            halves",
+        "in slots[1:]:\n            halves",
     ),
-    bug("what has left is found", "begins[2 * slot] = 0", "pass"),
+    bug("what has left is found", "halves[2 * slot] = halves[2 * slot + 1] = 0", "pass"),
     bug("what is found was seen tomorrow", "slots), turn", "slots), turn + 1"),
     bug(
         "a neighbour is taken for the next block",

@@ -38,6 +38,8 @@ def test_what_came_together_is_found_from_wherever_one_begins(
     ledger.enter(path, slots(40, len(path)))
     for first in range(len(path)):
         assert engine.find(path[first:]) == (slots(40 + first, len(path) - first), 1)
+        for end in range(first, min(len(path), first + 5)):  # also a part that has no hint
+            assert engine.find(path, first, end) == (slots(40 + first, end - first), 1)
     assert engine.find([*path[:7], *keys(2, 3)]) == (slots(40, 7), 1), "up to the first other one"
     assert engine.find(keys(2, 3)) == ([], 1)
     assert engine.find([]) == ([], 1)
@@ -66,6 +68,22 @@ def test_most_of_a_full_arena_is_found_however_often_it_has_turned_over() -> Non
     whole = [index.find(path)[0] == slots(first, 16) for first, path in held.items()]
     assert len(whole) == SLOTS // 16
     assert sum(whole) >= 0.9 * len(whole)
+
+
+def test_what_stays_is_found_again_once_it_is_hinted_at(
+    shared: tuple[SlotIndex, SlotIndex],
+) -> None:
+    """A hot prompt stays while all around it turns over: its hints go one by one."""
+    ledger, engine = shared
+    hot = keys(1, 200)
+    ledger.enter(hot, slots(0, 200))
+    for seed in range(200):
+        ledger.enter(keys(100 + seed, 300), slots(200, 300))
+        ledger.leave(slots(200, 300))
+    turn = 201
+    assert engine.find(hot) == ([], turn)
+    ledger.hint(hot, slots(0, 200))
+    assert engine.find(hot) == (slots(0, 200), turn)
 
 
 def test_what_left_is_found_no_more_and_known_to_have_left(

@@ -139,9 +139,13 @@ def test_a_restore_of_what_lies_in_host_memory_needs_nobody(
         assert two.restore(1) == HELD
         assert two.restore(1, first=COUNT - 1) == HELD[:1]
         assert two.restore(2, first=3) == HELD[3:]
+        keys = two.tier.keys(prompt(1, COUNT))
+        assert two.tier.restore(keys, 1, range(7)) == HELD[:7], "a part of a path"
+        for index in range(7):
+            assert torch.equal(two.pool[index], content(prompt(1, index + 2)))
     finally:
         os.kill(node.pid, signal.SIGCONT)
-    assert counted() == (before[0] + 2 * COUNT - 2, before[1])
+    assert counted() == (before[0] + 2 * COUNT + 5, before[1])
 
 
 def test_what_the_arena_says_nothing_of_is_asked_for(engines: tuple[Engine, Engine]) -> None:

@@ -325,6 +325,23 @@ class TestTogether:
             assert [len(collect(list(each)).ids) for each in streams] == [5, 5]
             assert ask(engine, prompt).ids  # there is room again
 
+    @pytest.mark.parametrize(("warm", "waiting"), [(0, 20), (15, 5), (20, 1), (10**6, 1)])
+    def test_a_prompt_that_is_not_restored_yet_waits_as_its_router_thinks(
+        self, tiny: LoadedModel, warm: int, waiting: int
+    ) -> None:
+        """Or a prompt that will take a moment is told of as one to be computed whole."""
+        asked = replace(request(prompt_of(20, 43, tiny.vocab_size), 5), warm_tokens=warm)
+        with running(Engine(tiny, small(tiny))) as engine:
+            with held_up(engine):
+                stream = engine.stream(asked)
+                load = engine.load()
+                assert load.waiting_tokens == waiting
+                assert load.waiting_as_first == pytest.approx(
+                    as_first(20 - waiting, 20, engine.doubles_at)
+                )
+            assert len(collect(list(stream)).ids) == 5, "though nothing was there"
+            assert engine.load().waiting_tokens == 0
+
     @pytest.mark.parametrize("loads", ["worth", "always"])
     def test_tiers_hear_what_computing_costs_once_it_is_measured(
         self, tiny: LoadedModel, loads: str

@@ -82,14 +82,16 @@ async def test_an_answer_has_128_tokens_where_nobody_says_and_0_is_refused() -> 
     assert "max_tokens is 0" in caught.value.details()
 
 
-async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
+async def heard(engine: Engine, prompts: list[int], warm: int = 0) -> list[tuple[int, float]]:
     """Waiting tokens, plain and as first ones: while these wait, and from first tokens on."""
     found = []
     async with served(engine) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
 
         async def ask(count: int) -> None:
-            request = worker_pb2.WorkerRequest(token_ids=[1] * count, max_tokens=1)
+            request = worker_pb2.WorkerRequest(
+                token_ids=[1] * count, max_tokens=1, warm_tokens=warm
+            )
             async for _ in stub.Generate(request):
                 pass
 
@@ -97,7 +99,8 @@ async def heard(engine: Engine, prompts: list[int]) -> list[tuple[int, float]]:
         watch = feed_pb2_grpc.FeedStub(channel).Watch(feed_pb2.WatchRequest())
         async for message in watch:
             load = message.heartbeat.load
-            if message.HasField("heartbeat") and load.waiting_tokens == sum(prompts):
+            told = sum(max(1, count - warm) for count in prompts)
+            if message.HasField("heartbeat") and load.waiting_tokens == told:
                 found.append((load.waiting_tokens, load.waiting_as_first))
                 break
         engine.let.set()
@@ -119,6 +122,12 @@ async def test_waiting_tokens_count_the_more_the_later_they_come() -> None:
     assert waiting[0] == 3010
     assert abs(waiting[1] - (7500 + 10.05)) < 1e-6
     assert done == (0, 0.0)
+
+
+async def test_what_a_router_thinks_is_warm_does_not_wait_to_be_computed() -> None:
+    waiting, _ = await heard(Engine(SERVED), [3000, 10], warm=2000)
+    assert waiting[0] == 1001
+    assert abs(waiting[1] - (1000 + (3000**2 - 2000**2) / 2000 + 1 + 19 / 2000)) < 1e-6
 
 
 async def test_where_the_model_says_nothing_each_counts_as_one() -> None:

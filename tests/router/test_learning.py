@@ -76,6 +76,7 @@ async def test_how_fast_a_queue_empties_is_learned_and_explained(
         assert told.drain == 1.0
         assert choice.wait_s == pytest.approx(waiting / 1000)
     await ask(router)
+    await until_waiting(router, "w", waiting)  # said again since the first tokens came
     choice, told = await terms(router, "w")
     assert told.drain == pytest.approx(drain)
     assert choice.wait_s == pytest.approx(waiting / 1000 / drain)

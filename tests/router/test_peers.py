@@ -57,6 +57,7 @@ async def test_the_node_that_holds_the_blocks_is_named_and_the_worker_is_told(en
         pass
     (asked,) = pair.idle.requests
     assert asked.source == "holder"
+    assert asked.warm_tokens == len(KEYS) * 4, "it is loaded, and not computed"
     assert not pair.holder.requests
 
 

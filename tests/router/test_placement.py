@@ -6,7 +6,7 @@ from kvtier.core.learned import Sample
 from kvtier.core.tiers import Tier
 from kvtier.router import sent as sent_module
 from kvtier.router.placement import Prompt, _at_least
-from kvtier.router.sent import SPECULATIVE_S, Computed, Load, Speculation
+from kvtier.router.sent import MOST_ENDED, SPECULATIVE_S, Computed, Load, Speculation
 from kvtier.wire.pb import worker_pb2
 
 KEYS = [BlockKey(i.to_bytes(16, "big")) for i in range(10)]
@@ -64,6 +64,28 @@ def test_load_counts_until_it_is_told_or_time_is_up():
     first.began()
     first.began()  # only once
     assert load.waiting("a", 3.0) == 0
+
+
+def test_what_a_worker_said_before_a_first_token_is_no_wait_any_more():
+    """Its next word comes up to half a second later; the client that was served asks at once."""
+    now = [0.0]
+    load = Load(lambda: now[0])
+    first, second = load.send("a", 100, expires=None), load.send("a", 30, expires=None)
+    other = load.send("b", 7, expires=None)
+    now[0] = 1.0
+    first.began()
+    other.began()
+    assert load.said("a", 150, heard_s=0.9) == 50
+    assert load.said("a", 60, heard_s=0.9) == 0
+    assert load.said("c", 60, heard_s=0.9) == 60
+    now[0] = 1.3
+    second.began()
+    assert load.said("a", 150, heard_s=0.9) == 20
+    assert load.said("a", 150, heard_s=1.1) == 120
+    assert load.said("a", 150, heard_s=1.4) == 150
+    for _ in range(2 * MOST_ENDED):
+        load.send("b", 1, expires=None).began()
+    assert load.said("b", 10 * MOST_ENDED, heard_s=1.2) == 9 * MOST_ENDED, "so many are known"
 
 
 def test_what_is_computed_of_a_prompt_is_no_wait():

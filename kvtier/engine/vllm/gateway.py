@@ -110,7 +110,8 @@ class GatewayServicer(MuxedServicer):
         self._puller = puller
         self._limit = config.worker.max_running + config.worker.max_waiting
         self._http = http_address(config.worker.url) if config.worker.url else ""
-        self._waiting: dict[object, int] = {}  # for their first token: tokens of their prompts
+        # For their first token: how much of their prompts is warm, and how long these are.
+        self._waiting: dict[object, tuple[int, int]] = {}
         served = backend.served
         self._speeds = Speeds(served.kv_bytes_per_token, served.doubles_at)
         self.residency = Residency(
@@ -170,7 +171,8 @@ class GatewayServicer(MuxedServicer):
             wanted = self._check(request)
             self.running.add(mark)
             self.rested.clear()
-            self._waiting[mark] = len(request.token_ids)
+            length = len(request.token_ids)
+            self._waiting[mark] = min(request.warm_tokens, length - 1), length
             brought = await self._bring(wanted)
             async with contextlib.aclosing(self._backend.answer(wanted)) as answer:
                 async for event in answer:
@@ -235,8 +237,8 @@ class GatewayServicer(MuxedServicer):
             draining=self.draining or not self.alive,  # routers take it last
             load=feed_pb2.WorkerLoad(
                 running=len(self.running),
-                waiting_tokens=sum(waiting),
-                waiting_as_first=sum(as_first(0, tokens, doubles_at) for tokens in waiting),
+                waiting_tokens=sum(length - warm for warm, length in waiting),
+                waiting_as_first=sum(as_first(*each, doubles_at) for each in waiting),
                 prefill_tokens_per_s=self._speeds.prefill,
                 host_bytes_per_s=self._speeds.restore(Tier.HOST),
                 disk_bytes_per_s=self._speeds.restore(Tier.DISK),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvtier.wire.pb import feed_pb2 as kvtier_dot_v1_dot_feed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/worker.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xdf\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0c\n\x04root\x18\x08 \x01(\x0c\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0chttp_address\x18\x0c \x01(\t\x12 \n\x06spaces\x18\r \x03(\x0b\x32\x10.kvtier.v1.Space\x12\r\n\x05pulls\x18\x0e \x01(\x08\x12\x11\n\tloads_all\x18\x0f \x01(\x08\x12\x12\n\ndoubles_at\x18\x10 \x01(\x01\x12\x12\n\nkey_scheme\x18\x14 \x01(\t\"6\n\x05Space\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04root\x18\x03 \x01(\x0c\"\x12\n\x10TokenizerRequest\"s\n\x0eTokenizerFiles\x12\x33\n\x05\x66iles\x18\x01 \x03(\x0b\x32$.kvtier.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xf2\x01\n\rWorkerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x17\n\nmax_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06source\x18\x0b \x01(\tB\r\n\x0b_max_tokens\"\x85\x01\n\x0eWorkerResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.TokensH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\xc6\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\'\n\x08restored\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x66irst_logits\x18\x07 \x01(\x0c\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\";\n\nTierTokens\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"g\n\x04\x44one\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.kvtier.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0csaved_tokens\x18\x03 \x01(\r\"g\n\nMuxRequest\x12!\n\x05opens\x18\x01 \x03(\x0b\x32\x12.kvtier.v1.MuxOpen\x12%\n\x07\x63redits\x18\x02 \x03(\x0b\x32\x14.kvtier.v1.MuxCredit\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\"c\n\x07MuxOpen\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.WorkerRequest\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x04 \x01(\r\"\'\n\tMuxCredit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"f\n\x0bMuxResponse\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.MuxHello\x12!\n\x05parts\x18\x02 \x03(\x0b\x32\x12.kvtier.v1.MuxPart\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"\x1c\n\x08MuxHello\x12\x10\n\x08max_open\x18\x01 \x01(\r\"\x9b\x01\n\x07MuxPart\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x07started\x18\x02 \x01(\x0b\x32\x12.kvtier.v1.Started\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1f\n\x04\x64one\x18\x04 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x12$\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x13.kvtier.v1.MuxErrorH\x00\x42\x05\n\x03\x65nd\"<\n\x08MuxError\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07retry_s\x18\x03 \x01(\x01\"\x0e\n\x0c\x43learRequest\"\x1f\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcb\x02\n\x06Worker\x12=\n\x08\x44\x65scribe\x12\x1a.kvtier.v1.DescribeRequest\x1a\x15.kvtier.v1.WorkerInfo\x12\x41\n\x08Generate\x12\x18.kvtier.v1.WorkerRequest\x1a\x19.kvtier.v1.WorkerResponse0\x01\x12>\n\tMultiplex\x12\x15.kvtier.v1.MuxRequest\x1a\x16.kvtier.v1.MuxResponse(\x01\x30\x01\x12\x43\n\tTokenizer\x12\x1b.kvtier.v1.TokenizerRequest\x1a\x19.kvtier.v1.TokenizerFiles\x12:\n\x05\x43lear\x12\x17.kvtier.v1.ClearRequest\x1a\x18.kvtier.v1.ClearResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/worker.proto\x12\tkvtier.v1\x1a\x14kvtier/v1/feed.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xdf\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0c\n\x04root\x18\x08 \x01(\x0c\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0chttp_address\x18\x0c \x01(\t\x12 \n\x06spaces\x18\r \x03(\x0b\x32\x10.kvtier.v1.Space\x12\r\n\x05pulls\x18\x0e \x01(\x08\x12\x11\n\tloads_all\x18\x0f \x01(\x08\x12\x12\n\ndoubles_at\x18\x10 \x01(\x01\x12\x12\n\nkey_scheme\x18\x14 \x01(\t\"6\n\x05Space\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04root\x18\x03 \x01(\x0c\"\x12\n\x10TokenizerRequest\"s\n\x0eTokenizerFiles\x12\x33\n\x05\x66iles\x18\x01 \x03(\x0b\x32$.kvtier.v1.TokenizerFiles.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x87\x02\n\rWorkerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x17\n\nmax_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x1b\n\x13return_first_logits\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06source\x18\x0b \x01(\t\x12\x13\n\x0bwarm_tokens\x18\x0c \x01(\rB\r\n\x0b_max_tokens\"\x85\x01\n\x0eWorkerResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvtier.v1.StartedH\x00\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x11.kvtier.v1.TokensH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\xc6\x01\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\'\n\x08restored\x18\x02 \x03(\x0b\x32\x15.kvtier.v1.TierTokens\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\trestore_s\x18\x05 \x01(\x01\x12\x11\n\tprefill_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x66irst_logits\x18\x07 \x01(\x0c\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\";\n\nTierTokens\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.kvtier.v1.Tier\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"g\n\x04\x44one\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.kvtier.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0csaved_tokens\x18\x03 \x01(\r\"g\n\nMuxRequest\x12!\n\x05opens\x18\x01 \x03(\x0b\x32\x12.kvtier.v1.MuxOpen\x12%\n\x07\x63redits\x18\x02 \x03(\x0b\x32\x14.kvtier.v1.MuxCredit\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\"c\n\x07MuxOpen\x12\n\n\x02id\x18\x01 \x01(\x04\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.kvtier.v1.WorkerRequest\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x04 \x01(\r\"\'\n\tMuxCredit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"f\n\x0bMuxResponse\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x13.kvtier.v1.MuxHello\x12!\n\x05parts\x18\x02 \x03(\x0b\x32\x12.kvtier.v1.MuxPart\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"\x1c\n\x08MuxHello\x12\x10\n\x08max_open\x18\x01 \x01(\r\"\x9b\x01\n\x07MuxPart\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x07started\x18\x02 \x01(\x0b\x32\x12.kvtier.v1.Started\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1f\n\x04\x64one\x18\x04 \x01(\x0b\x32\x0f.kvtier.v1.DoneH\x00\x12$\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x13.kvtier.v1.MuxErrorH\x00\x42\x05\n\x03\x65nd\"<\n\x08MuxError\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07retry_s\x18\x03 \x01(\x01\"\x0e\n\x0c\x43learRequest\"\x1f\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xcb\x02\n\x06Worker\x12=\n\x08\x44\x65scribe\x12\x1a.kvtier.v1.DescribeRequest\x1a\x15.kvtier.v1.WorkerInfo\x12\x41\n\x08Generate\x12\x18.kvtier.v1.WorkerRequest\x1a\x19.kvtier.v1.WorkerResponse0\x01\x12>\n\tMultiplex\x12\x15.kvtier.v1.MuxRequest\x1a\x16.kvtier.v1.MuxResponse(\x01\x30\x01\x12\x43\n\tTokenizer\x12\x1b.kvtier.v1.TokenizerRequest\x1a\x19.kvtier.v1.TokenizerFiles\x12:\n\x05\x43lear\x12\x17.kvtier.v1.ClearRequest\x1a\x18.kvtier.v1.ClearResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIZERFILES_FILESENTRY']._loaded_options = None
   _globals['_TOKENIZERFILES_FILESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2046
-  _globals['_FINISHREASON']._serialized_end=2141
+  _globals['_FINISHREASON']._serialized_start=2067
+  _globals['_FINISHREASON']._serialized_end=2162
   _globals['_DESCRIBEREQUEST']._serialized_start=59
   _globals['_DESCRIBEREQUEST']._serialized_end=76
   _globals['_WORKERINFO']._serialized_start=79
@@ -49,35 +49,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZERFILES_FILESENTRY']._serialized_start=579
   _globals['_TOKENIZERFILES_FILESENTRY']._serialized_end=623
   _globals['_WORKERREQUEST']._serialized_start=626
-  _globals['_WORKERREQUEST']._serialized_end=868
-  _globals['_WORKERRESPONSE']._serialized_start=871
-  _globals['_WORKERRESPONSE']._serialized_end=1004
-  _globals['_STARTED']._serialized_start=1007
-  _globals['_STARTED']._serialized_end=1205
-  _globals['_TIERTOKENS']._serialized_start=1207
-  _globals['_TIERTOKENS']._serialized_end=1266
-  _globals['_TOKENS']._serialized_start=1268
-  _globals['_TOKENS']._serialized_end=1289
-  _globals['_DONE']._serialized_start=1291
-  _globals['_DONE']._serialized_end=1394
-  _globals['_MUXREQUEST']._serialized_start=1396
-  _globals['_MUXREQUEST']._serialized_end=1499
-  _globals['_MUXOPEN']._serialized_start=1501
-  _globals['_MUXOPEN']._serialized_end=1600
-  _globals['_MUXCREDIT']._serialized_start=1602
-  _globals['_MUXCREDIT']._serialized_end=1641
-  _globals['_MUXRESPONSE']._serialized_start=1643
-  _globals['_MUXRESPONSE']._serialized_end=1745
-  _globals['_MUXHELLO']._serialized_start=1747
-  _globals['_MUXHELLO']._serialized_end=1775
-  _globals['_MUXPART']._serialized_start=1778
-  _globals['_MUXPART']._serialized_end=1933
-  _globals['_MUXERROR']._serialized_start=1935
-  _globals['_MUXERROR']._serialized_end=1995
-  _globals['_CLEARREQUEST']._serialized_start=1997
-  _globals['_CLEARREQUEST']._serialized_end=2011
-  _globals['_CLEARRESPONSE']._serialized_start=2013
-  _globals['_CLEARRESPONSE']._serialized_end=2044
-  _globals['_WORKER']._serialized_start=2144
-  _globals['_WORKER']._serialized_end=2475
+  _globals['_WORKERREQUEST']._serialized_end=889
+  _globals['_WORKERRESPONSE']._serialized_start=892
+  _globals['_WORKERRESPONSE']._serialized_end=1025
+  _globals['_STARTED']._serialized_start=1028
+  _globals['_STARTED']._serialized_end=1226
+  _globals['_TIERTOKENS']._serialized_start=1228
+  _globals['_TIERTOKENS']._serialized_end=1287
+  _globals['_TOKENS']._serialized_start=1289
+  _globals['_TOKENS']._serialized_end=1310
+  _globals['_DONE']._serialized_start=1312
+  _globals['_DONE']._serialized_end=1415
+  _globals['_MUXREQUEST']._serialized_start=1417
+  _globals['_MUXREQUEST']._serialized_end=1520
+  _globals['_MUXOPEN']._serialized_start=1522
+  _globals['_MUXOPEN']._serialized_end=1621
+  _globals['_MUXCREDIT']._serialized_start=1623
+  _globals['_MUXCREDIT']._serialized_end=1662
+  _globals['_MUXRESPONSE']._serialized_start=1664
+  _globals['_MUXRESPONSE']._serialized_end=1766
+  _globals['_MUXHELLO']._serialized_start=1768
+  _globals['_MUXHELLO']._serialized_end=1796
+  _globals['_MUXPART']._serialized_start=1799
+  _globals['_MUXPART']._serialized_end=1954
+  _globals['_MUXERROR']._serialized_start=1956
+  _globals['_MUXERROR']._serialized_end=2016
+  _globals['_CLEARREQUEST']._serialized_start=2018
+  _globals['_CLEARREQUEST']._serialized_end=2032
+  _globals['_CLEARRESPONSE']._serialized_start=2034
+  _globals['_CLEARRESPONSE']._serialized_end=2065
+  _globals['_WORKER']._serialized_start=2165
+  _globals['_WORKER']._serialized_end=2496
 # @@protoc_insertion_point(module_scope)

@@ -87,7 +87,7 @@ class TokenizerFiles(_message.Message):
     def __init__(self, files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class WorkerRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model", "adapter", "tenant", "source")
+    __slots__ = ("request_id", "token_ids", "max_tokens", "temperature", "seed", "ignore_eos", "return_first_logits", "model", "adapter", "tenant", "source", "warm_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class WorkerRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WARM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -110,7 +111,8 @@ class WorkerRequest(_message.Message):
     adapter: str
     tenant: str
     source: str
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    warm_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., return_first_logits: _Optional[bool] = ..., model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., source: _Optional[str] = ..., warm_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerResponse(_message.Message):
     __slots__ = ("started", "tokens", "done")
