@@ -3,10 +3,14 @@
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
 
-from kvtier.config import Config, DiskConfig
-from kvtier.errors import ConfigError
+from kvtier import metrics
+from kvtier.config import Config, DiskConfig, RedisConfig
+from kvtier.core.blocks import KEY_NBYTES, BlockKey
+from kvtier.core.tiers import Tier
+from kvtier.errors import ConfigError, StoreUnavailable
 from kvtier.stores.disk.files import lock
 from kvtier.stores.redis import RedisStore
 
@@ -49,6 +53,25 @@ class Claimed:
         held, self._lock = self._lock, None
         if held is not None:
             os.close(held)
+
+
+def greet_redis(redis: RedisConfig) -> None:
+    """Say now, in a thread, if it is not there: else the first engine's tiers would be the first.
+
+    Nothing else comes of it. The thread keeps no process from ending.
+    """
+
+    def ask() -> None:
+        store = RedisStore(redis, "")
+        try:
+            store.count([BlockKey(bytes(KEY_NBYTES))])
+        except StoreUnavailable as error:
+            metrics.STORE_ERRORS.labels(Tier.SHARED.label).inc()
+            log.warning("%s tier: %s; going on without it", Tier.SHARED.label, error)
+        finally:
+            store.close()
+
+    threading.Thread(target=ask, name="kvtier-greet", daemon=True).start()
 
 
 def _locked(disk: DiskConfig) -> int:

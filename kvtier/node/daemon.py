@@ -26,7 +26,7 @@ from kvtier.core.policies import POLICIES, sized
 from kvtier.core.tiers import Tier, TierSpec
 from kvtier.errors import ConfigError
 from kvtier.node.admin import NodeServicer
-from kvtier.node.claimed import Claimed
+from kvtier.node.claimed import Claimed, greet_redis
 from kvtier.node.garbage import collected_when_quiet
 from kvtier.node.learned import LEARNED_FILE, LearnedFile
 from kvtier.node.lender import Lender
@@ -364,6 +364,8 @@ async def serve(config: Config, *, started: Started, stop: asyncio.Event) -> Non
         daemon.lender.refuse_taken(peers_listen(config))
         await asyncio.to_thread(claimed.disk, config)
         await daemon.reopen()
+        if config.redis and not daemon.layouts:  # else these have greeted it
+            greet_redis(config.redis)
         await daemon.local.start()
         await daemon.lender.start(peers_listen(config))
         address = await server.start()
