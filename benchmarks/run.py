@@ -26,6 +26,7 @@ NAMES = (
     "cascade",
     "codec",
     "restore",
+    "demo",
     "index",
     "route",
     "route_growth",
