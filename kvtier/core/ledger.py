@@ -75,10 +75,9 @@ class Ledger(Leases):
         return block.before if block is not None else None
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
-        """How much of a path is held. Changes nothing but what clients find by themselves."""
+        """How much of a path is held. Changes nothing, not even what is cold."""
         by_tier = [0] * len(self._tiers)
         slots = self._in_host.leading(keys)
-        self.index.hint(keys, slots)
         by_tier[HOST] = len(slots)
         for key in keys[by_tier[HOST] :]:
             tier = self._readable_in(key)

@@ -78,13 +78,16 @@ class SlotIndex:
 
     def hint(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> None:
         """See to it that these blocks, which lie there, are found; others may be found no more."""
-        hints, mask, after = self._hints, self._mask, -1
-        for number, slot in enumerate(slots):
-            if slot != after or not number % _STEP:
-                hints[_hash(keys[number]) & mask] = slot + 1
-            after = slot + 1
+        hints, mask, last = self._hints, self._mask, len(slots) - 1
+        for at in range(0, len(slots), _STEP):
+            slot, end = slots[at], min(at + _STEP - 1, last)
+            hints[_hash(keys[at]) & mask] = slot + 1
+            if slots[end] - slot != end - at:  # no neighbours, most likely
+                for other in range(at + 1, end):
+                    hints[_hash(keys[other]) & mask] = slots[other] + 1
+                hints[_hash(keys[end]) & mask] = slots[end] + 1
         if slots:
-            hints[_hash(keys[len(slots) - 1]) & mask] = after
+            hints[_hash(keys[last]) & mask] = slots[last] + 1
 
     def leave(self, slots: Sequence[Slot]) -> None:
         """What was in these slots has left them; after that somebody may write there."""

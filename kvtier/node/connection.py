@@ -241,9 +241,11 @@ class Connection(asyncio.BufferedProtocol):
             self._notes.given()
 
     def _match(self, manager: TierManager, path: bytes) -> None:
-        found = manager.match(self._paths.keys(path))
+        keys = self._paths.keys(path)
+        found = manager.match(keys)
         slots = local.pack_numbers(found.slots[: local.MAX_SEEN])
         self._send(True, found.blocks, list(found.by_tier), slots, found.turn)
+        manager.arena.index.hint(keys, found.slots)  # or it would have found them by itself
 
     def _used(self, manager: TierManager, path: bytes, request: int, output: int) -> None:
         keys, use = self._paths.keys(path), use_of(request, output)

@@ -163,6 +163,8 @@ def test_what_the_arena_says_nothing_of_is_asked_for(engines: tuple[Engine, Engi
     before = counted()
     assert two.restore(1) == HELD
     assert counted() == (before[0] + COUNT, before[1])
+    keys = two.tier.keys(prompt(1, COUNT))
+    wait_for("them to be hinted at again", lambda: len(client.arena.index.find(keys)[0]) == COUNT)
 
 
 def test_a_restore_that_was_not_asked_for_before_asks_itself(
