@@ -117,7 +117,7 @@ class Load:
         it said was of that one, as far as we know, and the others are taken to be whole.
         """
         while self._passing and self._passing[0][0] <= now:
-            self._passing.popleft()[1].began()
+            self._passing.popleft()[1].began(seen=False)
         tokens = self._tokens.get(worker, 0)
         if self._began.get(worker, -math.inf) >= computed.heard_s:
             return tokens
@@ -131,11 +131,12 @@ class Load:
         ended = self._ended.get(worker)
         return max(0, tokens - ended.since(heard_s)) if ended is not None else tokens
 
-    def drop(self, worker: str, tokens: int) -> None:
-        """Take back what `send` counted."""
+    def drop(self, worker: str, tokens: int, *, seen: bool) -> None:
+        """Take back what `send` counted; `seen`: its first token was, or its end."""
         self._tokens[worker] -= tokens
         self._began[worker] = now = self._clock()
-        self._ended.setdefault(worker, _Ended()).add(now, tokens)
+        if seen:
+            self._ended.setdefault(worker, _Ended()).add(now, tokens)
         if not self._tokens[worker]:
             del self._tokens[worker]
 
@@ -168,8 +169,11 @@ class Sent:
             tokens = as_first(stop - started.computed_tokens, stop, by.doubles_at)
             self.teach(Sample(tokens, started.prefill_s, loaded, started.restore_s))
 
-    def began(self) -> None:
-        """Its first token came, or the request ended; only the first call counts."""
+    def began(self, *, seen: bool = True) -> None:
+        """Its first token came, or the request ended; only the first call counts.
+
+        One that nobody follows is only thought to have begun: not `seen`.
+        """
         tokens, self.tokens = self.tokens, 0
         if tokens:
-            self.load.drop(self.worker, tokens)
+            self.load.drop(self.worker, tokens, seen=seen)

@@ -83,6 +83,9 @@ def test_what_a_worker_said_before_a_first_token_is_no_wait_any_more():
     assert load.said("a", 150, heard_s=0.9) == 20
     assert load.said("a", 150, heard_s=1.1) == 120
     assert load.said("a", 150, heard_s=1.4) == 150
+    load.send("a", 40, expires=1.5)
+    assert load.waiting("a", 1.6) == 0, "nobody follows it"
+    assert load.said("a", 150, heard_s=1.4) == 150, "the worker says whether it still waits"
     for _ in range(2 * MOST_ENDED):
         load.send("b", 1, expires=None).began()
     assert load.said("b", 10 * MOST_ENDED, heard_s=1.2) == 9 * MOST_ENDED, "so many are known"
