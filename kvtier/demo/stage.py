@@ -50,8 +50,8 @@ Say = Callable[[str], None]
 def config(folder: Path, engine: str, model: str, conversation: int, redis_url: str) -> Config:
     """Budgets so small that conversations push each other out of VRAM and host memory.
 
-    VRAM holds one and a half of them, host memory too, the disk all; `conversation` is
-    the bytes of the longest.
+    VRAM holds one and a half of them, host memory too, the disk all; `conversation` is the bytes of
+    the longest.
     """
     return Config(
         node=NodeConfig(socket=str(folder / "{node}.sock"), listen="127.0.0.1:0"),

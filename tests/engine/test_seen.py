@@ -148,23 +148,29 @@ def test_a_restore_of_what_lies_in_host_memory_needs_nobody(
     assert counted() == (before[0] + 2 * COUNT + 5, before[1])
 
 
-def test_what_the_arena_says_nothing_of_is_asked_for(engines: tuple[Engine, Engine]) -> None:
-    """A hint is lost where that of another block falls on it: here half of them are."""
+@pytest.mark.parametrize("known", [0, 20])
+def test_what_the_arena_says_nothing_of_is_asked_for(
+    engines: tuple[Engine, Engine], known: int
+) -> None:
+    """A hint is lost where that of another block falls on it: here those behind the first are."""
     one, two = engines
+    one.save(prompt(1, 20))
+    one.save(prompt(9, 1))  # or what follows would lie right behind, and be found by that
     one.save(prompt(1, COUNT))
     assert one.match(1) == COUNT
-    client = two.tier._client
+    client, keys = two.tier._client, two.tier.keys(prompt(1, COUNT))
     assert client is not None
-    hints = client.arena.index._hints
-    for slot in range(20, SLOTS):
-        for place, hint in enumerate(hints):
-            if hint == slot + 1:
-                hints[place] = 0
+    index = client.arena.index
+    lost = {*index.find(keys)[0][known:]}
+    assert len(lost) == COUNT - known
+    for place, hint in enumerate(index._hints):
+        if hint - 1 in lost:
+            index._hints[place] = 0
+    assert len(index.find(keys)[0]) == known
     before = counted()
     assert two.restore(1) == HELD
     assert counted() == (before[0] + COUNT, before[1])
-    keys = two.tier.keys(prompt(1, COUNT))
-    wait_for("them to be hinted at again", lambda: len(client.arena.index.find(keys)[0]) == COUNT)
+    wait_for("them to be hinted at again", lambda: len(index.find(keys)[0]) == COUNT)
 
 
 def test_a_restore_that_was_not_asked_for_before_asks_itself(
